@@ -1,0 +1,50 @@
+"""bilens: read bilinear transformers from their weights.
+
+Public names are imported where they are first used (PEP 562): `import bilens` is quick, torch and TransformerLens are
+loaded with the first name that needs them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from bilens.config import BilinearTransformerConfig
+    from bilens.decompose import Decomposer
+    from bilens.errors import BilensError
+    from bilens.loading import list_models, load_model
+    from bilens.model import HookedBilinearTransformer
+    from bilens.sae import evaluate_saes, list_saes, load_sae, train_saes
+    from bilens.training import TrainConfig, train_lm
+    from bilens.viz import report
+
+_HOME = {
+    "BilensError": "bilens.errors",
+    "BilinearTransformerConfig": "bilens.config",
+    "Decomposer": "bilens.decompose",
+    "HookedBilinearTransformer": "bilens.model",
+    "TrainConfig": "bilens.training",
+    "evaluate_saes": "bilens.sae",
+    "list_models": "bilens.loading",
+    "list_saes": "bilens.sae",
+    "load_model": "bilens.loading",
+    "load_sae": "bilens.sae",
+    "report": "bilens.viz",
+    "train_lm": "bilens.training",
+    "train_saes": "bilens.sae",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bilens' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,153 @@
+"""Texts through `datasets`, a WordPiece tokenizer through `tokenizers`, and packing into full contexts."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from bilens.errors import EmptyTextError, TrainingError
+
+SPECIAL_TOKENS = ("[UNK]", "[BOS]", "[EOS]")
+
+
+def load_texts(source: str | os.PathLike[str], split: str = "train", column: str = "text") -> list[str]:
+    """Texts from a file or a hub dataset, through `datasets`.
+
+    Args:
+        source: a `.jsonl`/`.json` file (or `.gz` of one) with a text column, a `.txt` file whose paragraphs are the
+            texts, a `.parquet` file, or a hub dataset id.
+        split: of a hub dataset.
+        column: which field holds the text.
+
+    Raises:
+        TrainingError: no such file, or no such column.
+        EmptyTextError: nothing but empty texts.
+    """
+    from datasets import load_dataset
+
+    path = Path(source).expanduser()
+    suffixes = [s for s in path.suffixes if s not in (".gz", ".zst", ".xz")]
+    kind = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}.get(suffixes[-1] if suffixes else "")
+    if path.exists() and kind is not None:
+        options = {"sample_by": "paragraph"} if kind == "text" else {}
+        data = load_dataset(kind, data_files=str(path.resolve()), split="train", **options)
+    elif kind is not None:
+        raise TrainingError(f"no file {path} (in {Path.cwd()}).")
+    elif path.exists():
+        raise TrainingError(f"{path}: a data file must end in .jsonl, .json, .txt or .parquet (.gz may follow).")
+    else:
+        data = load_dataset(str(source), split=split)
+    if column not in data.column_names:
+        raise TrainingError(f"{source} has no column {column!r}; it has {data.column_names}.")
+    texts = [text for text in data[column] if text and text.strip()]
+    if not texts:
+        raise EmptyTextError(f"{source}: every text is empty.")
+    return texts
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, n_ctx: int = 256) -> Any:
+    """A lower-cased WordPiece tokenizer of the published kind (`[UNK] [BOS] [EOS]`, `[BOS]` added by itself).
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`, padding with `[EOS]`.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    unk, bos, eos = SPECIAL_TOKENS
+    tokenizer = Tokenizer(models.WordPiece(unk_token=unk, max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            # Typographic quotes and dashes would each cost a vocabulary entry, or an [UNK].
+            normalizers.Replace(Regex("[“”]"), '"'),
+            normalizers.Replace(Regex("[‘’]"), "'"),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), min_frequency=2)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=unk,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=eos,
+        model_max_length=n_ctx,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Texts as token ids without special tokens, with what is needed to count characters."""
+
+    rows: list[list[int]]
+    n_characters: list[int]
+    bos: int
+    eos: int
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str], tokenizer: Any) -> "TokenizedTexts":
+        """Encode with a transformers tokenizer that has a BOS and an EOS token."""
+        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+            raise TrainingError("the tokenizer needs a BOS and an EOS token to separate texts.")
+        rows = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return cls(rows, [len(text) for text in texts], tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+    @property
+    def n_tokens(self) -> int:
+        """All tokens, one BOS and one EOS per text included."""
+        return sum(map(len, self.rows)) + 2 * len(self.rows)
+
+    def pieces(self, n_ctx: int) -> list[list[int]]:
+        """`[BOS] text [EOS]`, a text longer than the context in several pieces that each start with `[BOS]`."""
+        room = n_ctx - 1
+        pieces = []
+        for row in self.rows:
+            row = [*row, self.eos]
+            pieces += [[self.bos, *row[at : at + room]] for at in range(0, len(row), room)]
+        return pieces
+
+    def starts(self, n_ctx: int) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
+        """`[BOS] text`, cut to the context and padded on the right with `[EOS]`; and its attention mask."""
+        lengths = torch.tensor([min(len(row) + 1, n_ctx) for row in self.rows])
+        tokens = torch.full((len(self.rows), int(lengths.max())), self.eos)
+        for i, row in enumerate(self.rows):
+            tokens[i, : lengths[i]] = torch.tensor([self.bos, *row][:n_ctx])
+        return tokens, (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+
+
+def pack(pieces: Sequence[list[int]], n_ctx: int, seed: int) -> Int[Tensor, "row pos"]:
+    """Full contexts, each starting at the start of a piece: pieces in a seeded order, cut where the context is full.
+
+    A piece's overhang is dropped for this order and seen in others. Every row so starts with `[BOS]`, as every text
+    does when the model is used. With too few tokens for one row, the pieces are repeated.
+    """
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows: list[list[int]] = []
+    row: list[int] = []
+    while not rows:
+        for i in order:
+            row += pieces[i]
+            if len(row) >= n_ctx:
+                rows.append(row[:n_ctx])
+                row = []
+    return torch.tensor(rows)

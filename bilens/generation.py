@@ -1,0 +1,104 @@
+"""Sampling from a model with a key-value cache."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens.kv_cache import KeyValueCache
+
+if TYPE_CHECKING:
+    from bilens.model import HookedBilinearTransformer
+
+
+def sample(
+    logits: Float[Tensor, "batch d_vocab"],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "batch"]:
+    """One token per row from `softmax(logits / temperature)`, the `top_k` likeliest only; temperature 0 takes the best."""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: "HookedBilinearTransformer",
+    input: str | list[str] | Int[Tensor, "*batch pos"] = "",
+    max_new_tokens: int = 50,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    do_sample: bool = True,
+    stop_at_eos: bool = True,
+    eos_token_id: int | None = None,
+    use_past_kv_cache: bool = True,
+    prepend_bos: bool | None = None,
+    return_type: Literal["input", "str", "tokens"] = "input",
+    seed: int | None = None,
+) -> Any:
+    """Continue text or tokens.
+
+    Args:
+        input: text, texts (padded on the left) or tokens; an empty text starts from `[BOS]` alone.
+        max_new_tokens: how many to add; fewer where the context ends first.
+        temperature: 0 is greedy.
+        top_k: sample among the k likeliest only.
+        do_sample: false is greedy too.
+        stop_at_eos: end a row at end-of-text, and the run when all rows have ended (ended rows are filled with it).
+        eos_token_id: `None` takes the tokenizer's.
+        use_past_kv_cache: run only the new token at each step; the result is the same.
+        return_type: `"input"` gives text for text and tokens for tokens.
+        seed: the same seed gives the same text.
+
+    Raises:
+        ContextLengthError: the prompt alone does not fit.
+        ValueError: a negative temperature or `top_k` below 1.
+    """
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"temperature {temperature} must be >= 0 and top_k {top_k} at least 1.")
+    is_text = isinstance(input, str | list)
+    mask = None
+    if is_text:
+        texts = [input] if isinstance(input, str) else input
+        rows = [model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist() for text in texts]
+        tokens = model._pad(rows, "left").to(model.cfg.device)
+        longest = tokens.shape[1]
+        if any(len(row) != longest for row in rows):
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=tokens.device)
+    else:
+        tokens = input
+    tokens = model.input_to_tokens(tokens)
+    eos = eos_token_id
+    if eos is None and model.tokenizer is not None:
+        eos = model.tokenizer.eos_token_id
+    generator = None if seed is None else torch.Generator(device=tokens.device).manual_seed(seed)
+    cache = KeyValueCache.empty(model.cfg.n_layers) if use_past_kv_cache else None
+    ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    new = tokens
+    for _ in range(min(max_new_tokens, model.cfg.n_ctx - tokens.shape[1])):
+        new_mask = None if mask is None else mask[:, -new.shape[1] :]
+        logits = model(new if cache else tokens, attention_mask=new_mask if cache else mask, past_kv_cache=cache)[:, -1]
+        greedy = not do_sample
+        chosen = sample(logits, 0.0 if greedy else temperature, top_k, generator)
+        if stop_at_eos and eos is not None:
+            chosen = chosen.masked_fill(ended, eos)
+            ended |= chosen == eos
+        new = chosen[:, None]
+        tokens = torch.cat([tokens, new], dim=1)
+        mask = None if mask is None else torch.cat([mask, torch.ones_like(new)], dim=1)
+        if stop_at_eos and eos is not None and ended.all():
+            break
+    if return_type == "tokens" or (return_type == "input" and not is_text):
+        return tokens
+    drop = {i for i in (model.tokenizer.bos_token_id, model.tokenizer.pad_token_id, eos) if i is not None}
+    texts_out = [model.to_string([t for t in row if t not in drop]) for row in tokens.tolist()]
+    return texts_out if isinstance(input, list) or (not is_text and len(texts_out) > 1) else texts_out[0]
+

@@ -1,0 +1,545 @@
+"""The hooked bilinear transformer.
+
+    x_0    = W_E[tokens]
+    x      = x + s * attn(norm1(x))        s = 1/sqrt(2 n_layers), folded into the exposed W_O
+    x      = x + mlp(norm2(x))             mlp(n) = W_out (act(W_gate n + b_gate) * (W_in n + b_in)) + b_out
+    logits = norm_f(x) W_U
+
+This class owns the forward pass. Parameters are stored in the layout of the published checkpoints (one fused `qkv`, one
+fused `w` of left then right rows, the raw output projection `o`), so that loading and saving are copies and the matrix
+products are fused; TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are views of them, so writing into
+`model.blocks[0].mlp.W_in` changes the model. The exception is `W_O`, a product with `s`: to edit it, write into
+`attn.o.weight`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, FactoredMatrix
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedRootModule import HookedRootModule
+
+from bilens.config import BilinearTransformerConfig
+from bilens.errors import HookNameError, NotBilinearError, OutOfRangeError, nearest
+from bilens.generation import generate
+from bilens.kv_cache import KeyValueCache
+from bilens.tokenization import TokenizationMixin
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda x: x,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+ReturnType = Literal["logits", "loss", "both"]
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps)`, without weights; the identity where the model has no normalisation."""
+
+    def __init__(self, cfg: BilinearTransformerConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if self.cfg.normalization_type is None:
+            return self.hook_normalized(x / self.hook_scale(torch.ones_like(x[..., :1])))
+        # Half precision squares overflow: the mean is taken in float32 at least.
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.cfg.eps).sqrt())
+        return self.hook_normalized((wide / scale).to(x.dtype))
+
+
+class Rotary(nn.Module):
+    """Rotary positions over the whole head, half-split (`rotate_half: (-x2, x1)`), base 10000."""
+
+    def __init__(self, d_head: int, base: float = 10_000.0):
+        super().__init__()
+        inv_freq = base ** -(torch.arange(0, d_head, 2).float() / d_head)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def forward(
+        self, x: Float[Tensor, "batch pos head d_head"], positions: Int[Tensor, "#batch pos"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        # Angles in float32 whatever the weights are: bfloat16 cannot tell position 300 from 301.
+        angles = positions[..., None].float() * self.inv_freq.float()
+        cos, sin = (t[:, :, None, :].to(x.dtype) for t in (angles.cos(), angles.sin()))
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with one fused, bias-free `qkv`; returns what is added to the residual stream."""
+
+    def __init__(self, cfg: BilinearTransformerConfig, layer: int):
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
+        self.o = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+        self.rotary = Rotary(cfg.d_head)
+        for name in ("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result"):
+            setattr(self, f"hook_{name}", HookPoint())
+
+    def _qkv_view(self, index: int) -> Float[Tensor, "head d_model d_head"]:
+        rows = self.qkv.weight.unflatten(0, (3, self.cfg.n_heads, self.cfg.d_head))[index]
+        return rearrange(rows, "head d_head d_model -> head d_model d_head")
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        return self._qkv_view(0)
+
+    @property
+    def W_K(self) -> Float[Tensor, "head d_model d_head"]:
+        return self._qkv_view(1)
+
+    @property
+    def W_V(self) -> Float[Tensor, "head d_model d_head"]:
+        return self._qkv_view(2)
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """The output projection with the residual scale `s` folded in."""
+        return rearrange(
+            self.o.weight * self.cfg.residual_scale,
+            "d_model (head d_head) -> head d_head d_model",
+            head=self.cfg.n_heads,
+        )
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def b_O(self) -> Float[Tensor, "d_model"]:
+        """Zeros: attention has no biases in this architecture (TransformerLens asks for them)."""
+        return self.o.weight.new_zeros(self.cfg.d_model)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        positions: Int[Tensor, "#batch pos"],
+        mask: Int[Tensor, "batch key"] | None = None,
+        kv_cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.cfg.n_heads, self.cfg.d_head)).unbind(2)
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        q, k = self.hook_rot_q(self.rotary(q, positions)), self.hook_rot_k(self.rotary(k, positions))
+        if kv_cache is not None:
+            k, v = kv_cache.append(self.layer, k, v)
+        z = self.hook_z(self._mix(q, k, v, mask))
+        if self.cfg.use_attn_result:
+            return self.hook_result(einsum(z, self.W_O, "b p h e, h e m -> b p h m")).sum(2)
+        return self.o(z.flatten(2)) * self.cfg.residual_scale
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Float[Tensor, "batch pos head d_head"]:
+        """Attention proper. The fused kernel never forms scores, so it serves only while nobody looks at them."""
+        hooks = (self.hook_attn_scores, self.hook_pattern)
+        watched = any(h.fwd_hooks or h.bwd_hooks for h in hooks)
+        if not watched and mask is None and q.shape[1] == k.shape[1]:
+            z = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+            return z.transpose(1, 2)
+        scores = einsum(q, k, "b q h e, b k h e -> b h q k") * self.cfg.d_head**-0.5
+        n_query, n_key = scores.shape[-2:]
+        visible = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
+        if mask is not None:
+            visible = visible & mask.bool()[:, None, None, :]
+        scores = self.hook_attn_scores(scores.masked_fill(~visible, -torch.inf))
+        # A padding query before the first token sees nothing: its softmax is 0/0.
+        pattern = self.hook_pattern(scores.softmax(-1).nan_to_num() if mask is not None else scores.softmax(-1))
+        return einsum(pattern.to(v.dtype), v, "b h q k, b k h e -> b q h e")
+
+
+class MLP(nn.Module):
+    """The bilinear layer, or one of the published variants: gated (an activation on the left branch), or one-branch."""
+
+    def __init__(self, cfg: BilinearTransformerConfig):
+        super().__init__()
+        self.cfg = cfg
+        assert cfg.d_mlp is not None
+        self.w = nn.Linear(cfg.d_model, (2 if cfg.bilinear else 1) * cfg.d_mlp, bias=cfg.bias)
+        self.p = nn.Linear(cfg.d_mlp, cfg.d_model, bias=cfg.bias)
+        self.act = ACTIVATIONS[cfg.gate]
+        self.hook_pre = HookPoint()
+        self.hook_post = HookPoint()
+        if cfg.bilinear:
+            self.hook_pre_linear = HookPoint()
+
+    def _bias(self, linear: nn.Linear) -> Tensor:
+        return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+
+    def _left(self, of: str) -> None:
+        if not self.cfg.bilinear:
+            raise NotBilinearError(f"{of}: a one-branch MLP has only W_in and b_in (config: bilinear is false).")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        """The left branch."""
+        self._left("W_gate")
+        return self.w.weight[: self.cfg.d_mlp].T
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """The right branch; the only one of a one-branch MLP."""
+        return self.w.weight[-self.cfg.d_mlp :].T
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return self.p.weight.T
+
+    @property
+    def b_gate(self) -> Float[Tensor, "d_mlp"]:
+        """Bias of the left branch (zeros where the model has none)."""
+        self._left("b_gate")
+        return self._bias(self.w)[: self.cfg.d_mlp]
+
+    @property
+    def b_in(self) -> Float[Tensor, "d_mlp"]:
+        """Bias of the right branch, added before the product (zeros where the model has none)."""
+        return self._bias(self.w)[-self.cfg.d_mlp :]
+
+    @property
+    def b_out(self) -> Float[Tensor, "d_model"]:
+        return self._bias(self.p)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if not self.cfg.bilinear:
+            return self.p(self.hook_post(self.act(self.hook_pre(self.w(x)))))
+        left, right = self.w(x).chunk(2, dim=-1)
+        return self.p(self.hook_post(self.act(self.hook_pre(left)) * self.hook_pre_linear(right)))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: BilinearTransformerConfig, layer: int):
+        super().__init__()
+        self.ln1, self.attn = RMSNorm(cfg), Attention(cfg, layer)
+        self.ln2, self.mlp = RMSNorm(cfg), MLP(cfg)
+        for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
+            setattr(self, f"hook_{name}", HookPoint())
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], *attention_args: Any) -> Float[Tensor, "batch pos d_model"]:
+        x = self.hook_resid_pre(x)
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), *attention_args)))
+        return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
+
+
+class Embed(nn.Module):
+    def __init__(self, cfg: BilinearTransformerConfig):
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return F.embedding(tokens, self.W_E)
+
+
+class Unembed(nn.Module):
+    def __init__(self, cfg: BilinearTransformerConfig):
+        super().__init__()
+        self.head = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.head.weight.T
+
+    @property
+    def b_U(self) -> Float[Tensor, "d_vocab"]:
+        return self.head.weight.new_zeros(self.head.out_features)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.head(x)
+
+
+class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
+    """A bilinear (or gated, or one-branch) transformer with TransformerLens' hooks, weights' names and habits.
+
+    Args:
+        cfg: the architecture.
+        tokenizer: a transformers tokenizer, or `None` where only tokens are used.
+        seed: of the initial weights; `None` leaves torch's generator as it is.
+
+    Weights start normal with `cfg.init_range`, the two projections into the residual stream at zero-mean scale
+    `init_range / sqrt(2 n_layers)`, biases at zero.
+    """
+
+    def __init__(self, cfg: BilinearTransformerConfig, tokenizer: Any = None, seed: int | None = None):
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.hook_embed = HookPoint()
+        self.embed = Embed(cfg)
+        self.blocks = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)])
+        self.ln_final = RMSNorm(cfg)
+        self.unembed = Unembed(cfg)
+        self._init_weights(seed)
+        self.to(device=cfg.device, dtype=cfg.dtype)
+        self.setup()
+
+    def _init_weights(self, seed: int | None) -> None:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(weight)
+            else:
+                into_residual = name.endswith((".mlp.p.weight", ".attn.o.weight"))
+                std = self.cfg.init_range * (self.cfg.residual_scale if into_residual else 1.0)
+                nn.init.normal_(weight, std=std, generator=generator)
+
+    # --- the forward pass ---------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"] | Float[Tensor, "batch pos d_model"],
+        return_type: ReturnType | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        start_at_layer: int | None = None,
+        tokens: Int[Tensor, "*batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: KeyValueCache | None = None,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: text, texts, tokens, or (with `start_at_layer`) the residual stream entering that layer.
+            return_type: `"logits"`, `"loss"` (mean next-token cross-entropy, nats), `"both"`, or `None` for nothing.
+            loss_per_token: the loss of every position `(batch, pos - 1)` instead of its mean.
+            prepend_bos: for text only; `None` takes `cfg.default_prepend_bos`.
+            start_at_layer: run from this block on; negative counts from the end.
+            tokens: needed for the loss when `input` is a residual stream.
+            attention_mask: 1 for tokens, 0 for padding; made by itself for a list of texts.
+            stop_at_layer: return the residual stream entering this block; negative counts from the end.
+            past_kv_cache: keys and values of earlier positions; the new ones are added to it.
+
+        Raises:
+            ContextLengthError, EmptyTextError, OutOfRangeError: the input does not fit the model.
+        """
+        if start_at_layer is None:
+            if isinstance(input, list) and attention_mask is None and len(input) > 1:
+                attention_mask = self.attention_mask(input, prepend_bos)
+            tokens = self.input_to_tokens(input, prepend_bos)  # type: ignore[arg-type]
+            residual = self.hook_embed(self.embed(tokens))
+        else:
+            residual = input
+            tokens = None if tokens is None else self.input_to_tokens(tokens)
+        if past_kv_cache is not None and attention_mask is not None:
+            if past_kv_cache.mask is not None:
+                attention_mask = torch.cat([past_kv_cache.mask, attention_mask], dim=1)
+            past_kv_cache.mask = attention_mask
+        positions = self._positions(residual, attention_mask, past_kv_cache)
+        first, last = self._layer_bound(start_at_layer, 0), self._layer_bound(stop_at_layer, self.cfg.n_layers)
+        for block in self.blocks[first:last]:  # type: ignore[union-attr]
+            residual = block(residual, positions, attention_mask, past_kv_cache)
+        if stop_at_layer is not None:
+            return residual
+        logits = self.unembed(self.ln_final(residual))
+        if return_type is None:
+            return None
+        if return_type == "logits":
+            return logits
+        if return_type not in ("loss", "both"):
+            raise ValueError(f"return_type {return_type!r} is not one of 'logits', 'loss', 'both', None.")
+        if tokens is None:
+            raise ValueError("a loss from a residual stream needs the tokens: pass tokens=.")
+        loss = self.loss_fn(logits, tokens, attention_mask, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _positions(self, residual: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Int[Tensor, "#batch pos"]:
+        """Rotary positions: counted from the first real token, on from the cache."""
+        n_new = residual.shape[1]
+        if mask is not None:
+            return (mask.cumsum(1) - 1).clamp_min(0)[:, -n_new:]
+        past = 0 if cache is None else cache.n_positions
+        return torch.arange(past, past + n_new, device=residual.device)[None]
+
+    def _layer_bound(self, layer: int | None, default: int) -> int:
+        if layer is None:
+            return default
+        n_layers = self.cfg.n_layers
+        if not -n_layers <= layer <= n_layers:
+            raise OutOfRangeError(f"layer {layer} is outside the model's {n_layers} layers.")
+        return layer % n_layers if layer < 0 else layer
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Next-token cross-entropy in nats, padding left out: its mean, or `(batch, pos - 1)` with `per_token`."""
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        loss = loss.view(tokens[:, 1:].shape)
+        if attention_mask is None:
+            return loss if per_token else loss.mean()
+        predicted = (attention_mask[:, :-1] * attention_mask[:, 1:]).to(loss.dtype)
+        return loss * predicted if per_token else (loss * predicted).sum() / predicted.sum()
+
+    def generate(self, input: str | list[str] | Int[Tensor, "*batch pos"] = "", max_new_tokens: int = 50, **kwargs: Any):
+        """Continue a text. See `bilens.generation.generate` for every argument."""
+        return generate(self, input, max_new_tokens, **kwargs)
+
+    # --- hooks --------------------------------------------------------------------------------------------------------
+
+    def run_with_cache(self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any):
+        """Run and keep activations: `(output, ActivationCache)`; see TransformerLens for the arguments."""
+        names = kwargs.get("names_filter")
+        if isinstance(names, str | list | tuple | set):
+            names = [names] if isinstance(names, str) else list(names)
+            for name in names:
+                self.check_hook_name(name)
+            kwargs["names_filter"] = names
+        output, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
+        if not return_cache_object:
+            return output, cache
+        return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    def check_hook_name(self, name: str) -> None:
+        """Raises `HookNameError`, with the nearest names, for a hook the model does not have or has switched off."""
+        if name not in self.hook_dict:
+            raise HookNameError(f"the model has no hook {name!r}." + nearest(name, self.hook_dict))
+        if name.endswith("hook_result") and not self.cfg.use_attn_result:
+            raise HookNameError(f"{name!r} is computed only after model.set_use_attn_result(True).")
+
+    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
+        """Add a hook to one point by name, or to all that a function of the name picks."""
+        if isinstance(name, str):
+            self.check_hook_name(name)
+        super().add_hook(name, *args, **kwargs)
+
+    @contextmanager
+    def hooks(
+        self, fwd_hooks: Sequence[tuple[Any, Callable]] = (), bwd_hooks: Sequence[tuple[Any, Callable]] = (), *args, **kwargs
+    ) -> Iterator["HookedBilinearTransformer"]:
+        """Hooks that last as long as the `with` block."""
+        for name, _ in (*fwd_hooks, *bwd_hooks):
+            if isinstance(name, str):
+                # A cached name list was checked by its own error; here a switched-off hook is only never called.
+                if name not in self.hook_dict:
+                    self.check_hook_name(name)
+        with super().hooks(list(fwd_hooks), list(bwd_hooks), *args, **kwargs):
+            yield self
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether attention also forms what each head adds (`attn.hook_result`): exact, but `n_heads` times the memory."""
+        self.cfg.use_attn_result = use_attn_result
+
+    # --- weights under TransformerLens' names -------------------------------------------------------------------------
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.embed.W_E
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, "d_vocab"]:
+        return self.unembed.b_U
+
+    def _stack(self, part: str, name: str) -> Tensor:
+        return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
+
+    @property
+    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
+        return self._stack("attn", "W_Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer head d_model d_head"]:
+        return self._stack("attn", "W_K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer head d_model d_head"]:
+        return self._stack("attn", "W_V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        return self._stack("attn", "W_O")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        return self._stack("mlp", "W_gate")
+
+    @property
+    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        return self._stack("mlp", "W_in")
+
+    @property
+    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
+        return self._stack("mlp", "W_out")
+
+    @property
+    def b_gate(self) -> Float[Tensor, "layer d_mlp"]:
+        return self._stack("mlp", "b_gate")
+
+    @property
+    def b_in(self) -> Float[Tensor, "layer d_mlp"]:
+        return self._stack("mlp", "b_in")
+
+    @property
+    def b_out(self) -> Float[Tensor, "layer d_model"]:
+        return self._stack("mlp", "b_out")
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, "d_model"]:
+        """Sum of the output biases of the layers below (attention has none): what `ActivationCache` asks for."""
+        biases = [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []  # type: ignore[union-attr]
+        return sum(biases, start=self.W_E.new_zeros(self.cfg.d_model))
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The unembedding direction of each token: what the normalised residual stream is dotted with for its logit."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        if isinstance(tokens, Tensor) and tokens.numel() == 1:
+            tokens = int(tokens.item())
+        return self.W_U.T[tokens]
+
+    def all_head_labels(self) -> list[str]:
+        """`L0H0`, `L0H1`, ... in the order of the stacked head weights."""
+        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+
+    # --- where the model lives ----------------------------------------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> "HookedBilinearTransformer":
+        """As `nn.Module.to`; keeps `cfg.device` and `cfg.dtype` true."""
+        super().to(*args, **kwargs)
+        weight = self.embed.W_E
+        self.cfg.device, self.cfg.dtype = str(weight.device), weight.dtype
+        return self
+
+    def save_pretrained(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write the published format; see `bilens.loading.save_model`."""
+        from bilens.loading import save_model
+
+        save_model(self, folder, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str] | None = None, **kwargs: Any) -> "HookedBilinearTransformer":
+        """Same as `bilens.load_model`."""
+        from bilens.loading import load_model
+
+        return load_model(source, **kwargs)

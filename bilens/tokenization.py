@@ -1,0 +1,181 @@
+"""Text to tokens and back, under TransformerLens' method names.
+
+One convention differs from a bare Hugging Face tokenizer, and on purpose: whether a tokenizer prepends `[BOS]` by
+itself (the published ts-4096 does, GPT-2's does not) never matters here. Texts are encoded without special tokens and
+`to_tokens(prepend_bos=True)` puts exactly one in front, `prepend_bos=False` none.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from bilens.errors import ContextLengthError, EmptyTextError, OutOfRangeError, TokenizationError, nearest
+
+PaddingSide = Literal["left", "right"]
+
+
+class TokenizationMixin:
+    """The tokenizer half of `HookedBilinearTransformer`: needs `self.cfg` and `self.tokenizer`."""
+
+    cfg: Any
+    tokenizer: Any
+
+    def _require_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise TokenizationError(
+                f"the model {self.cfg.model_name!r} has no tokenizer: put its tokenizer.json beside the weights, set "
+                "model.tokenizer to a transformers tokenizer, or pass tokens instead of text."
+            )
+        return self.tokenizer
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Int[Tensor, "batch pos"]:
+        """Tokens of a text, or of a list of texts padded to the longest.
+
+        Args:
+            input: the text(s).
+            prepend_bos: one `[BOS]` in front, or none; `None` takes `cfg.default_prepend_bos`.
+            padding_side: where the shorter texts of a list are padded; `None` takes the tokenizer's own.
+            move_to_device: put the result on the model's device.
+            truncate: cut to the model's context.
+
+        Raises:
+            EmptyTextError: a text without a token in it, when no `[BOS]` stands for it.
+            TokenizationError: the model has no tokenizer.
+        """
+        tokenizer = self._require_tokenizer()
+        prepend_bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        texts = [input] if isinstance(input, str) else input
+        if not texts:
+            raise EmptyTextError("an empty list of texts has no tokens.")
+        rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        if prepend_bos:
+            if tokenizer.bos_token_id is None:
+                raise TokenizationError("this tokenizer has no [BOS] token; pass prepend_bos=False.")
+            bos = tokenizer.bos_token_id
+            rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
+        for text, row in zip(texts, rows, strict=True):
+            if not row:
+                raise EmptyTextError(f"the text {text!r} has no tokens (and prepend_bos is False).")
+        if truncate:
+            rows = [row[: self.cfg.n_ctx] for row in rows]
+        tokens = self._pad(rows, padding_side or tokenizer.padding_side)
+        return tokens.to(self.cfg.device) if move_to_device else tokens
+
+    def _pad(self, rows: list[list[int]], side: PaddingSide) -> Int[Tensor, "batch pos"]:
+        longest = max(map(len, rows))
+        if all(len(row) == longest for row in rows):
+            return torch.tensor(rows)
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            raise TokenizationError("texts of different lengths need a padding token; set model.tokenizer.pad_token.")
+        filled = [(longest - len(row)) * [pad] for row in rows]
+        return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, filled, strict=True)])
+
+    def attention_mask(self, texts: list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+        """1 where `to_tokens(texts)` holds a token of the text, 0 where it holds padding."""
+        lengths = [self.to_tokens(text, prepend_bos=prepend_bos).shape[1] for text in texts]
+        longest = max(lengths)
+        left = self.tokenizer.padding_side == "left"
+        rows = [(longest - n) * [0] + n * [1] if left else n * [1] + (longest - n) * [0] for n in lengths]
+        return torch.tensor(rows, device=self.cfg.device)
+
+    def input_to_tokens(self, input: str | list[str] | Int[Tensor, "*batch pos"], prepend_bos: bool | None = None):
+        """What `forward` accepts, as `(batch, pos)` tokens that fit the model.
+
+        Raises:
+            EmptyTextError: nothing to run on.
+            ContextLengthError: longer than `cfg.n_ctx` (nothing is cut silently).
+            OutOfRangeError: a token id outside the vocabulary.
+        """
+        if isinstance(input, str | list):
+            if input in ("", []) or (isinstance(input, list) and "" in input):
+                raise EmptyTextError("the text is empty; give at least one word.")
+            tokens = self.to_tokens(input, prepend_bos=prepend_bos, truncate=False)
+        else:
+            tokens = input if input.ndim > 1 else input[None]
+            tokens = tokens.to(self.cfg.device)
+        if tokens.numel() == 0:
+            raise EmptyTextError(f"tokens of shape {tuple(tokens.shape)} hold nothing to run on.")
+        if tokens.shape[-1] > self.cfg.n_ctx:
+            raise ContextLengthError(
+                f"{tokens.shape[-1]} tokens do not fit the model's context of {self.cfg.n_ctx}; "
+                "cut the text, or model.to_tokens(text, truncate=True)."
+            )
+        low, high = tokens.min().item(), tokens.max().item()
+        if low < 0 or high >= self.cfg.d_vocab:
+            raise OutOfRangeError(
+                f"token {low if low < 0 else high} is outside the vocabulary, 0 to {self.cfg.d_vocab - 1}."
+            )
+        return tokens
+
+    def to_string(self, tokens: Int[Tensor, "*batch pos"] | list[int] | int) -> str | list[str]:
+        """The text of a token sequence; a list of texts for a batch. Special tokens are shown."""
+        tokenizer = self._require_tokenizer()
+        if isinstance(tokens, Tensor) and tokens.ndim == 2:
+            return tokenizer.batch_decode(tokens.tolist(), clean_up_tokenization_spaces=False)
+        ids = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def to_str_tokens(
+        self,
+        input: str | Int[Tensor, "*batch pos"] | list,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> list[str] | list[list[str]]:
+        """Each token as a string; for a list of inputs, a list of lists."""
+        tokenizer = self._require_tokenizer()
+        if isinstance(input, list):
+            return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]  # type: ignore[misc]
+        tokens = self.to_tokens(input, prepend_bos, padding_side)[0] if isinstance(input, str) else input
+        ids = tokens.squeeze().reshape(-1) if tokens.numel() == 1 else tokens.squeeze()
+        if ids.ndim != 1:
+            raise TokenizationError(f"to_str_tokens takes one sequence, not tokens of shape {tuple(tokens.shape)}.")
+        return tokenizer.batch_decode([[i] for i in ids.tolist()], clean_up_tokenization_spaces=False)
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a string that is exactly one token.
+
+        Raises:
+            TokenizationError: it is several tokens, none, or unknown to the vocabulary.
+        """
+        ids = self.to_tokens(string, prepend_bos=False)[0].tolist()
+        tokenizer = self._require_tokenizer()
+        unknown = tokenizer.unk_token_id
+        if len(ids) != 1 or (ids[0] == unknown and string != tokenizer.unk_token):
+            pieces = tokenizer.convert_ids_to_tokens(ids)
+            raise TokenizationError(
+                f"{string!r} is not a single token: it is {pieces}." + nearest(string, tokenizer.get_vocab())
+            )
+        return ids[0]
+
+    def to_single_str_token(self, int_token: int) -> str:
+        """The string of one token id."""
+        return self.to_str_tokens(torch.tensor([int_token]))[0]  # type: ignore[return-value]
+
+    def get_token_position(
+        self,
+        single_token: str | int,
+        input: str | Int[Tensor, "*batch pos"],
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
+    ) -> int:
+        """Where a token stands in a text: its first or last position.
+
+        Raises:
+            TokenizationError: it does not occur, or is not a single token.
+        """
+        tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
+        wanted = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
+        places = (tokens.flatten() == wanted).nonzero().flatten().tolist()
+        if not places:
+            raise TokenizationError(f"the token {single_token!r} does not occur in {self.to_str_tokens(input)}.")
+        return places[0 if mode == "first" else -1]

@@ -1,0 +1,366 @@
+"""Training a bilinear language model.
+
+    1. texts -> tokenizer (trained, or taken) -> token pieces
+    2. every epoch packs the pieces anew, in an order that only (seed, epoch) decides
+    3. every step: one optimiser step on one batch of packed rows, learning rate warmed up, then decayed linearly to zero
+    4. at intervals: the loss on the validation texts, and a checkpoint (weights, optimiser state, the history) as one
+       safetensors file that is written beside and renamed
+
+Because 2 and 3 depend on nothing but the seed and the step number, a run that is killed and resumed takes the same
+steps as one that is not.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bilens.config import config_from_published
+from bilens.data import TokenizedTexts, load_texts, pack, train_tokenizer
+from bilens.errors import TrainingError
+from bilens.files import write_atomically
+from bilens.loading import load_tokenizer, published_tensors, save_model
+from bilens.model import HookedBilinearTransformer
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run, its data and tokenizer apart.
+
+    Args:
+        d_model, n_layer, n_head, d_hidden, n_ctx: the architecture (published names).
+        bias, gate, bilinear, normalization: its variants.
+        epochs: passes over the training texts.
+        batch_size: packed rows of `n_ctx` tokens per step.
+        optimizer: `adamw`, or `muon` for the matrices inside the blocks (needs fewer tokens for the same loss).
+        lr: peak learning rate; reached after `warmup` of the steps, then decayed linearly to zero.
+        weight_decay, betas, grad_clip: of AdamW.
+        bf16: autocast to bfloat16 in training (validation is in float32).
+        seed: of weights and order.
+        eval_every, checkpoint_every: steps.
+    """
+
+    d_model: int = 256
+    n_layer: int = 4
+    n_head: int = 4
+    d_hidden: int = 1024
+    n_ctx: int = 256
+    bias: bool = False
+    gate: str | None = None
+    bilinear: bool = True
+    normalization: bool = True
+    epochs: float = 10.0
+    batch_size: int = 16
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 2e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    bf16: bool = True
+    seed: int = 0
+    eval_every: int = 500
+    checkpoint_every: int = 250
+
+    def published(self, tokenizer_name: str | None) -> dict[str, Any]:
+        """The published `config.json` of the model to train."""
+        keys = ("d_model", "n_layer", "n_head", "d_hidden", "n_ctx", "bias", "gate", "bilinear", "normalization")
+        return {key: getattr(self, key) for key in keys} | {"tokenizer": tokenizer_name}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on the validation texts, each from its `[BOS]` (given, not predicted) to the end of the context.
+
+    Per character: the summed loss over `len(text)` times the share of the text's tokens that fit the context.
+    """
+
+    step: int
+    nats_per_token: float
+    nats_per_character: float
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.nats_per_token:.4f} nats/token, {self.nats_per_character:.4f} nats/character"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished run: the model, and its validation losses in the order of training."""
+
+    model: HookedBilinearTransformer
+    validations: list[Validation] = field(default_factory=list)
+
+    def to_frame(self) -> Any:
+        """One row per validation."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(v) for v in self.validations])
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.validations)) or "no validation"
+
+
+@torch.no_grad()
+def validate(
+    model: HookedBilinearTransformer, texts: TokenizedTexts, *, step: int = 0, batch_size: int = 32
+) -> Validation:
+    """Loss per token and per character on whole texts; see `Validation`."""
+    tokens, mask = texts.starts(model.cfg.n_ctx)
+    total = 0.0
+    for at in range(0, len(tokens), batch_size):
+        rows, row_mask = tokens[at : at + batch_size].to(model.cfg.device), mask[at : at + batch_size]
+        # Padding is on the right, where causal attention cannot see it: only the loss needs the mask.
+        loss = model(rows, return_type="loss", loss_per_token=True)
+        total += (loss * row_mask[:, 1:].to(loss)).sum().item()
+    kept = mask[:, 1:].sum(1)
+    characters = sum(
+        n * kept_n / len(row) for n, kept_n, row in zip(texts.n_characters, kept.tolist(), texts.rows, strict=True)
+    )
+    return Validation(step, total / int(kept.sum()), total / characters)
+
+
+def train_lm(
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: TrainConfig | None = None,
+    *,
+    valid: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    vocab_size: int = 4096,
+    column: str = "text",
+    device: str | None = None,
+) -> TrainingResult:
+    """Train a model and write it, in the published format, to a folder.
+
+    A run that stopped early is continued by calling it again with the same arguments and `out`.
+
+    Args:
+        data: training texts (see `bilens.data.load_texts`).
+        out: the folder of the model; also of the checkpoint while the run lasts.
+        config: the architecture and the optimisation; `None` takes the defaults.
+        valid: validation texts; `None` sets 1 % of the training texts aside.
+        tokenizer: a folder with a `tokenizer.json`, a published name, or a hub id; `None` trains one on the texts.
+        vocab_size: of a tokenizer trained here.
+        column: the field that holds the text.
+        device: `None` takes CUDA where there is one.
+
+    Raises:
+        TrainingError: no data, or a checkpoint in `out` of another configuration.
+    """
+    config, out = config or TrainConfig(), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    train_texts = load_texts(data, column=column)
+    if valid is None:
+        held = max(1, len(train_texts) // 100)
+        valid_texts, train_texts = train_texts[:held], train_texts[held:]
+        if not train_texts:
+            raise TrainingError(f"{data} holds one text; with no validation file at least two are needed.")
+    else:
+        valid_texts = load_texts(valid, column=column)
+    hf_tokenizer, name = _tokenizer(out, tokenizer, train_texts, vocab_size, config.n_ctx)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    published = config.published(name)
+    cfg = config_from_published(published, len(hf_tokenizer), device=device, model_name=out.name)
+    model = HookedBilinearTransformer(cfg, hf_tokenizer, seed=config.seed)
+    run = TrainingRun(
+        model,
+        TokenizedTexts.from_texts(train_texts, hf_tokenizer),
+        TokenizedTexts.from_texts(valid_texts, hf_tokenizer),
+        config,
+        checkpoint=out / CHECKPOINT_FILE,
+    )
+    validations = run.fit()
+    save_model(model.eval(), out)
+    write_atomically(
+        out / "training.json",
+        lambda path: path.write_text(
+            json.dumps({"config": asdict(config), "validations": [asdict(v) for v in validations]}, indent=1)
+        ),
+    )
+    (out / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return TrainingResult(model, validations)
+
+
+def _tokenizer(
+    out: Path, source: str | os.PathLike[str] | None, texts: list[str], vocab_size: int, n_ctx: int
+) -> tuple[Any, str | None]:
+    """The tokenizer and its published name: taken from `source`, from an earlier start in `out`, or trained."""
+    if source is not None:
+        found = load_tokenizer(Path(source), str(source))
+        if found is None:
+            raise TrainingError(f"no tokenizer at {source}: neither a folder with tokenizer.json nor on the hub.")
+        return found, None if Path(source).is_dir() else str(source)
+    if (out / "tokenizer.json").exists():
+        return load_tokenizer(out, None), None
+    trained = train_tokenizer(texts, vocab_size, n_ctx)
+    trained.save_pretrained(out)
+    return trained, None
+
+
+class TrainingRun:
+    """The loop of `train_lm`, on tokens: for those who bring their own model and data."""
+
+    def __init__(
+        self,
+        model: HookedBilinearTransformer,
+        train: TokenizedTexts,
+        valid: TokenizedTexts,
+        config: TrainConfig,
+        checkpoint: Path | None = None,
+    ):
+        self.model, self.valid, self.config, self.checkpoint = model, valid, config, checkpoint
+        self.pieces = train.pieces(config.n_ctx)
+        self.rows_per_epoch = [len(pack(self.pieces, config.n_ctx, self._epoch_seed(0))) // config.batch_size]
+        if self.rows_per_epoch[0] < 1:
+            raise TrainingError(
+                f"the training texts fill less than one batch of {config.batch_size} rows of {config.n_ctx} tokens; "
+                "give more text or a smaller batch_size."
+            )
+        self.steps_per_epoch = self.rows_per_epoch[0]
+        self.n_steps = max(1, round(config.epochs * self.steps_per_epoch))
+        self.step = 0
+        self.validations: list[Validation] = []
+        self.optimizers = make_optimizers(model, config)
+
+    def fit(self) -> list[Validation]:
+        """Take every step that is left; the validation losses of the whole run."""
+        config = self.config
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self.load_checkpoint()
+        tokens_per_step = config.batch_size * config.n_ctx
+        bar = tqdm(
+            total=self.n_steps * tokens_per_step,
+            initial=self.step * tokens_per_step,
+            unit="tok",
+            unit_scale=True,
+            desc="training",
+            mininterval=1.0,
+        )
+        self.model.train()
+        try:
+            for batch in self._batches():
+                loss = self._take_step(batch)
+                self.step += 1
+                bar.update(tokens_per_step)
+                last = self.step == self.n_steps
+                if self.step % config.eval_every == 0 or last:
+                    self.validations.append(validate(self.model, self.valid, step=self.step))
+                    bar.write(f"{self.validations[-1]} (train {loss.item():.3f}, {time.strftime('%H:%M:%S')})")
+                if self.checkpoint is not None and (self.step % config.checkpoint_every == 0 or last):
+                    self.save_checkpoint()
+                if self.step % 20 == 0:
+                    bar.set_postfix(loss=f"{loss.item():.3f}")
+        except KeyboardInterrupt:
+            if self.checkpoint is not None:
+                self.save_checkpoint()
+                bar.write(f"interrupted at step {self.step}; run the same command to go on.")
+            raise
+        finally:
+            bar.close()
+        return self.validations
+
+    def _epoch_seed(self, epoch: int) -> int:
+        return self.config.seed * 1_000_003 + epoch
+
+    def _batches(self) -> Iterator[Tensor]:
+        """The batches of the steps that are left."""
+        while self.step < self.n_steps:
+            epoch, at = divmod(self.step, self.steps_per_epoch)
+            rows = pack(self.pieces, self.config.n_ctx, self._epoch_seed(epoch))
+            # Packings of different orders differ by a row or two; a short last batch is filled from the start.
+            for index in range(at, min(self.steps_per_epoch, at + self.n_steps - self.step)):
+                wanted = torch.arange(index * self.config.batch_size, (index + 1) * self.config.batch_size)
+                yield rows[wanted % len(rows)].to(self.model.cfg.device)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then linear decay to zero."""
+        warm = max(1, round(self.config.warmup * self.n_steps))
+        return self.config.lr * min((step + 1) / warm, (self.n_steps - step) / max(1, self.n_steps - warm))
+
+    def _take_step(self, batch: Tensor) -> Tensor:
+        config, model = self.config, self.model
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = self.learning_rate(self.step)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.bf16):
+            loss = model(batch, return_type="loss")
+        if not loss.isfinite():
+            raise TrainingError(f"the loss is {loss.item()} at step {self.step}; lower the learning rate {config.lr}.")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Weights, optimiser state and history as one safetensors file, whole or not at all."""
+        assert self.checkpoint is not None
+        tensors = {}
+        for name, weight in self.model.named_parameters():
+            tensors[f"model:{name}"] = weight.detach()
+            tensors |= {f"{key}:{name}": value for key, value in self._optimizer_of(weight).state[weight].items()}
+        facts = {
+            "step": str(self.step),
+            "config": json.dumps(asdict(self.config)),
+            "validations": json.dumps([asdict(v) for v in self.validations]),
+        }
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(self.checkpoint, lambda path: save_file(tensors, path, metadata=facts))
+
+    @torch.no_grad()
+    def load_checkpoint(self) -> None:
+        """Go back to where `save_checkpoint` was called.
+
+        Raises:
+            TrainingError: the checkpoint is of another configuration.
+        """
+        assert self.checkpoint is not None
+        with safe_open(self.checkpoint, framework="pt") as file:
+            facts = file.metadata()
+            saved = json.loads(facts["config"])
+            here = json.loads(json.dumps(asdict(self.config)))
+            if saved != here:
+                differ = {key: (saved.get(key), here.get(key)) for key in here if saved.get(key) != here.get(key)}
+                raise TrainingError(
+                    f"{self.checkpoint} is of another run; (there, here): {differ}. Use another folder, or delete it."
+                )
+            self.step = int(facts["step"])
+            self.validations = [Validation(**v) for v in json.loads(facts["validations"])]
+            weights = dict(self.model.named_parameters())
+            for entry in file.keys():  # noqa: SIM118
+                key, name = entry.split(":")
+                value, weight = file.get_tensor(entry), weights[name]
+                if key == "model":
+                    weight.copy_(value)
+                else:  # Adam's step counter stays where torch keeps it, on the CPU unless fused
+                    self._optimizer_of(weight).state[weight][key] = value.to(weight.device)
+
+    def _optimizer_of(self, weight: Tensor) -> torch.optim.Optimizer:
+        return next(o for o in self.optimizers if any(weight is w for g in o.param_groups for w in g["params"]))
+
+
+def make_optimizers(model: HookedBilinearTransformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for every weight; or Muon for the matrices inside the blocks and AdamW for embedding and unembedding."""
+    blocks = [weight for weight in model.blocks.parameters() if weight.ndim == 2 and config.optimizer == "muon"]
+    rest = [weight for weight in model.parameters() if not any(weight is block for block in blocks)]
+    adamw = torch.optim.AdamW(
+        rest, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    if not blocks:
+        return [adamw]
+    # Updates scaled to AdamW's usual size, so that one learning rate and one weight decay serve both.
+    muon = torch.optim.Muon(blocks, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
