@@ -86,14 +86,7 @@ def config_from_published(
     Raises:
         CheckpointError: a needed key is missing or not a positive integer, or a gate is unknown.
     """
-    for key in NEEDED_KEYS:
-        if key not in published:
-            raise CheckpointError(
-                f"config.json has no {key!r}; needed are {', '.join(NEEDED_KEYS)}." + nearest(key, published)
-            )
-        value = published[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive integer.")
+    check_positive_integers(published, NEEDED_KEYS)
     n_heads, d_model = published["n_head"], published["d_model"]
     if d_model % n_heads:
         raise CheckpointError(f"config.json: d_model {d_model} is not divisible by n_head {n_heads}.")
@@ -115,6 +108,18 @@ def config_from_published(
         model_name=model_name,
         published=dict(published),
     )
+
+
+def check_positive_integers(published: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Refuse a published config where one of `keys` is missing or not a positive integer (`CheckpointError`, named)."""
+    for key in keys:
+        if key not in published:
+            raise CheckpointError(
+                f"config.json has no {key!r}; needed are {', '.join(keys)}." + nearest(key, published)
+            )
+        value = published[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive integer.")
 
 
 def config_to_published(cfg: BilinearTransformerConfig) -> dict[str, Any]:

@@ -25,17 +25,23 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", column: str
         column: which field holds the text.
 
     Raises:
-        TrainingError: no such file, or no such column.
-        EmptyTextError: nothing but empty texts.
+        TrainingError: no such file, one that cannot be read, no such column, or a column of something else than text.
+        EmptyTextError: nothing but empty texts, or nothing at all.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(source).expanduser()
     suffixes = [s for s in path.suffixes if s not in (".gz", ".zst", ".xz")]
     kind = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}.get(suffixes[-1] if suffixes else "")
     if path.exists() and kind is not None:
         options = {"sample_by": "paragraph"} if kind == "text" else {}
-        data = load_dataset(kind, data_files=str(path.resolve()), split="train", **options)
+        try:
+            data = load_dataset(kind, data_files=str(path.resolve()), split="train", **options)
+        except StopIteration as error:  # datasets' answer to a file without a row
+            raise EmptyTextError(f"{source}: the file is empty.") from error
+        except DatasetGenerationError as error:
+            raise TrainingError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
     elif kind is not None:
         raise TrainingError(f"no file {path} (in {Path.cwd()}).")
     elif path.exists():
@@ -44,6 +50,9 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", column: str
         data = load_dataset(str(source), split=split)
     if column not in data.column_names:
         raise TrainingError(f"{source} has no column {column!r}; it has {data.column_names}.")
+    other = next((text for text in data[column] if not isinstance(text, str | None)), None)
+    if other is not None:
+        raise TrainingError(f"{source}: column {column!r} holds {other!r}, expected text.")
     texts = [text for text in data[column] if text and text.strip()]
     if not texts:
         raise EmptyTextError(f"{source}: every text is empty.")
@@ -141,6 +150,8 @@ def pack(pieces: Sequence[list[int]], n_ctx: int, seed: int) -> Int[Tensor, "row
     A piece's overhang is dropped for this order and seen in others. Every row so starts with `[BOS]`, as every text
     does when the model is used. With too few tokens for one row, the pieces are repeated.
     """
+    if not any(pieces):
+        raise EmptyTextError("there are no tokens to pack.")
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
     rows: list[list[int]] = []
     row: list[int] = []

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens.errors import EmptyTextError
 from bilens.kv_cache import KeyValueCache
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def sample(
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: its tokens could not be run with gradients afterwards
 def generate(
     model: "HookedBilinearTransformer",
     input: str | list[str] | Int[Tensor, "*batch pos"] = "",
@@ -60,6 +61,8 @@ def generate(
 
     Raises:
         ContextLengthError: the prompt alone does not fit.
+        EmptyTextError: an empty list, or an empty text without `[BOS]`.
+        TokenizationError: text is given or asked for, and the model has no tokenizer.
         ValueError: a negative temperature or `top_k` below 1.
     """
     if temperature < 0 or (top_k is not None and top_k < 1):
@@ -68,6 +71,8 @@ def generate(
     mask = None
     if is_text:
         texts = [input] if isinstance(input, str) else input
+        if not texts:
+            raise EmptyTextError("an empty list of texts has nothing to continue.")
         rows = [model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist() for text in texts]
         tokens = model._pad(rows, "left").to(model.cfg.device)
         longest = tokens.shape[1]
@@ -98,7 +103,8 @@ def generate(
             break
     if return_type == "tokens" or (return_type == "input" and not is_text):
         return tokens
-    drop = {i for i in (model.tokenizer.bos_token_id, model.tokenizer.pad_token_id, eos) if i is not None}
+    tokenizer = model._require_tokenizer()
+    drop = {i for i in (tokenizer.bos_token_id, tokenizer.pad_token_id, eos) if i is not None}
     texts_out = [model.to_string([t for t in row if t not in drop]) for row in tokens.tolist()]
     return texts_out if isinstance(input, list) or (not is_text and len(texts_out) > 1) else texts_out[0]
 

@@ -20,7 +20,16 @@ class KeyValueCache:
 
     @property
     def n_positions(self) -> int:
-        return 0 if self.entries[0] is None else self.entries[0][0].shape[1]
+        return next((entry[0].shape[1] for entry in self.entries if entry is not None), 0)
+
+    def append_mask(self, mask: Int[Tensor, "batch new"] | None, new: Tensor) -> Int[Tensor, "batch pos"] | None:
+        """Add the mask of the new positions of `new`, `(batch, new, ...)`; that of all, `None` where none is padded."""
+        if mask is None and self.mask is None:
+            return None
+        batch, n_new = new.shape[:2]
+        past = self.mask if self.mask is not None else mask.new_ones(batch, self.n_positions)  # type: ignore[union-attr]
+        self.mask = torch.cat([past, past.new_ones(batch, n_new) if mask is None else mask], dim=1)
+        return self.mask
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add new positions to a layer; return all of its keys and values."""

@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_MODEL = "ts-tiny"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,17 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: weight.detach().to("cpu", dtype or weight.dtype).contiguous()
+        name: weight.detach().to("cpu", dtype or model.cfg.dtype).contiguous()
         for name, weight in published_tensors(model).items()
     }
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     config = config_to_published(model.cfg) | {"dtype": str(dtype or model.cfg.dtype).removeprefix("torch.")}
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+        with TemporaryDirectory(dir=folder, prefix=".tokenizer") as beside:
+            model.tokenizer.save_pretrained(beside)
+            for file in Path(beside).iterdir():
+                os.replace(file, folder / file.name)
 
 
 def published_tensors(model: HookedBilinearTransformer) -> dict[str, Tensor]:
@@ -154,7 +159,7 @@ def find_model(source: str | os.PathLike[str] | None) -> tuple[Path, str]:
                 found = sorted(p.name for p in path.iterdir())
                 raise ModelNotFoundError(f"{path} has no {file}; it holds {found}.")
         return path, str(source)
-    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
         files = [CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES]
         return fetch_from_hub(source, files, needed=(CONFIG_FILE, WEIGHTS_FILE)), source
     raise ModelNotFoundError(
@@ -163,8 +168,13 @@ def find_model(source: str | os.PathLike[str] | None) -> tuple[Path, str]:
     )
 
 
-def fetch_from_hub(repo: str, files: list[str], needed: tuple[str, ...]) -> Path:
+def fetch_from_hub(repo: str, files: list[str], needed: tuple[str, ...] = ()) -> Path:
     """Download what a hub repository has of `files` into the Hugging Face cache; the snapshot's folder.
+
+    Args:
+        repo: a hub id.
+        files: names or glob patterns; nothing else is downloaded.
+        needed: names that have to be there afterwards.
 
     Raises:
         ModelNotFoundError: no such repository, a gated one, a needed file missing, or no connection and no cache.
@@ -198,16 +208,28 @@ def load_tokenizer(folder: Path, name: str | None) -> Any:
 
     A model without a tokenizer is usable with tokens, so a tokenizer that cannot be fetched is not an error here; its
     absence is one where text is first used.
+
+    Raises:
+        CheckpointError: the tokenizer's own files are damaged.
     """
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (folder / "tokenizer.json").exists():
         special = {"unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[EOS]"}
         options = folder / "tokenizer_config.json"
-        read = json.loads(options.read_text()) if options.exists() else special
-        special = {key: read[key] for key in special if read.get(key) is not None}
+        read = read_config(options) if options.exists() else special
+        # Older files hold {"content": "[BOS]", ...} where newer ones hold "[BOS]".
+        found = {key: token["content"] if isinstance(token := read.get(key), dict) else token for key in special}
+        try:
+            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+        # A special token that the vocabulary lacks would be added to it, with an id that the model has no row for.
         return PreTrainedTokenizerFast(
-            tokenizer_file=str(folder / "tokenizer.json"), clean_up_tokenization_spaces=False, **special
+            tokenizer_object=backend,
+            clean_up_tokenization_spaces=False,
+            **{key: token for key, token in found.items() if token and backend.token_to_id(token) is not None},
         )
     if name is None:
         return None
@@ -272,6 +294,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Compare the tensors of the file at `path` with the names and shapes that its config asks for.
+
+    Raises:
+        CheckpointError: a tensor is missing (with the nearest left over), of another shape, or left over.
+    """
+    unread = tensors.keys() - wanted.keys()
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: no tensor {name!r}, which the config asks for." + nearest(name, unread))
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, the config asks for {shape}."
+            )
+    if unread:
+        raise CheckpointError(f"{path}: tensors {sorted(unread)} have no place in the model the config describes.")
+
+
 def _empty_model(cfg: BilinearTransformerConfig, tokenizer: Any) -> HookedBilinearTransformer:
     """The model with weights that are about to be overwritten, so drawing them would be wasted."""
     drawn = HookedBilinearTransformer._init_weights
@@ -284,17 +324,8 @@ def _empty_model(cfg: BilinearTransformerConfig, tokenizer: Any) -> HookedBiline
 
 @torch.no_grad()
 def _copy_weights(model: HookedBilinearTransformer, tensors: dict[str, Tensor], path: Path) -> None:
-    wanted = published_tensors(model)
-    unread = {name for name in tensors if not name.endswith("rotary.inv_freq")} - wanted.keys()
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary.inv_freq")}
+    wanted = {name: w for name, w in published_tensors(model).items() if not name.endswith("rotary.inv_freq")}
+    check_shapes(tensors, {name: tuple(weight.shape) for name, weight in wanted.items()}, path)
     for name, weight in wanted.items():
-        if name.endswith("rotary.inv_freq"):
-            continue
-        if name not in tensors:
-            raise CheckpointError(f"{path}: no tensor {name!r}, which the config asks for." + nearest(name, unread))
-        if tensors[name].shape != weight.shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, the config asks for {tuple(weight.shape)}."
-            )
         weight.copy_(tensors[name])
-    if unread:
-        raise CheckpointError(f"{path}: tensors {sorted(unread)} have no place in the model the config describes.")

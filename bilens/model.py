@@ -27,7 +27,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
 from bilens.config import BilinearTransformerConfig
-from bilens.errors import HookNameError, NotBilinearError, OutOfRangeError, nearest
+from bilens.errors import ContextLengthError, HookNameError, NotBilinearError, OutOfRangeError, nearest
 from bilens.generation import generate
 from bilens.kv_cache import KeyValueCache
 from bilens.tokenization import TokenizationMixin
@@ -64,8 +64,15 @@ class Rotary(nn.Module):
 
     def __init__(self, d_head: int, base: float = 10_000.0):
         super().__init__()
-        inv_freq = base ** -(torch.arange(0, d_head, 2).float() / d_head)
+        inv_freq = 1.0 / base ** (torch.arange(0, d_head, 2).float() / d_head)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        """The frequencies follow the model to its device, never to its dtype."""
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = exact.to(self.inv_freq.device)
+        return self
 
     def forward(
         self, x: Float[Tensor, "batch pos head d_head"], positions: Int[Tensor, "#batch pos"]
@@ -334,10 +341,13 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
         else:
             residual = input
             tokens = None if tokens is None else self.input_to_tokens(tokens)
-        if past_kv_cache is not None and attention_mask is not None:
-            if past_kv_cache.mask is not None:
-                attention_mask = torch.cat([past_kv_cache.mask, attention_mask], dim=1)
-            past_kv_cache.mask = attention_mask
+        if past_kv_cache is not None:
+            past, new = past_kv_cache.n_positions, residual.shape[1]
+            if past + new > self.cfg.n_ctx:
+                raise ContextLengthError(
+                    f"{new} tokens after the {past} in the cache do not fit the model's context of {self.cfg.n_ctx}."
+                )
+            attention_mask = past_kv_cache.append_mask(attention_mask, residual)
         positions = self._positions(residual, attention_mask, past_kv_cache)
         first, last = self._layer_bound(start_at_layer, 0), self._layer_bound(stop_at_layer, self.cfg.n_layers)
         for block in self.blocks[first:last]:  # type: ignore[union-attr]
@@ -353,6 +363,8 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
             raise ValueError(f"return_type {return_type!r} is not one of 'logits', 'loss', 'both', None.")
         if tokens is None:
             raise ValueError("a loss from a residual stream needs the tokens: pass tokens=.")
+        if attention_mask is not None:  # with a cache it covers the earlier positions too
+            attention_mask = attention_mask[:, -tokens.shape[1] :]
         loss = self.loss_fn(logits, tokens, attention_mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
@@ -395,22 +407,32 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
 
     def run_with_cache(self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any):
         """Run and keep activations: `(output, ActivationCache)`; see TransformerLens for the arguments."""
-        names = kwargs.get("names_filter")
-        if isinstance(names, str | list | tuple | set):
-            names = [names] if isinstance(names, str) else list(names)
-            for name in names:
-                self.check_hook_name(name)
-            kwargs["names_filter"] = names
         output, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:
             return output, cache
         return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
+        """The hooks of `run_with_cache`: names are checked, a function (or `None`, for all) picks from what is computed."""
+        if isinstance(names_filter, str | list | tuple | set):
+            names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+            for name in names:
+                self.check_hook_name(name)
+            return super().get_caching_hooks(names, *args, **kwargs)
+
+        def wanted(name: str) -> bool:
+            return not self._is_switched_off(name) and (names_filter is None or names_filter(name))
+
+        return super().get_caching_hooks(wanted, *args, **kwargs)
+
+    def _is_switched_off(self, name: str) -> bool:
+        return name.endswith("hook_result") and not self.cfg.use_attn_result
+
     def check_hook_name(self, name: str) -> None:
         """Raises `HookNameError`, with the nearest names, for a hook the model does not have or has switched off."""
         if name not in self.hook_dict:
             raise HookNameError(f"the model has no hook {name!r}." + nearest(name, self.hook_dict))
-        if name.endswith("hook_result") and not self.cfg.use_attn_result:
+        if self._is_switched_off(name):
             raise HookNameError(f"{name!r} is computed only after model.set_use_attn_result(True).")
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
@@ -426,9 +448,7 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
         """Hooks that last as long as the `with` block."""
         for name, _ in (*fwd_hooks, *bwd_hooks):
             if isinstance(name, str):
-                # A cached name list was checked by its own error; here a switched-off hook is only never called.
-                if name not in self.hook_dict:
-                    self.check_hook_name(name)
+                self.check_hook_name(name)
         with super().hooks(list(fwd_hooks), list(bwd_hooks), *args, **kwargs):
             yield self
 
@@ -516,6 +536,9 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
             tokens = self.to_single_token(tokens)
         if isinstance(tokens, Tensor) and tokens.numel() == 1:
             tokens = int(tokens.item())
+        ids = torch.as_tensor(tokens)
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.cfg.d_vocab:
+            raise OutOfRangeError(f"tokens {tokens} are not all in the vocabulary, 0 to {self.cfg.d_vocab - 1}.")
         return self.W_U.T[tokens]
 
     def all_head_labels(self) -> list[str]:
@@ -524,9 +547,9 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
 
     # --- where the model lives ----------------------------------------------------------------------------------------
 
-    def to(self, *args: Any, **kwargs: Any) -> "HookedBilinearTransformer":
-        """As `nn.Module.to`; keeps `cfg.device` and `cfg.dtype` true."""
-        super().to(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HookedBilinearTransformer":
+        """Every `to`, `cuda`, `half`, ... comes through here: keeps `cfg.device` and `cfg.dtype` true."""
+        super()._apply(fn, recurse)
         weight = self.embed.W_E
         self.cfg.device, self.cfg.dtype = str(weight.device), weight.dtype
         return self

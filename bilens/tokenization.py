@@ -171,9 +171,13 @@ class TokenizationMixin:
         """Where a token stands in a text: its first or last position.
 
         Raises:
-            TokenizationError: it does not occur, or is not a single token.
+            TokenizationError: it does not occur, or is not a single token; or `input` is several sequences.
         """
+        if mode not in ("first", "last"):
+            raise ValueError(f"mode {mode!r} is not 'first' or 'last'.")
         tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
+        if tokens.ndim > 1 and tokens.shape[0] > 1:
+            raise TokenizationError(f"get_token_position takes one sequence, not tokens of shape {tuple(tokens.shape)}.")
         wanted = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
         places = (tokens.flatten() == wanted).nonzero().flatten().tolist()
         if not places:

@@ -2,7 +2,7 @@
 
     1. texts -> tokenizer (trained, or taken) -> token pieces
     2. every epoch packs the pieces anew, in an order that only (seed, epoch) decides
-    3. every step: one optimiser step on one batch of packed rows, learning rate warmed up, then decayed linearly to zero
+    3. every step: AdamW on one batch of packed rows, learning rate warmed up, then decayed linearly to zero
     4. at intervals: the loss on the validation texts, and a checkpoint (weights, optimiser state, the history) as one
        safetensors file that is written beside and renamed
 
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -43,7 +43,6 @@ class TrainConfig:
         bias, gate, bilinear, normalization: its variants.
         epochs: passes over the training texts.
         batch_size: packed rows of `n_ctx` tokens per step.
-        optimizer: `adamw`, or `muon` for the matrices inside the blocks (needs fewer tokens for the same loss).
         lr: peak learning rate; reached after `warmup` of the steps, then decayed linearly to zero.
         weight_decay, betas, grad_clip: of AdamW.
         bf16: autocast to bfloat16 in training (validation is in float32).
@@ -62,7 +61,6 @@ class TrainConfig:
     normalization: bool = True
     epochs: float = 10.0
     batch_size: int = 16
-    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 2e-3
     warmup: float = 0.03
     weight_decay: float = 0.1
@@ -231,7 +229,9 @@ class TrainingRun:
         self.n_steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.step = 0
         self.validations: list[Validation] = []
-        self.optimizers = make_optimizers(model, config)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
 
     def fit(self) -> list[Validation]:
         """Take every step that is left; the validation losses of the whole run."""
@@ -290,7 +290,7 @@ class TrainingRun:
 
     def _take_step(self, batch: Tensor) -> Tensor:
         config, model = self.config, self.model
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+        for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.bf16):
             loss = model(batch, return_type="loss")
@@ -298,9 +298,8 @@ class TrainingRun:
             raise TrainingError(f"the loss is {loss.item()} at step {self.step}; lower the learning rate {config.lr}.")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.detach()
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -311,7 +310,7 @@ class TrainingRun:
         tensors = {}
         for name, weight in self.model.named_parameters():
             tensors[f"model:{name}"] = weight.detach()
-            tensors |= {f"{key}:{name}": value for key, value in self._optimizer_of(weight).state[weight].items()}
+            tensors |= {f"{key}:{name}": value for key, value in self.optimizer.state[weight].items()}
         facts = {
             "step": str(self.step),
             "config": json.dumps(asdict(self.config)),
@@ -346,21 +345,4 @@ class TrainingRun:
                 if key == "model":
                     weight.copy_(value)
                 else:  # Adam's step counter stays where torch keeps it, on the CPU unless fused
-                    self._optimizer_of(weight).state[weight][key] = value.to(weight.device)
-
-    def _optimizer_of(self, weight: Tensor) -> torch.optim.Optimizer:
-        return next(o for o in self.optimizers if any(weight is w for g in o.param_groups for w in g["params"]))
-
-
-def make_optimizers(model: HookedBilinearTransformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for every weight; or Muon for the matrices inside the blocks and AdamW for embedding and unembedding."""
-    blocks = [weight for weight in model.blocks.parameters() if weight.ndim == 2 and config.optimizer == "muon"]
-    rest = [weight for weight in model.parameters() if not any(weight is block for block in blocks)]
-    adamw = torch.optim.AdamW(
-        rest, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
-    if not blocks:
-        return [adamw]
-    # Updates scaled to AdamW's usual size, so that one learning rate and one weight decay serve both.
-    muon = torch.optim.Muon(blocks, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [adamw, muon]
+                    self.optimizer.state[weight][key] = value.to(weight.device)

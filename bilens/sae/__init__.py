@@ -1,0 +1,27 @@
+"""SAEs: SAELens' classes, the published format, training, evaluation, and what features fire on."""
+
+from bilens.sae.evaluation import SAEScore, SAEScores, evaluate_saes
+from bilens.sae.examples import Example, FeatureActivations, FeatureSummary, feature_activations
+from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae
+from bilens.sae.scope import ScopeSAE, ScopeSAEConfig
+from bilens.sae.training import SAETrainConfig, train_saes
+from bilens.sae.view import SAEView
+
+__all__ = [
+    "Example",
+    "FeatureActivations",
+    "FeatureSummary",
+    "SAEEntry",
+    "SAEList",
+    "SAEScore",
+    "SAEScores",
+    "SAETrainConfig",
+    "SAEView",
+    "ScopeSAE",
+    "ScopeSAEConfig",
+    "evaluate_saes",
+    "feature_activations",
+    "list_saes",
+    "load_sae",
+    "train_saes",
+]

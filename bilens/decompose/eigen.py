@@ -1,0 +1,44 @@
+"""Eigenpairs of symmetric matrices in the order and sign that a reader expects."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bilens.errors import OutOfRangeError
+
+
+def sorted_eigenpairs(
+    matrix: Float[Tensor, "*n d d"], k: int | None = None
+) -> tuple[Float[Tensor, "*n k"], Float[Tensor, "*n k d"]]:
+    """Eigenvalues by falling absolute value, and their unit eigenvectors as rows.
+
+    Of two eigenvalues `+a` and `-a` that differ by rounding only, the positive one comes first. Each vector's entry of
+    largest absolute value is positive.
+
+    Args:
+        matrix: symmetric.
+        k: how many; `None` gives all.
+
+    Raises:
+        OutOfRangeError: `k` is not in 1..d.
+    """
+    d = matrix.shape[-1]
+    if k is not None and not 1 <= k <= d:
+        raise OutOfRangeError(f"k is {k}, expected 1 to {d} (or None for all).")
+    values, columns = torch.linalg.eigh(matrix)
+    order = _by_magnitude(values)[..., :k]
+    values = values.gather(-1, order)
+    vectors = columns.mT.gather(-2, order[..., None].expand(*order.shape, d))
+    largest = vectors.abs().argmax(-1, keepdim=True)
+    return values, vectors * vectors.gather(-1, largest).sign()
+
+
+def _by_magnitude(values: Float[Tensor, "*n d"]) -> Tensor:
+    """Indices by falling `|value|`, positive first among those equal up to rounding."""
+    order = values.abs().argsort(-1, descending=True)
+    ranked = values.gather(-1, order)
+    # eigh is backward stable: each value is off by a few units of rounding of the largest one.
+    rounding = 8 * torch.finfo(values.dtype).eps * ranked[..., :1].abs()
+    gaps = ranked.abs().diff(dim=-1, prepend=ranked[..., :1].abs()).abs() > rounding
+    cluster = gaps.cumsum(-1)
+    return order.gather(-1, (2 * cluster + (ranked < 0)).argsort(dim=-1, stable=True))

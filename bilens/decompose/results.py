@@ -1,0 +1,282 @@
+"""What the analyses return: frozen, and able to print, tabulate and plot themselves.
+
+Plots come from `bilens.viz`, imported when asked for: numbers here, pictures there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True)
+class Eigencircuits:
+    """Eigenpairs of the interaction matrices of one output (no leading axis) or of `n`.
+
+    Attributes:
+        values: `lambda`, by falling absolute value.
+        vectors: unit eigenvectors as rows, largest entry positive.
+        decoder: the input SAE's decoder directions, where there is one, for reading the vectors in features.
+        names: of the input features.
+    """
+
+    values: Float[Tensor, "*n k"]
+    vectors: Float[Tensor, "*n k d_model"]
+    decoder: Float[Tensor, "d_sae d_model"] | None = field(default=None, repr=False)
+    names: Sequence[str] | None = field(default=None, repr=False)
+
+    def activations(self, x: Float[Tensor, "*p d_model"]) -> Float[Tensor, "*p k"] | Float[Tensor, "*p n k"]:
+        """`lambda (v . x)^2` of every eigencircuit on every input; they add up to the quadratic part of the output."""
+        projections = (x @ self.vectors.flatten(0, -2).T).unflatten(-1, self.values.shape)
+        return self.values * projections**2
+
+    def cosines(self) -> Float[Tensor, "*n k d_sae"]:
+        """Cosine of every eigenvector with every input feature's decoder direction."""
+        from bilens.errors import MissingSAEError
+
+        if self.decoder is None:
+            raise MissingSAEError("reading eigenvectors in input features needs an input_sae; the Decomposer has none.")
+        return self.vectors @ torch.nn.functional.normalize(self.decoder, dim=-1).T
+
+    def in_features(self, top: int = 8) -> "pd.DataFrame":
+        """The `top` input features of each eigenvector by absolute cosine: `output, rank, eigenvalue, i, name, cosine`."""
+        import pandas as pd
+
+        cosines = self.cosines().reshape(-1, self.values.shape[-1], self.decoder.shape[0])  # type: ignore[union-attr]
+        values = self.values.reshape(-1, self.values.shape[-1])
+        chosen = cosines.abs().topk(min(top, cosines.shape[-1]), dim=-1).indices
+        rows = [
+            {
+                "output": n,
+                "rank": rank,
+                "eigenvalue": values[n, rank].item(),
+                "i": i,
+                "name": _name(self.names, i),
+                "cosine": cosines[n, rank, i].item(),
+            }
+            for n in range(values.shape[0])
+            for rank in range(values.shape[1])
+            for i in chosen[n, rank].tolist()
+        ]
+        return pd.DataFrame(rows)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per eigenpair: `output, rank, eigenvalue, share` (of the squared Frobenius norm of those kept)."""
+        import pandas as pd
+
+        values = self.values.reshape(-1, self.values.shape[-1])
+        share = values**2 / (values**2).sum(-1, keepdim=True)
+        return pd.DataFrame(
+            [
+                {"output": n, "rank": rank, "eigenvalue": values[n, rank].item(), "share": share[n, rank].item()}
+                for n in range(values.shape[0])
+                for rank in range(values.shape[1])
+            ]
+        )
+
+    def plot(self) -> "go.Figure":
+        """The spectrum (of the first output, where there are several)."""
+        from bilens.viz.plots import spectrum
+
+        return spectrum(self.values.reshape(-1, self.values.shape[-1])[0].tolist())
+
+    def __str__(self) -> str:
+        return f"Eigencircuits({tuple(self.values.shape)})\n{self.to_frame().head(10).to_string(index=False)}"
+
+
+@dataclass(frozen=True)
+class TopInteractions:
+    """The largest interactions of each output, self and cross together.
+
+    A cross pair `(i, j)` with `i < j` stands once, with coefficient `2 Q_ij`; a self interaction has `Q_ii`. One output's
+    contribution on a token is `coefficient * f_i * f_j`.
+
+    Attributes:
+        outputs: the output features, or 0..n-1 for directions.
+        i, j: input features, `i <= j`.
+        coefficients: by falling absolute value.
+        features: all input features that occur, ascending.
+        submatrix: the interaction matrices restricted to `features`: the smallest that hold every listed pair.
+    """
+
+    outputs: Int[Tensor, "n"]
+    i: Int[Tensor, "n k"]
+    j: Int[Tensor, "n k"]
+    coefficients: Float[Tensor, "n k"]
+    features: Int[Tensor, "m"]
+    submatrix: Float[Tensor, "*n m m"] = field(repr=False)
+    input_names: Sequence[str] | None = field(default=None, repr=False)
+    output_names: Sequence[str] | None = field(default=None, repr=False)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per interaction: `output, i, j, kind, coefficient, output_name, i_name, j_name`."""
+        import pandas as pd
+
+        rows = []
+        for row, output in enumerate(self.outputs.tolist()):
+            for i, j, coefficient in zip(
+                self.i[row].tolist(), self.j[row].tolist(), self.coefficients[row].tolist(), strict=True
+            ):
+                rows.append(
+                    {
+                        "output": output,
+                        "i": i,
+                        "j": j,
+                        "kind": "self" if i == j else "cross",
+                        "coefficient": coefficient,
+                        "output_name": _name(self.output_names, output),
+                        "i_name": _name(self.input_names, i),
+                        "j_name": _name(self.input_names, j),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def plot(self) -> "go.Figure":
+        """Heat map of the sub-matrix (of the first output, where there are several)."""
+        from bilens.viz.plots import heatmap
+
+        matrix = self.submatrix if self.submatrix.ndim == 2 else self.submatrix[0]
+        names = [_name(self.input_names, i) for i in self.features.tolist()]
+        return heatmap(matrix.tolist(), names, names, "interactions")
+
+    def __str__(self) -> str:
+        return self.to_frame().head(20).to_string(index=False)
+
+
+BIAS_SOURCES = ("b_dec", "error", "mlp bias")
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The exact expansion of one output feature's pre-activation at one token (DESIGN section 4).
+
+    The layer's input is split into sources that add up to it: each active input feature `f_i d_i`, then the input SAE's
+    `b_dec`, its reconstruction `error`, and the constant 1 that MLP biases multiply. `contributions[s, t]` is what the
+    pair of sources adds (a cross pair `s != t` stands at both `[s, t]` and `[t, s]`, half each); `output_bias` is what the
+    output SAE itself adds (`- e . b_dec + b`). All of them together are the pre-activation.
+
+    Attributes:
+        feature, position: of the output; `position` counts from the front, `[BOS]` included.
+        tokens: the token strings.
+        inputs: the active input features, in the order of the first rows of `contributions`.
+        activations: `f_i` of each.
+        coefficients: `Q_ij` between them (with the token's frozen scale, for an SAE on `resid_mid`).
+        contributions: of every pair of sources.
+        output_bias: what does not come from the layer.
+        actual: the pre-activation the output SAE computes from the model's own `hook_mlp_out`, before its top-k.
+        active: whether the feature is among those the output SAE lets through.
+    """
+
+    layer: int
+    feature: int
+    position: int
+    tokens: list[str] = field(repr=False)
+    inputs: Int[Tensor, "m"] = field(repr=False)
+    activations: Float[Tensor, "m"] = field(repr=False)
+    coefficients: Float[Tensor, "m m"] = field(repr=False)
+    contributions: Float[Tensor, "source source"] = field(repr=False)
+    output_bias: float
+    actual: float
+    active: bool
+    input_names: Sequence[str] | None = field(default=None, repr=False)
+    output_name: str = ""
+
+    @property
+    def total(self) -> float:
+        """The float32 sum of every part."""
+        return (self.contributions.sum() + torch.tensor(self.output_bias)).item()
+
+    @property
+    def absolute_sum(self) -> float:
+        """Sum of the absolute values of the parts: what `completeness_error` is measured against."""
+        pairs = self.contributions.tril(-1) * 2 + self.contributions.diag().diag()
+        return pairs.abs().sum().item() + abs(self.output_bias)
+
+    @property
+    def completeness_error(self) -> float:
+        """`total - actual`: rounding, and nothing else."""
+        return self.total - self.actual
+
+    @property
+    def relative_error(self) -> float:
+        """`|completeness_error|` over the sum of absolute parts (the pre-activation itself may be near zero)."""
+        return abs(self.completeness_error) / max(self.absolute_sum, torch.finfo(torch.float32).tiny)
+
+    @property
+    def groups(self) -> dict[str, float]:
+        """The sum of each group of parts; the groups add up to `total`."""
+        m = len(self.inputs)
+        features, rest = self.contributions[:m, :m], self.contributions[m:, m:]
+        self_part = features.diagonal().sum()
+        groups = {"self interactions": self_part.item(), "cross interactions": (features.sum() - self_part).item()}
+        for s, name in enumerate(BIAS_SOURCES):
+            groups[f"features x {name}"] = 2 * self.contributions[:m, m + s].sum().item()
+        for s, first in enumerate(BIAS_SOURCES):
+            for t, second in enumerate(BIAS_SOURCES[: s + 1]):
+                groups[f"{second} x {first}"] = (rest[s, t] * (1 if s == t else 2)).item()
+        return groups | {"output bias": self.output_bias}
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Pairs of active input features by falling absolute contribution.
+
+        Columns `i, j, kind, f_i, f_j, coefficient, contribution, i_name, j_name`; a cross pair stands once, with
+        coefficient `2 Q_ij`, so that `contribution = coefficient * f_i * f_j`.
+        """
+        import pandas as pd
+
+        m = len(self.inputs)
+        rows = []
+        for s in range(m):
+            for t in range(s + 1):
+                # Input features ascend, so source t <= s has the smaller index.
+                i, j = int(self.inputs[t]), int(self.inputs[s])
+                weight = 1 if s == t else 2
+                rows.append(
+                    {
+                        "i": i,
+                        "j": j,
+                        "kind": "self" if s == t else "cross",
+                        "f_i": self.activations[t].item(),
+                        "f_j": self.activations[s].item(),
+                        "coefficient": weight * self.coefficients[s, t].item(),
+                        "contribution": weight * self.contributions[s, t].item(),
+                        "i_name": _name(self.input_names, i),
+                        "j_name": _name(self.input_names, j),
+                    }
+                )
+        columns = ["i", "j", "kind", "f_i", "f_j", "coefficient", "contribution", "i_name", "j_name"]
+        frame = pd.DataFrame(rows, columns=columns)
+        return frame.sort_values("contribution", key=abs, ascending=False, ignore_index=True)
+
+    def plot(self, top: int = 15) -> "go.Figure":
+        """The largest pairs, and every other group, as signed bars."""
+        from bilens.viz.plots import bars
+
+        pairs = self.to_frame()
+        labels = [a if a == b else f"{a} x {b}" for a, b in zip(pairs.i_name[:top], pairs.j_name[:top], strict=True)]
+        shown = dict(zip(labels, pairs.contribution[:top], strict=True))
+        if len(pairs) > top:
+            shown["other pairs"] = pairs.contribution[top:].sum()
+        shown |= {name: value for name, value in self.groups.items() if "interactions" not in name and value}
+        return bars(list(shown), list(shown.values()))
+
+    def __str__(self) -> str:
+        name = self.output_name or self.feature
+        lines = [
+            f"output feature {name} at position {self.position} ({self.tokens[self.position]!r})",
+            f"  pre-activation {self.actual:+.5f} ({'active' if self.active else 'not active'}), parts {self.total:+.5f},"
+            f" completeness error {self.completeness_error:+.1e} ({self.relative_error:.1e} of the absolute parts)",
+            *(f"  {value:+10.4f}  {group}" for group, value in self.groups.items() if value),
+        ]
+        return "\n".join(lines)
+
+
+def _name(names: Sequence[str] | None, index: int) -> str:
+    return str(index) if names is None else names[index]

@@ -1,0 +1,353 @@
+"""SAEs in: published repositories (`<model>-scope`), SAELens folders, and those bundled with bilens.
+
+A source holds one folder per SAE, named `{layer}-{point}-x{expansion}-k{k}[-{tag}]`, in one of two formats:
+
+    published    config.json + model.safetensors        read as a `ScopeSAE`
+    saelens      cfg.json + sae_weights.safetensors     read by `SAE.load_from_disk`
+
+Every SAE loaded here reads and writes the TransformerLens hook of its point. A published attn-out SAE was trained
+before the residual scale `s` and the hook comes after it, so `s` is folded into its weights.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.util import dtype_to_str
+
+from bilens.config import check_positive_integers
+from bilens.errors import CheckpointError, ModelNotFoundError, SAEMismatchError, nearest
+from bilens.loading import (
+    CONFIG_FILE,
+    HUB_ID,
+    PRETRAINED,
+    WEIGHTS_FILE,
+    check_shapes,
+    fetch_from_hub,
+    list_models,
+    read_config,
+    read_tensors,
+    resolve_dtype,
+)
+from bilens.sae.scope import ScopeSAE, ScopeSAEConfig
+
+POINT_TO_HOOK = {
+    "resid-pre": "hook_resid_pre",
+    "resid-mid": "hook_resid_mid",
+    "resid-post": "hook_resid_post",
+    "mlp-in": "ln2.hook_normalized",
+    "mlp-out": "hook_mlp_out",
+    "attn-out": "hook_attn_out",
+}
+HOOK_TO_POINT = {hook: point for point, hook in POINT_TO_HOOK.items()}
+FORMATS = {
+    "published": (CONFIG_FILE, WEIGHTS_FILE),
+    "saelens": (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME),
+}
+FOLDER_NAME = re.compile(rf"(\d+)-({'|'.join(POINT_TO_HOOK)})-x(\d+)-k(\d+)(?:-([\w.+-]+))?")
+EXPECTED = "expected the name {layer}-{point}-x{expansion}-k{k}[-{tag}], and in it " + " or ".join(
+    f"{config} + {weights}" for config, weights in FORMATS.values()
+)
+
+
+def hook_of(point: str, layer: int) -> str:
+    """The TransformerLens hook of a published point: `("mlp-in", 3)` is `blocks.3.ln2.hook_normalized`.
+
+    Raises:
+        SAEMismatchError: no such point (with the nearest).
+    """
+    if point not in POINT_TO_HOOK:
+        raise SAEMismatchError(
+            f"point {point!r} is not one of {', '.join(POINT_TO_HOOK)}." + nearest(point, POINT_TO_HOOK)
+        )
+    return f"blocks.{layer}.{POINT_TO_HOOK[point]}"
+
+
+def point_of(hook_name: str) -> tuple[str, int]:
+    """The published point and layer of a hook: the inverse of `hook_of`.
+
+    Raises:
+        SAEMismatchError: a hook that has no published point.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
+    if match is None or match[2] not in HOOK_TO_POINT:
+        hooks = [f"blocks.{match[1] if match else 0}.{hook}" for hook in HOOK_TO_POINT]
+        raise SAEMismatchError(
+            f"hook {hook_name!r} has no published point; those that have are {', '.join(hooks)}."
+            + nearest(hook_name, hooks)
+        )
+    return HOOK_TO_POINT[match[2]], int(match[1])
+
+
+def folder_name(point: str, layer: int, expansion: int, k: int, tag: str | None = None) -> str:
+    """What the folder of an SAE is called: `3-mlp-in-x4-k30`, or `3-mlp-in-x4-k30-tag`."""
+    return f"{layer}-{point}-x{expansion}-k{k}" + (f"-{tag}" if tag else "")
+
+
+@dataclass(frozen=True)
+class SAEEntry:
+    """One SAE of a source, by its folder's name; `format` is `published` or `saelens`."""
+
+    folder: str
+    point: str
+    layer: int
+    expansion: int
+    k: int
+    tag: str | None
+    hook_name: str
+    format: str
+
+
+class SAEList(tuple[SAEEntry, ...]):
+    """The SAEs of a source by layer, then by the point's place in the block."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per SAE, one column per field of `SAEEntry`."""
+        return pd.DataFrame([asdict(entry) for entry in self], columns=[field.name for field in fields(SAEEntry)])
+
+
+def list_saes(source: str | os.PathLike[str]) -> SAEList:
+    """What SAEs there are; from the hub, only their configs are downloaded.
+
+    Args:
+        source: a bundled model's name, a folder of SAE folders, or a hub id such as `tdooms/ts-medium-scope`.
+
+    Raises:
+        ModelNotFoundError: nothing of that name.
+    """
+    return _entries(source, "*")
+
+
+def load_sae(
+    source: str | os.PathLike[str],
+    point: str,
+    layer: int,
+    expansion: int | None = None,
+    k: int | None = None,
+    tag: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    n_layers: int | None = None,
+) -> SAE[Any]:
+    """Load one SAE; from the hub, only its folder is downloaded, and the configs at that point and layer.
+
+    Args:
+        source: a bundled model's name, a folder of SAE folders, or a hub id such as `tdooms/ts-medium-scope`.
+        point: `resid-pre`, `resid-mid`, `resid-post`, `mlp-in`, `mlp-out` or `attn-out`.
+        layer: of the model, from 0.
+        expansion: `d_sae / d_in`; `None` where the rest says which SAE is meant.
+        k: features kept per token; likewise.
+        tag: likewise; `""` is the SAE without a tag.
+        device: `None` takes CUDA where there is one.
+        dtype: of the weights in memory (`torch.float32`, `"bfloat16"`, ...); `"auto"` keeps the file's.
+        n_layers: of the model; needed for a published attn-out SAE alone, which reads attention before the factor
+            `s = 1/sqrt(2 n_layers)` while `hook_attn_out` includes it.
+
+    Returns:
+        a `ScopeSAE` for the published format, else the SAELens class that the folder names. It reads and reconstructs
+        the hook `sae.cfg.metadata.hook_name`.
+
+    Raises:
+        ModelNotFoundError: no such source, or no such SAE in it (with what there is, and the nearest).
+        SAEMismatchError: an unknown point, several SAEs that fit, a folder that holds another SAE than its name says, a
+            transcoder, or an attn-out SAE without `n_layers`.
+        CheckpointError: the files are truncated, incomplete, of the wrong shapes, or hold NaN.
+    """
+    entry = _select(source, point, layer, expansion, k, tag)
+    files = [f"{entry.folder}/{file}" for file in FORMATS[entry.format]]
+    root = _root(source, files, needed=tuple(files))
+    return load_sae_folder(root / entry.folder, device=device, dtype=dtype, n_layers=n_layers)
+
+
+def load_sae_folder(
+    folder: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    n_layers: int | None = None,
+) -> SAE[Any]:
+    """Load the SAE in a folder; arguments, result and errors are those of `load_sae`.
+
+    Args:
+        folder: of either format, named `{layer}-{point}-x{expansion}-k{k}[-{tag}]`.
+    """
+    folder = Path(folder).expanduser()
+    entry = _read_entry(folder)
+    if entry is None:
+        raise ModelNotFoundError(f"{folder} is no SAE folder: {EXPECTED}.")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if entry.format == "saelens":
+        return _load_saelens(folder, entry, device, dtype)
+    return _load_published(folder, entry, device, dtype, n_layers)
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def _root(source: str | os.PathLike[str], files: list[str], needed: tuple[str, ...] = ()) -> Path:
+    """The folder that holds a source's SAE folders; from the hub, with those of `files` that it has."""
+    if str(source) in list_models():
+        return PRETRAINED / str(source) / "saes"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
+        return fetch_from_hub(source, files, needed)
+    raise ModelNotFoundError(
+        f"no SAEs {str(source)!r}: not a bundled model ({', '.join(list_models()) or 'none here'}), not a folder, and "
+        "not a hub id of the form owner/name." + nearest(str(source), list_models())
+    )
+
+
+def _entries(source: str | os.PathLike[str], pattern: str) -> SAEList:
+    """The SAEs whose folders' names match a glob pattern."""
+    root = _root(source, [f"{pattern}/{config}" for config, _ in FORMATS.values()])
+    entries = [entry for folder in root.glob(pattern) if (entry := _read_entry(folder))]
+    points = list(POINT_TO_HOOK)
+    return SAEList(sorted(entries, key=lambda e: (e.layer, points.index(e.point), e.expansion, e.k, e.folder)))
+
+
+def _read_entry(folder: Path) -> SAEEntry | None:
+    """What a folder's name and files say; `None` where it is no SAE folder."""
+    match = FOLDER_NAME.fullmatch(folder.name)
+    formats = [name for name, (config, _) in FORMATS.items() if (folder / config).is_file()]
+    if match is None or not formats:
+        return None
+    layer, point, expansion, k, tag = match.groups()
+    hook = hook_of(point, int(layer))
+    return SAEEntry(folder.name, point, int(layer), int(expansion), int(k), tag, hook, formats[0])
+
+
+def _select(
+    source: str | os.PathLike[str], point: str, layer: int, expansion: int | None, k: int | None, tag: str | None
+) -> SAEEntry:
+    """The one SAE that fits what was asked for."""
+    hook_of(point, layer)  # a misspelt point is an error of its own
+    here = _entries(source, f"{layer}-{point}-*")
+    fits = [
+        entry
+        for entry in here
+        if expansion in (None, entry.expansion) and k in (None, entry.k) and tag in (None, entry.tag or "")
+    ]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise SAEMismatchError(
+            f"{len(fits)} SAEs of {str(source)!r} fit: {_names(fits)}. Say which by expansion=, k= or tag= (tag='' is "
+            "the one without a tag)."
+        )
+    asked = f"{layer}-{point}-x{expansion or '*'}-k{k or '*'}" + (f"-{tag}" if tag else "")
+    there = here or list_saes(source)
+    if not there:
+        raise ModelNotFoundError(
+            f"{str(source)!r} holds no SAE folder: {EXPECTED}. The authors' SAEs of a model are in <model>-scope."
+        )
+    raise ModelNotFoundError(
+        f"{str(source)!r} holds no SAE {asked!r}; {'of that point and layer ' if here else ''}it holds {_names(there)}."
+        + nearest(asked, [entry.folder for entry in there])
+    )
+
+
+def _names(entries: Iterable[SAEEntry], at_most: int = 12) -> str:
+    names = [entry.folder for entry in entries]
+    return ", ".join(names[:at_most]) + (f", ... ({len(names)} in all)" if len(names) > at_most else "")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _load_published(
+    folder: Path, entry: SAEEntry, device: str | torch.device, dtype: torch.dtype | str, n_layers: int | None
+) -> ScopeSAE:
+    config = read_config(folder / CONFIG_FILE)
+    _check_published(config, folder, entry)
+    cfg = ScopeSAEConfig(
+        d_in=config["d_model"],
+        d_sae=config["expansion"] * config["d_model"],
+        k=config["k"],
+        bilinear_encoder=bool(config.get("bilinear_encoder", False)),
+        device="meta",  # the weights are about to be put in, so drawing them would be wasted
+        metadata=SAEMetadata(hook_name=entry.hook_name, context_size=config.get("n_ctx")),
+    )
+    shapes: dict[str, tuple[int, ...]] = {
+        "w_enc.weight": (cfg.d_enc, cfg.d_in),
+        "w_dec.weight": (cfg.d_in, cfg.d_sae),
+        "b_dec": (cfg.d_in,),
+    }
+    if config.get("encoder_bias", False):
+        shapes["w_enc.bias"] = (cfg.d_enc,)
+    tensors = read_tensors(folder / WEIGHTS_FILE)
+    check_shapes(tensors, shapes, folder / WEIGHTS_FILE)
+    w_enc = tensors["w_enc.weight"]
+    weights = {
+        "W_enc": w_enc.T.contiguous(),
+        "b_enc": tensors.get("w_enc.bias", w_enc.new_zeros(cfg.d_enc)),
+        "W_dec": tensors["w_dec.weight"].T.contiguous(),
+        "b_dec": tensors["b_dec"],
+    }
+    sae = ScopeSAE(cfg)
+    sae.load_state_dict(weights, assign=True)
+    sae.to(device=device, dtype=resolve_dtype(dtype, w_enc.dtype))
+    if entry.point == "attn-out":
+        sae.fold_activation_norm_scaling_factor(_before_residual_scale(folder, n_layers))
+    return sae.eval()
+
+
+def _check_published(config: dict[str, Any], folder: Path, entry: SAEEntry) -> None:
+    """Refuse a config that is incomplete, that is not what its folder's name says, or that is not of an autoencoder."""
+    check_positive_integers(config, ("d_model", "expansion", "k"))
+    point, layer = _read_point(config.get("point"), folder)
+    named = folder_name(point, layer, config["expansion"], config["k"], entry.tag)
+    if named != entry.folder:
+        raise SAEMismatchError(
+            f"{folder / CONFIG_FILE} describes the SAE {named!r}, its folder is called {entry.folder!r}."
+        )
+    if config.get("target") is not None and _read_point(config["target"], folder) != (point, layer):
+        raise SAEMismatchError(
+            f"{folder} is a transcoder: it reads {point} of layer {layer} and writes {config['target']}. bilens takes "
+            "SAEs that reconstruct what they read."
+        )
+    if config["k"] > config["expansion"] * config["d_model"]:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: k {config['k']} is more than the SAE has features.")
+
+
+def _read_point(point: Any, folder: Path) -> tuple[str, int]:
+    if not (isinstance(point, list) and len(point) == 2 and isinstance(point[0], str) and isinstance(point[1], int)):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: point is {point!r}, expected [name, layer].")
+    return point[0].replace("_", "-"), point[1]  # as the authors' code does for the folder's name
+
+
+def _before_residual_scale(folder: Path, n_layers: int | None) -> float:
+    """`1/s = sqrt(2 n_layers)`: what takes `hook_attn_out` back to the point that a published SAE was trained on."""
+    if n_layers is None or n_layers < 1:
+        raise SAEMismatchError(
+            f"{folder.name} reads attention before the factor s = 1/sqrt(2 n_layers), hook_attn_out includes it. "
+            f"Folding s into the SAE needs n_layers= of the model (model.cfg.n_layers), got {n_layers}."
+        )
+    return (2 * n_layers) ** 0.5
+
+
+def _load_saelens(folder: Path, entry: SAEEntry, device: str | torch.device, dtype: torch.dtype | str) -> SAE[Any]:
+    read_config(folder / SAE_CFG_FILENAME)  # SAELens does not look for truncation and NaN; these two do
+    tensors = read_tensors(folder / SAE_WEIGHTS_FILENAME)
+    stored = next((tensor.dtype for tensor in tensors.values()), torch.float32)
+    wanted = dtype_to_str(resolve_dtype(dtype, stored))
+    try:
+        sae = SAE.load_from_disk(folder, device=str(device), dtype=wanted)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: SAELens cannot load it: {type(error).__name__}: {error}") from error
+    metadata = sae.cfg.metadata
+    if metadata.hook_name not in (None, entry.hook_name):
+        raise SAEMismatchError(f"{folder} was trained on {metadata.hook_name}, its name puts it on {entry.hook_name}.")
+    metadata.hook_name = entry.hook_name
+    return sae.eval()

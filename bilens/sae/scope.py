@@ -1,0 +1,98 @@
+"""The published SAEs (`tdooms/<model>-scope`) as a SAELens class.
+
+    pre = W_enc (x - b_dec) + b_enc          with a bilinear encoder, the product of the two halves of this
+    f   = topk_k(pre)                        by signed value; no ReLU, so kept negatives stay negative
+    x'  = W_dec f + b_dec
+
+SAELens' own `TopKSAE` differs in the second line. Importing this module registers the class, after which
+`SAE.load_from_disk` reads what `ScopeSAE.save_model` wrote.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
+from sae_lens.saes.sae import SAE, SAEConfig
+from torch import Tensor, nn
+
+ARCHITECTURE = "bilens_scope"
+
+
+@dataclass
+class ScopeSAEConfig(SAEConfig):
+    """Configuration of a published SAE.
+
+    Args:
+        k: how many features are kept, those of the largest signed pre-activation.
+        bilinear_encoder: pre-activations are products of two linear maps.
+    """
+
+    k: int = 30
+    bilinear_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.k <= self.d_sae:
+            raise ValueError(f"k is {self.k}, expected between 1 and d_sae = {self.d_sae}.")
+
+    @property
+    def d_enc(self) -> int:
+        """Columns of `W_enc`: left then right with a bilinear encoder."""
+        return 2 * self.d_sae if self.bilinear_encoder else self.d_sae
+
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+
+def signed_topk(pre_acts: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
+    """The `k` largest entries of each row where they were, zeros elsewhere; the kept may be negative.
+
+    Source: DESIGN 3; the published training code keeps `x * mask` and has no ReLU.
+    """
+    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre_acts).scatter(-1, indices, values)
+
+
+class ScopeSAE(SAE[ScopeSAEConfig]):
+    """A published SAE.
+
+    Weights have SAELens' names and shapes: `W_enc (d_in, d_sae)`, or `(d_in, 2 d_sae)` with a bilinear encoder;
+    `b_enc`, zeros where the SAE has no encoder bias; `W_dec (d_sae, d_in)`; `b_dec (d_in)`.
+    """
+
+    b_enc: nn.Parameter
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.b_enc = nn.Parameter(torch.zeros(self.cfg.d_enc, dtype=self.dtype, device=self.device))
+        if self.cfg.bilinear_encoder:
+            rows = torch.empty(self.cfg.d_enc, self.cfg.d_in, dtype=self.dtype, device=self.device)
+            self.W_enc = nn.Parameter(nn.init.kaiming_uniform_(rows).T.contiguous())
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return partial(signed_topk, k=self.cfg.k)
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations: at most `k` nonzero per input, of either sign."""
+        pre = self.process_sae_in(x) @ self.W_enc + self.b_enc
+        if self.cfg.bilinear_encoder:
+            left, right = pre.chunk(2, dim=-1)
+            pre = left * right
+        return self.hook_sae_acts_post(self.activation_fn(self.hook_sae_acts_pre(pre)))
+
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """The reconstruction `W_dec f + b_dec`."""
+        recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(recons), self.d_head)
+
+    def fold_W_dec_norm(self) -> None:
+        """Refused, as SAELens does for top-k: rescaled pre-activations would select other features."""
+        raise NotImplementedError("folding decoder norms into the encoder would change which k features are kept.")
+
+
+SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)  # a reload in a notebook registers the new class
+register_sae_class(ARCHITECTURE, ScopeSAE, ScopeSAEConfig)

@@ -1,0 +1,90 @@
+"""What the tests of the model side share: small random models, a small tokenizer, the reference checkpoint."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bilens.config import config_from_published
+from bilens.data import train_tokenizer
+from bilens.loading import load_model
+from bilens.model import HookedBilinearTransformer
+
+# Derandomized: a test that passes here passes again elsewhere. No deadline: a first call may import or compile.
+settings.register_profile("bilens", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("bilens")
+
+# Small matrices gain nothing from threads; one makes sums come out in one order.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+SMALL: dict[str, Any] = {"n_head": 2, "n_layer": 2, "n_ctx": 32, "d_model": 16, "d_hidden": 24}
+
+
+def make_model(*, d_vocab: int = 50, seed: int = 0, tokenizer: Any = None, **published: Any) -> HookedBilinearTransformer:
+    """A model of the published config `SMALL | published`, all weights random, biases included.
+
+    Weights are drawn at `1 / sqrt(fan in)`, so that every part (attention, both branches, biases) moves the result by
+    far more than a test's tolerance; the initial weights of training would hide mistakes in what is nearly zero.
+    """
+    d_vocab = d_vocab if tokenizer is None else len(tokenizer)
+    cfg = config_from_published(SMALL | published, d_vocab)
+    model = HookedBilinearTransformer(cfg, tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            std = 0.3 if weight.ndim == 1 else 1.0 if name == "embed.W_E" else weight.shape[1] ** -0.5
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """480 short made-up texts: every combination of a few words, 5 to 15 tokens each."""
+    who = ["the little fox", "a tired owl", "Mira", "the old gardener", "Tobin", "a green frog"]
+    did = ["found", "painted", "lost", "counted", "carried"]
+    what = ["a red kite", "three stones", "the silver key", "an empty jar"]
+    end = [".", " near the river!", " because it was raining.", " and then went home, very happy."]
+    return [f"{a} {b} {c}{d}" for a, b, c, d in itertools.product(who, did, what, end)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts: list[str]) -> Any:
+    """A tokenizer of the published kind, trained on `texts`; about 200 tokens."""
+    return train_tokenizer(texts, vocab_size=200, n_ctx=32)
+
+
+@pytest.fixture
+def text_model(tokenizer: Any) -> HookedBilinearTransformer:
+    """A small random model that reads text; new for every test, so a test may change it."""
+    return make_model(tokenizer=tokenizer)
+
+
+class Reference(NamedTuple):
+    """The reference checkpoint, its prompts, and what the authors' implementation gave for them."""
+
+    folder: Path
+    model: HookedBilinearTransformer
+    prompts: list[str]
+    expected: dict[str, Tensor]
+
+
+@pytest.fixture(scope="session")
+def ts_micro() -> Reference:
+    """`shared/reference/ts-micro`; without that folder the test is skipped."""
+    folder = SHARED / "reference" / "ts-micro"
+    if not folder.exists():
+        pytest.skip(f"the reference checkpoint is not here: no folder {folder}")
+    return Reference(
+        folder,
+        load_model(folder, device="cpu"),
+        json.loads((folder / "prompts.json").read_text()),
+        load_file(folder / "expected.safetensors"),
+    )

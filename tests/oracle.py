@@ -1,0 +1,105 @@
+"""The forward pass of DESIGN section 2 in plain numpy, float64, written from the formulas and nothing else.
+
+It reads the published tensors (`transformer.h.0.attn.qkv.weight`, ...) and the published config, shares no code with
+bilens and uses no torch: heads are sliced one by one, positions are rotated as complex numbers, masks are loops.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+_erf = np.vectorize(math.erf)
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
+}
+
+
+def _rotate(x: Array) -> Array:
+    """Rotary positions of one head, `(pos, d_head)`: components `i` and `i + d_head/2` are one complex number."""
+    half = x.shape[1] // 2
+    angle = np.array([[p * 10_000.0 ** (-i / half) for i in range(half)] for p in range(len(x))])
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
+    return np.concatenate([turned.real, turned.imag], axis=1)
+
+
+def oracle(published: dict[str, Any], tensors: dict[str, Array], tokens: list[int]) -> dict[str, Array]:
+    """Every named activation (without the batch axis), `logits` and `loss` of one token sequence."""
+    weights = {name: np.asarray(tensor, dtype=np.float64) for name, tensor in tensors.items()}
+    n_head, n_layer, d_hidden = published["n_head"], published["n_layer"], published["d_hidden"]
+    d_head = published["d_model"] // n_head
+    activation = ACTIVATIONS[published.get("gate")]
+    s = 1 / math.sqrt(2 * n_layer)
+    seen: dict[str, Array] = {}
+
+    def norm(x: Array, name: str) -> Array:
+        scale = np.ones((len(x), 1))
+        if published.get("normalization", True):
+            scale = np.array([[math.sqrt(sum(v * v for v in row) / len(row) + 1e-8)] for row in x])
+        seen[f"{name}.hook_scale"], seen[f"{name}.hook_normalized"] = scale, x / scale
+        return x / scale
+
+    x = np.stack([weights["transformer.wte.weight"][token] for token in tokens])
+    seen["hook_embed"] = x
+    n = len(tokens)
+    for layer in range(n_layer):
+        at, block = f"transformer.h.{layer}", f"blocks.{layer}"
+        seen[f"{block}.hook_resid_pre"] = x
+        read = norm(x, f"{block}.ln1")
+        qkv = read @ weights[f"{at}.attn.qkv.weight"].T
+        heads: dict[str, list[Array]] = {key: [] for key in ("q", "k", "v", "rot_q", "rot_k", "z", "result")}
+        scores, patterns = [], []
+        for head in range(n_head):
+            columns = slice(head * d_head, (head + 1) * d_head)
+            q, k, v = (qkv[:, part * n_head * d_head :][:, columns] for part in range(3))
+            rot_q, rot_k = _rotate(q), _rotate(k)
+            score = np.full((n, n), -np.inf)
+            pattern = np.zeros((n, n))
+            for query in range(n):
+                for key in range(query + 1):
+                    score[query, key] = rot_q[query] @ rot_k[key] / math.sqrt(d_head)
+                grown = np.exp(score[query, : query + 1] - score[query, : query + 1].max())
+                pattern[query, : query + 1] = grown / grown.sum()
+            z = pattern @ v
+            result = s * z @ weights[f"{at}.attn.o.weight"][:, columns].T
+            for name, value in zip(heads, (q, k, v, rot_q, rot_k, z, result), strict=True):
+                heads[name].append(value)
+            scores.append(score)
+            patterns.append(pattern)
+        for name, values in heads.items():
+            seen[f"{block}.attn.hook_{name}"] = np.stack(values, axis=1)
+        seen[f"{block}.attn.hook_attn_scores"] = np.stack(scores)
+        seen[f"{block}.attn.hook_pattern"] = np.stack(patterns)
+        seen[f"{block}.hook_attn_out"] = sum(heads["result"])
+        x = x + seen[f"{block}.hook_attn_out"]
+        seen[f"{block}.hook_resid_mid"] = x
+
+        w, p = weights[f"{at}.mlp.w.weight"], weights[f"{at}.mlp.p.weight"]
+        w_bias = weights.get(f"{at}.mlp.w.bias", np.zeros(len(w)))
+        p_bias = weights.get(f"{at}.mlp.p.bias", np.zeros(len(p)))
+        assert published.get("bias", False) == (f"{at}.mlp.w.bias" in weights)
+        branches = norm(x, f"{block}.ln2") @ w.T + w_bias
+        left = branches[:, :d_hidden]
+        seen[f"{block}.mlp.hook_pre"] = left
+        hidden = activation(left)
+        if published.get("bilinear", True):
+            right = branches[:, d_hidden:]
+            seen[f"{block}.mlp.hook_pre_linear"] = right
+            hidden = hidden * right
+        seen[f"{block}.mlp.hook_post"] = hidden
+        seen[f"{block}.hook_mlp_out"] = hidden @ p.T + p_bias
+        x = x + seen[f"{block}.hook_mlp_out"]
+        seen[f"{block}.hook_resid_post"] = x
+
+    logits = norm(x, "ln_final") @ weights["lm_head.weight"].T
+    losses = [
+        math.log(np.exp(logits[i] - logits[i].max()).sum()) + logits[i].max() - logits[i, tokens[i + 1]]
+        for i in range(n - 1)
+    ]
+    return seen | {"logits": logits, "loss": np.array(sum(losses) / len(losses))}
