@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bilens.model import HookedBilinearTransformer
     from bilens.sae import evaluate_saes, list_saes, load_sae, train_saes
     from bilens.training import TrainConfig, train_lm
-    from bilens.viz import report
+    from bilens.report import report
 
 _HOME = {
     "BilensError": "bilens.errors",
@@ -30,7 +30,7 @@ _HOME = {
     "list_saes": "bilens.sae",
     "load_model": "bilens.loading",
     "load_sae": "bilens.sae",
-    "report": "bilens.viz",
+    "report": "bilens.report",
     "train_lm": "bilens.training",
     "train_saes": "bilens.sae",
 }

@@ -61,6 +61,105 @@ def train_lm(
     typer.echo(f"{result.validations[-1]}\nmodel written to {out}")
 
 
+@app.command("train-sae")
+def train_sae(
+    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
+    data: Annotated[str, typer.Argument(help="Texts, as for train-lm.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the SAE folders.")],
+    hook: Annotated[list[str] | None, typer.Option(help="Repeatable; without, every MLP's input and output.")] = None,
+    expansion: Annotated[int, typer.Option(help="Features per dimension.")] = 8,
+    k: Annotated[int, typer.Option(help="Active features per token.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 4_000_000,
+    batch_size: Annotated[int, typer.Option(help="Tokens per step.")] = 4096,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
+    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    seed: int = 0,
+) -> None:
+    """Train top-k SAEs with SAELens, all hooks from one pass over the model."""
+    from bilens.loading import load_model
+    from bilens.sae.training import SAETrainConfig, train_saes
+
+    config = SAETrainConfig(
+        expansion=expansion, k=k, tokens=tokens, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed
+    )
+    trained = train_saes(load_model(model), data, out, config, hooks=hook, column=column)
+    typer.echo(f"{len(trained)} SAEs written to {out}: {', '.join(trained)}")
+
+
+@app.command("eval-sae")
+def eval_sae(
+    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
+    data: Annotated[str, typer.Argument(help="Texts that the SAEs were not trained on.")],
+    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table there too.")] = None,
+    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+) -> None:
+    """Score SAEs: sparsity, explained variance, loss recovered, dead features."""
+    from bilens.data import load_texts
+    from bilens.loading import load_model
+    from bilens.report import sae_source
+    from bilens.sae.evaluation import evaluate_saes
+    from bilens.sae.loading import list_saes, load_sae
+
+    loaded = load_model(model)
+    source = saes or sae_source(loaded.cfg.model_name)
+    entries = list_saes(source)
+    found = {e.folder: load_sae(source, e.point, e.layer, e.expansion, e.k, e.tag or "") for e in entries}
+    scores = evaluate_saes(loaded, found, load_texts(data, column=column))
+    typer.echo(str(scores))
+    if csv is not None:
+        scores.to_frame().to_csv(csv, index=False)
+
+
+@app.command()
+def report(
+    model: Annotated[str | None, typer.Argument(help="Bundled name, folder or hub id; without, the bundled one.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Which MLP; without, the middle one.")] = None,
+    text: Annotated[str | None, typer.Option(help="To explain; without, each feature's strongest example.")] = None,
+    feature: Annotated[list[int] | None, typer.Option(help="Repeatable; without, the most interesting ones.")] = None,
+    n: Annotated[int, typer.Option(help="How many interesting ones.")] = 3,
+    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
+    expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
+    k: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Texts for examples; without, the model's own.")] = None,
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_report.html"),
+) -> None:
+    """Write a report on the circuits of one layer: one self-contained HTML file."""
+    from bilens.data import load_texts
+    from bilens.report import report as write
+
+    texts = None if examples is None else load_texts(examples)
+    circuits = write(
+        model,
+        layer=layer,
+        text=text,
+        features=feature,
+        n=n,
+        saes=saes,
+        expansion=expansion,
+        k=k,
+        examples=texts,
+        out=out,
+        say=typer.echo,
+    )
+    _tell(circuits, out)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_demo.html")) -> None:
+    """Circuits of the bundled model: which pairs of input features build an output feature, in which tokens."""
+    from bilens.report import demo as write
+
+    _tell(write(out, say=typer.echo), out)
+
+
+def _tell(circuits: list, out: Path) -> None:
+    for circuit in circuits:
+        typer.echo(f"\n{circuit}")
+    typer.echo(f"\n{out.resolve()} written ({out.stat().st_size / 1e6:.1f} MB): open it in a browser.")
+
+
 def main() -> None:
     """Run the command; an error that bilens raised on purpose is one line, not a traceback."""
     import sys

@@ -108,3 +108,17 @@ def generate(
     texts_out = [model.to_string([t for t in row if t not in drop]) for row in tokens.tolist()]
     return texts_out if isinstance(input, list) or (not is_text and len(texts_out) > 1) else texts_out[0]
 
+
+def sample_texts(
+    model: "HookedBilinearTransformer", n: int, *, temperature: float = 0.8, seed: int = 0, batch_size: int = 64
+) -> list[str]:
+    """Texts the model itself writes from `[BOS]`, each to end-of-text or the end of the context."""
+    tokenizer = model._require_tokenizer()
+    texts: list[str] = []
+    for batch in range(-(-n // batch_size)):
+        start = torch.full((min(batch_size, n - len(texts)), 1), tokenizer.bos_token_id, device=model.cfg.device)
+        written = generate(
+            model, start, model.cfg.n_ctx, temperature=temperature, return_type="str", seed=seed * 1_000_003 + batch
+        )
+        texts += [written] if isinstance(written, str) else written
+    return texts

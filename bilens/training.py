@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from bilens.config import config_from_published
 from bilens.data import TokenizedTexts, load_texts, pack, train_tokenizer
+from bilens.display import Tabular
 from bilens.errors import TrainingError
 from bilens.files import write_atomically
 from bilens.loading import load_tokenizer, published_tensors, save_model
@@ -93,7 +94,7 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class TrainingResult:
+class TrainingResult(Tabular):
     """A finished run: the model, and its validation losses in the order of training."""
 
     model: HookedBilinearTransformer

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import re
+import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +12,11 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file
+from tokenizers import models
 from torch import Tensor
 
 from bilens.config import config_from_published
-from bilens.data import train_tokenizer
+from bilens.data import SPECIAL_TOKENS, train_tokenizer
 from bilens.loading import load_model
 from bilens.model import HookedBilinearTransformer
 
@@ -28,7 +32,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 SMALL: dict[str, Any] = {"n_head": 2, "n_layer": 2, "n_ctx": 32, "d_model": 16, "d_hidden": 24}
 
 
-def make_model(*, d_vocab: int = 50, seed: int = 0, tokenizer: Any = None, **published: Any) -> HookedBilinearTransformer:
+def make_model(
+    *, d_vocab: int = 50, seed: int = 0, tokenizer: Any = None, **published: Any
+) -> HookedBilinearTransformer:
     """A model of the published config `SMALL | published`, all weights random, biases included.
 
     Weights are drawn at `1 / sqrt(fan in)`, so that every part (attention, both branches, biases) moves the result by
@@ -57,14 +63,32 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tokenizer(texts: list[str]) -> Any:
-    """A tokenizer of the published kind, trained on `texts`; about 200 tokens."""
-    return train_tokenizer(texts, vocab_size=200, n_ctx=32)
+    """A tokenizer of the published kind with about 100 tokens: the words of `texts`, and every letter.
+
+    The vocabulary is written down rather than trained: training (in `tokenizers`) breaks ties and numbers tokens
+    differently from run to run, and then a random model would generate other texts in every run.
+    """
+    tokenizer = train_tokenizer(texts, vocab_size=200, n_ctx=32)
+    words = set(re.findall(r"\w+", " ".join(texts).lower()))
+    letters = sorted(set(string.ascii_lowercase) | set(string.digits))
+    vocabulary = [*SPECIAL_TOKENS, *".,!'\"", *letters, *("##" + letter for letter in letters)]
+    vocabulary += sorted(words - set(letters))
+    tokenizer.backend_tokenizer.model = models.WordPiece({v: i for i, v in enumerate(vocabulary)}, unk_token="[UNK]")
+    return tokenizer
 
 
 @pytest.fixture
 def text_model(tokenizer: Any) -> HookedBilinearTransformer:
     """A small random model that reads text; new for every test, so a test may change it."""
     return make_model(tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `datasets` caches goes with the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
 
 
 class Reference(NamedTuple):

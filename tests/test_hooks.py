@@ -72,7 +72,9 @@ def ways_to_name_a_hook() -> dict[str, Callable[[HookedBilinearTransformer, str]
 def test_a_misspelt_hook_is_refused_with_the_nearest_name(way: Callable) -> None:
     """HookNameError (also a KeyError) quotes the name and suggests the right one, and leaves no hook behind."""
     model = make_model()
-    with pytest.raises(HookNameError, match=r"no hook 'blocks.0.attn.hook_patern'.*'blocks.0.attn.hook_pattern'") as info:
+    with pytest.raises(
+        HookNameError, match=r"no hook 'blocks.0.attn.hook_patern'.*'blocks.0.attn.hook_pattern'"
+    ) as info:
         way(model, "blocks.0.attn.hook_patern")
     assert isinstance(info.value, KeyError)
     assert not any(hook.fwd_hooks or hook.bwd_hooks for hook in model.hook_points())
@@ -305,7 +307,7 @@ def test_decompose_resid_sums_to_the_stream(cached: tuple) -> None:
 
 
 def test_accumulated_resid_is_the_stream(cached: tuple) -> None:
-    """Row for row the stream at every point, labelled; with `apply_ln` each row is normalised by itself (logit lens)."""
+    """Row for row the stream at every point; with `apply_ln` each row is normalised by itself (logit lens)."""
     model, logits, cache = cached
     components, labels = cache.accumulated_resid(incl_mid=True, return_labels=True)
     n_layers = model.cfg.n_layers
@@ -350,7 +352,7 @@ def test_stack_head_results(cached: tuple, switched_on: bool) -> None:
 
 def test_logit_attrs_sum_to_the_logit(cached: tuple) -> None:
     """Components, frozen final norm applied, times a token's direction add up to its logit; so do differences."""
-    model, logits, cache = cached
+    _, logits, cache = cached
     stack = cache.decompose_resid()
     for token in (0, 17, 49):
         close(cache.logit_attrs(stack, token).sum(0), logits[..., token])

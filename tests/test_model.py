@@ -1,5 +1,7 @@
 """The forward pass, against the authors' numbers and against a numpy oracle; weights under TransformerLens' names."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -384,7 +386,9 @@ def test_accumulated_bias_sums_the_output_biases_below() -> None:
     assert not model.accumulated_bias(3, include_mlp_biases=False).any()
 
 
-@pytest.mark.parametrize(("bilinear", "gate", "answer"), [(True, None, True), (True, "relu", False), (False, None, False)])
+@pytest.mark.parametrize(
+    ("bilinear", "gate", "answer"), [(True, None, True), (True, "relu", False), (False, None, False)]
+)
 def test_is_bilinear(bilinear: bool, gate: str | None, answer: bool) -> None:
     """Only two branches without a gate are a quadratic form."""
     assert make_model(bilinear=bilinear, gate=gate).cfg.is_bilinear is answer
@@ -537,6 +541,17 @@ def test_padding_changes_nothing(rows: list[list[int]], side: str, pad: int, ext
     close(mean, torch.cat(singles).mean())
 
 
+def test_positions_count_from_the_first_real_token() -> None:
+    """Behind left padding queries are rotated as in the text alone, not only keys relative to them."""
+    model, padded = make_model(), torch.tensor([[0, 0, 0, *TOKENS]])
+    mask = torch.tensor([[0] * 3 + [1] * len(TOKENS)])
+    _, cache = model.run_with_cache(padded, attention_mask=mask)
+    _, alone = model.run_with_cache(torch.tensor([TOKENS]))
+    for name in ("rot_q", "rot_k"):
+        close(cache[f"blocks.1.attn.hook_{name}"][:, 3:], alone[f"blocks.1.attn.hook_{name}"])
+    assert not cache["pattern", 1][..., :3].any()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_list_of_texts_masks_itself(text_model: HookedBilinearTransformer, side: str, texts: list[str]) -> None:
     """A padded list of texts gives each text's own logits, though [EOS] pads and no mask is given."""
@@ -557,7 +572,7 @@ def test_a_list_of_texts_masks_itself(text_model: HookedBilinearTransformer, sid
 
 
 def test_gradients_of_a_left_padded_batch() -> None:
-    """A padding query sees no key at all (its softmax is 0/0): the gradients are finite, and those of the text alone."""
+    """A padding query sees no key (its softmax is 0/0): the gradients are finite, and those of the text alone."""
     tokens = torch.tensor([[0, 0, 0, *TOKENS]])
     mask = torch.tensor([[0] * 3 + [1] * len(TOKENS)])
     gradients = []
@@ -580,7 +595,7 @@ def test_any_split_over_a_cache_gives_the_whole(cuts: set[int], watched: bool) -
     cache = KeyValueCache.empty(model.cfg.n_layers)
     bounds = [0, *sorted(cuts), len(TOKENS)]
     pieces = []
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in pairwise(bounds):
         if watched:
             logits, seen = model.run_with_cache(whole[:, a:b], past_kv_cache=cache)
             assert seen["blocks.0.attn.hook_pattern"].shape == (2, 2, b - a, b)

@@ -91,6 +91,16 @@ class Decomposer:
     def output_sae(self) -> SAE[Any] | None:
         return None if self._output is None else self._output.sae
 
+    @property
+    def input_view(self) -> SAEView:
+        """The input SAE as directions; raises `MissingSAEError` where there is none."""
+        return self._need("input")
+
+    @property
+    def output_view(self) -> SAEView:
+        """The output SAE as directions; raises `MissingSAEError` where there is none."""
+        return self._need("output")
+
     # --- from the weights alone ---------------------------------------------------------------------------------------
 
     @typed
@@ -182,8 +192,8 @@ class Decomposer:
             MissingSAEError: it needs both SAEs.
             OutOfRangeError: no such feature or position.
         """
-        view_in, view_out = self._need("input"), self._need("output")
-        feature = self._check_feature(feature)
+        view_in, view_out = self.input_view, self.output_view
+        feature = self.check_feature(feature)
         tokens = self.model.input_to_tokens(text_or_tokens)
         n_positions = tokens.shape[1]
         if not -n_positions <= position < n_positions:
@@ -225,7 +235,7 @@ class Decomposer:
             layer=self.layer,
             feature=feature,
             position=position,
-            tokens=self._token_strings(tokens[0]),
+            tokens=self.token_strings(tokens[0]),
             inputs=inputs,
             activations=acts[inputs],
             coefficients=coefficients.float(),
@@ -251,11 +261,11 @@ class Decomposer:
                     f"directions of shape {tuple(output.shape)}: the layer writes {d_model} dimensions."
                 )
             return output.to(device, dtype)
-        view = self._need("output")
+        view = self.output_view
         if isinstance(output, Tensor) and output.ndim == 1:
-            features = torch.tensor([self._check_feature(f) for f in output.tolist()], dtype=torch.long, device=device)
+            features = torch.tensor([self.check_feature(f) for f in output.tolist()], dtype=torch.long, device=device)
             return view.directions(side).to(device, dtype)[features]
-        return view.directions(side).to(device, dtype)[self._check_feature(output)]
+        return view.directions(side).to(device, dtype)[self.check_feature(output)]
 
     @staticmethod
     def _is_features(output: Output) -> bool:
@@ -266,15 +276,16 @@ class Decomposer:
             return torch.as_tensor(output).reshape(-1)
         return torch.arange(n)
 
-    def _check_feature(self, feature: Any) -> int:
-        view = self._need("output")
+    def check_feature(self, feature: Any) -> int:
+        """An output feature's index as an int; raises `OutOfRangeError` outside the output SAE."""
+        view = self.output_view
         feature = index(feature.item() if isinstance(feature, Tensor) else feature)
         if not 0 <= feature < view.d_sae:
             raise OutOfRangeError(f"feature {feature} is outside the output SAE's {view.d_sae}, 0 to {view.d_sae - 1}.")
         return feature
 
     def _input_directions(self) -> Float[Tensor, "d_sae d_model"]:
-        view = self._need("input")
+        view = self.input_view
         if self._on_resid_mid(view):
             raise SAEMismatchError(
                 f"the input SAE is on {self.resid_mid_hook!r}: in the layer's input its directions are divided by each "
@@ -283,7 +294,8 @@ class Decomposer:
             )
         return view.decoder.to(self.weights.W_out)
 
-    def _token_strings(self, tokens: Int[Tensor, "p"]) -> list[str]:
+    def token_strings(self, tokens: Int[Tensor, "p"]) -> list[str]:
+        """Each token as a string; its number where the model has no tokenizer."""
         if self.model.tokenizer is None:
             return [str(token) for token in tokens.tolist()]
         return self.model.to_str_tokens(tokens)  # type: ignore[return-value]

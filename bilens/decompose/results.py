@@ -11,13 +11,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens.display import Tabular
+from bilens.errors import MissingSAEError
+
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
-class Eigencircuits:
+class Eigencircuits(Tabular):
     """Eigenpairs of the interaction matrices of one output (no leading axis) or of `n`.
 
     Attributes:
@@ -39,8 +42,6 @@ class Eigencircuits:
 
     def cosines(self) -> Float[Tensor, "*n k d_sae"]:
         """Cosine of every eigenvector with every input feature's decoder direction."""
-        from bilens.errors import MissingSAEError
-
         if self.decoder is None:
             raise MissingSAEError("reading eigenvectors in input features needs an input_sae; the Decomposer has none.")
         return self.vectors @ torch.nn.functional.normalize(self.decoder, dim=-1).T
@@ -92,7 +93,7 @@ class Eigencircuits:
 
 
 @dataclass(frozen=True)
-class TopInteractions:
+class TopInteractions(Tabular):
     """The largest interactions of each output, self and cross together.
 
     A cross pair `(i, j)` with `i < j` stands once, with coefficient `2 Q_ij`; a self interaction has `Q_ii`. One output's
@@ -154,7 +155,7 @@ BIAS_SOURCES = ("b_dec", "error", "mlp bias")
 
 
 @dataclass(frozen=True)
-class Attribution:
+class Attribution(Tabular):
     """The exact expansion of one output feature's pre-activation at one token (DESIGN section 4).
 
     The layer's input is split into sources that add up to it: each active input feature `f_i d_i`, then the input SAE's

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens.data import TokenizedTexts
+from bilens.display import Tabular
 from bilens.errors import SAEMismatchError
 from bilens.model import HookedBilinearTransformer
 
@@ -48,7 +49,7 @@ class SAEScore:
 
 
 @dataclass(frozen=True)
-class SAEScores:
+class SAEScores(Tabular):
     """Scores of several SAEs on the same texts."""
 
     scores: tuple[SAEScore, ...]
@@ -111,7 +112,7 @@ class _Tally:
 
     def add(self, model: HookedBilinearTransformer, rows: Tensor, mask: Tensor, x: Float[Tensor, "b p d"]) -> None:
         acts = self.sae.encode(x)
-        reconstruction = self.sae.decode(acts)
+        reconstruction = self.sae.decode(acts).to(x.dtype)  # a half-precision SAE in a float32 model
         kept = mask.bool()
         kept[:, 0] = False
         x_kept, acts_kept = x[kept].double(), acts[kept]

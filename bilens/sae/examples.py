@@ -150,7 +150,7 @@ def feature_activations(
         rows = tokens[at : at + batch_size].to(model.cfg.device)
         _, cache = model.run_with_cache(rows, names_filter=list(set(hooks)), stop_at_layer=stop)
         for entries, sae, hook in zip(found, saes, hooks, strict=True):
-            acts = sae.encode(cache[hook]).cpu() * mask[at : at + batch_size, :, None]
+            acts = sae.encode(cache[hook]).float().cpu() * mask[at : at + batch_size, :, None]
             row, position, feature = acts.nonzero(as_tuple=True)
             entries.append((row + at, position, feature, acts[row, position, feature]))
     strings = model.tokenizer.convert_ids_to_tokens(list(range(model.cfg.d_vocab)))

@@ -24,6 +24,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import dtype_to_str
 
 from bilens.config import check_positive_integers
+from bilens.display import Tabular
 from bilens.errors import CheckpointError, ModelNotFoundError, SAEMismatchError, nearest
 from bilens.loading import (
     CONFIG_FILE,
@@ -106,7 +107,7 @@ class SAEEntry:
     format: str
 
 
-class SAEList(tuple[SAEEntry, ...]):
+class SAEList(Tabular, tuple[SAEEntry, ...]):
     """The SAEs of a source by layer, then by the point's place in the block."""
 
     def to_frame(self) -> pd.DataFrame:

@@ -13,7 +13,19 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bilens.viz.markup import NEGATIVE, POSITIVE, Numbers, View, full_scale, island, names, numbers, spaced, to_json
+from bilens.viz.markup import (
+    NEGATIVE,
+    POSITIVE,
+    Numbers,
+    View,
+    ViewError,
+    full_scale,
+    island,
+    names,
+    numbers,
+    spaced,
+    to_json,
+)
 
 WORD_JOINER = "\u2060"
 _OPENS_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=[A-Za-z0-9#])")
@@ -58,7 +70,7 @@ class ColoredTokens(CircuitsView):
     negative_color: str = NEGATIVE
 
     def props(self) -> dict[str, Any]:
-        values = numbers(self.values, "values (one per token)", len(self.tokens))
+        values = _drawable(self.values, "values (one per token)", len(self.tokens))
         scale = full_scale(values, self.scale)
         return {
             "tokens": _inert(self.tokens, self.wordpiece),
@@ -91,7 +103,7 @@ class ColoredTokensMulti(CircuitsView):
     wordpiece: bool = False
 
     def props(self) -> dict[str, Any]:
-        values = numbers(self.values, "values (token x feature)", len(self.tokens), None)
+        values = _drawable(self.values, "values (token x feature)", len(self.tokens), None)
         features = values.shape[1]
         # The component keeps the bounds of its first feature for all, and six decimals of them: they are given equal.
         bound = max(full_scale(values, self.scale), 1e-6)
@@ -132,7 +144,7 @@ class AttentionPatterns(CircuitsView):
 
     def props(self) -> dict[str, Any]:
         length = len(self.tokens)
-        attention = numbers(self.attention, "attention (head x query x key)", None, length, length)
+        attention = _drawable(self.attention, "attention (head x query x key)", None, length, length)
         scale = full_scale(attention, self.scale)
         default = [f"head {head}" for head in range(len(attention))]
         return {
@@ -157,6 +169,13 @@ def _inert(tokens: Sequence[str], wordpiece: bool) -> list[str]:
     """
     texts = [gap + text for gap, text in spaced(tokens, wordpiece)]
     return [_OPENS_MARKUP.sub(rf"\g<0>{WORD_JOINER}", text).replace("↵", "↵\n") for text in texts]
+
+
+def _drawable(values: Numbers, what: str, *shape: int | None) -> NDArray[np.float64]:
+    array = numbers(values, what, *shape)
+    if not array.size:
+        raise ViewError(f"{what} is empty: there is nothing to draw.")
+    return array
 
 
 def _rounded(array: NDArray[np.float64]) -> list[Any]:

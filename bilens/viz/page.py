@@ -11,23 +11,27 @@ from hashlib import sha256
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import pandas as pd
 
 from bilens.files import write_atomically
 from bilens.viz.markup import Html, ViewError, asset, escape, island, scripts_for
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 
 @runtime_checkable
 class Drawable(Protocol):
-    """Anything with a fragment of its own; `Html`, the views, another library's object."""
+    """Anything with a fragment of its own: the views, `Html`."""
 
     def html(self) -> str: ...
 
 
+Content: TypeAlias = "str | pd.DataFrame | Drawable | go.Figure"
 NONE = "'none'"
-Content: TypeAlias = "str | float | pd.DataFrame | Drawable | Any"
+DEFAULT_PLOT_HEIGHT = 450
 
 
 def fragment(content: Content) -> str:
@@ -46,7 +50,7 @@ def fragment(content: Content) -> str:
     if isinstance(content, Drawable):
         return content.html()
     if hasattr(content, "to_plotly_json"):
-        return island("plotly", content.to_json(), int(content.layout.height or 450))
+        return island("plotly", content.to_json(), int(content.layout.height or DEFAULT_PLOT_HEIGHT))
     raise ViewError(f"a {type(content).__name__} cannot be put on a page: give text, a frame, a figure or a view.")
 
 
@@ -65,17 +69,16 @@ def table(
     """
     if isinstance(rows, pd.DataFrame):
         frame = rows if rows.index.name is None else rows.reset_index()
-        columns = [str(name) for name in frame.columns] if columns is None else columns
+        columns = list(map(str, frame.columns)) if columns is None else columns
         rows = frame.itertuples(index=False, name=None)
     cells = [list(row) for row in rows]
-    width = len(columns if columns is not None else cells[0] if cells else [])
+    header = [] if columns is None else list(columns)
+    width = len(header or next(iter(cells), []))
     for row in cells:
         if len(row) != width:
             raise ViewError(f"a row of {len(row)} cells in a table of {width} columns: {row}.")
     drawn = [_column([row[place] for row in cells]) for place in range(width)]
-    head = "".join(
-        f'<th scope="col"{kind}>{escape(name)}</th>' for name, (kind, _) in zip(columns or [], drawn, strict=False)
-    )
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, (kind, _) in zip(header, drawn, strict=False))
     body = "".join(
         f"<tr>{''.join(f'<td{kind}>{markup[place]}</td>' for kind, markup in drawn)}</tr>"
         for place in range(len(cells))
@@ -176,6 +179,13 @@ class Page:
         text = self.to_html().encode("utf-8", "backslashreplace")  # a broken token may hold a lone surrogate
         write_atomically(Path(path), lambda beside: beside.write_bytes(text))
         return Path(path)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that a notebook's styles and the page's leave each other alone."""
+        return (
+            f'<iframe srcdoc="{escape(self.to_html())}" sandbox="allow-scripts" loading="lazy" '
+            f'title="{escape(self.title)}" style="width:100%;height:40rem;border:0"></iframe>'
+        )
 
     def _nav(self) -> str:
         if len(self._contents) < 2:

@@ -105,9 +105,7 @@ def heatmap(
     longest = max(map(len, xaxis["ticktext"]), default=0)
     figure = _figure(title, col_title, row_title, height=min(max(rows * LINE_HEIGHT, 220), 800) + 90 + 5 * longest)
     figure.add_trace(cells)
-    figure.update_xaxes(
-        **xaxis, showgrid=False, tickangle=-45 if longest > 3 else 0
-    )
+    figure.update_xaxes(**xaxis, showgrid=False, autotickangles=[0, -45, -90])
     figure.update_yaxes(**yaxis, showgrid=False, autorange="reversed")
     return figure
 
@@ -249,8 +247,8 @@ def _figure(title: str, x_title: str, y_title: str, height: int) -> "go.Figure":
 
 
 def _text(label: str) -> str:
-    """A label as plotly shows it literally: it reads tags, some entities and, where MathJax is loaded, dollars."""
-    return html.escape(visible(label) if label else "", quote=False).replace("$", "&#36;")
+    """A label as plotly shows it literally: it reads tags, some entities, `%{x}` and, where MathJax is loaded, `$`."""
+    return html.escape(visible(label), quote=False).replace("$", "&#36;").replace("{", "&#123;")
 
 
 def _labelled(labels: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

@@ -1,5 +1,6 @@
 (() => {
   "use strict";
+  const PRINTED_WIDTH = 680;
   const drawers = {
     circuitsvis(target, { component, props }) {
       target.id = `bilens-${Math.random().toString(36).slice(2)}`;
@@ -22,15 +23,30 @@
     const [data, target] = view.children;
     drawers[view.dataset.draw](target, JSON.parse(data.textContent));
   };
-  const views = document.querySelectorAll(".bilens-view");
-  // A view is drawn when it comes near: a long page opens at once, and one inside closed details finds its width.
+  const views = [...document.querySelectorAll(".bilens-view")];
+
+  // What is near is drawn first, the rest when there is time; what is folded away when it is opened and has a width.
   const nearby = new IntersectionObserver(
     (entries) => entries.forEach((entry) => entry.isIntersecting && draw(entry.target)),
-    { rootMargin: "1000px" },
+    { rootMargin: "500px" },
   );
   views.forEach((view) => nearby.observe(view));
+  const idle = window.requestIdleCallback || setTimeout;
+  const rest = [...views];
+  const drawRest = () => {
+    const view = rest.shift();
+    if (!view) return;
+    if (!view.closest("details:not([open])")) draw(view);
+    idle(drawRest);
+  };
+  idle(drawRest);
+
+  const resizePlots = (layout) =>
+    document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, layout));
   addEventListener("beforeprint", () => {
     document.querySelectorAll("details").forEach((details) => (details.open = true));
     views.forEach(draw);
+    resizePlots({ width: PRINTED_WIDTH });
   });
+  addEventListener("afterprint", () => resizePlots({ width: null, autosize: true }));
 })();

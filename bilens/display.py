@@ -1,0 +1,11 @@
+"""How results show themselves in a notebook."""
+
+from typing import Any
+
+
+class Tabular:
+    """Anything with `to_frame()`: displayed as its table, text escaped."""
+
+    def _repr_html_(self) -> str:
+        frame: Any = self.to_frame()  # type: ignore[attr-defined]
+        return frame.to_html(index=False, max_rows=30, float_format=lambda number: f"{number:.4g}")

@@ -1,0 +1,390 @@
+"""The `Decomposer` on weights alone: forms of `output`, bases, top interactions, and what is refused."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens import GatedSAE, GatedSAEConfig
+from torch.testing import assert_close
+
+from bilens.decompose import Decomposer
+from bilens.errors import MissingSAEError, NotBilinearError, OutOfRangeError, SAEMismatchError
+from tests.conftest import make_model
+from tests.random_saes import D_SAE, VARIANTS, make_sae, variant_name
+
+D = 16
+IN, MID, OUT = (f"blocks.{{}}.{hook}" for hook in ("ln2.hook_normalized", "hook_resid_mid", "hook_mlp_out"))
+# Sums of at most 256 float32 terms of size up to ten, taken in another order.
+ROUNDING = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def make(model, layer=1, kind_in="topk", kind_out="topk", **kwargs):
+    """A `Decomposer` with random SAEs on both sides."""
+    number = layer % model.cfg.n_layers
+    sae_in = make_sae(kind_in, IN.format(number), seed=1)
+    return Decomposer(model, layer, sae_in, make_sae(kind_out, OUT.format(number), seed=2), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def decomposer(models):
+    return make(models(True, True))
+
+
+# --- interaction: what an output may be -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_the_three_terms_are_the_layers_read_of_a_feature(models, bias, layer, side):
+    """`x^T Q x + g . x + h == u . mlp(x)` with `u` the feature's encoder or decoder direction."""
+    model = models(bias, True)
+    decomposer = make(model, layer)
+    features = torch.tensor([5, 0, 39])
+    sae = decomposer.output_sae
+    u = (sae.W_enc.T if side == "encoder" else sae.W_dec).detach()[features]
+    x = torch.randn(1, 20, D, generator=torch.Generator().manual_seed(0))
+    Q, g, h = (of(features, side=side) for of in (decomposer.interaction, decomposer.linear, decomposer.constant))
+    assert (Q.shape, g.shape, h.shape) == ((3, D, D), (3, D), (3,))
+    found = torch.einsum("pi,nij,pj->pn", x[0], Q, x[0]) + x[0] @ g.T + h
+    assert_close(found, model.blocks[layer].mlp(x)[0].detach() @ u.T, **ROUNDING)
+    assert torch.equal(Q, Q.mT)
+    if not bias:
+        assert not g.any()
+        assert not h.any()
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize(("basis", "d"), [("residual", D), ("features", D_SAE)])
+def test_integers_are_features_with_and_without_a_batch_axis(decomposer, basis, d, side):
+    one = decomposer.interaction(7, basis=basis, side=side)
+    assert one.shape == (d, d)
+    assert torch.equal(one, one.T)
+    for dtype in (torch.int64, torch.int32, torch.int8):
+        assert torch.equal(decomposer.interaction(torch.tensor(7, dtype=dtype), basis=basis, side=side), one)
+    single = decomposer.interaction(torch.tensor([7]), basis=basis, side=side)
+    assert single.shape == (1, d, d)
+    # A batched product may sum in another order than a single one.
+    assert_close(single[0], one, **ROUNDING)
+    several = decomposer.interaction(torch.tensor([7, 3, 7]), basis=basis, side=side)
+    assert several.shape == (3, d, d)
+    assert torch.equal(several, several.mT)
+    assert_close(several[2], one, **ROUNDING)
+    assert_close(several[1], decomposer.interaction(3, basis=basis, side=side), **ROUNDING)
+
+
+def test_as_many_integers_as_dimensions_are_still_features(decomposer):
+    features = torch.arange(D)
+    assert decomposer.interaction(features).shape == (D, D, D)
+    assert_close(decomposer.interaction(features)[4], decomposer.interaction(4), **ROUNDING)
+
+
+def test_no_features_give_an_empty_batch(decomposer):
+    assert decomposer.interaction(torch.tensor([], dtype=torch.long)).shape == (0, D, D)
+
+
+@pytest.mark.parametrize("basis", ["residual", "features"])
+def test_floats_are_directions_taken_as_they_are(decomposer, basis):
+    u = torch.randn(3, D, generator=torch.Generator().manual_seed(0)) * 5
+    batch, one = decomposer.interaction(u, basis=basis), decomposer.interaction(u[0], basis=basis)
+    assert batch.ndim == 3
+    assert one.ndim == 2
+    assert_close(batch[0], one, **ROUNDING)
+    assert_close(decomposer.interaction(u[:1], basis=basis)[0], one, **ROUNDING)
+    assert_close(decomposer.interaction(2 * u[0], basis=basis), 2 * one, **ROUNDING)  # not normalised
+    assert torch.equal(decomposer.interaction(u[0], basis=basis, side="decoder"), one)
+    assert_close(decomposer.interaction(u[0].double(), basis=basis), one, **ROUNDING)
+
+
+def test_a_feature_is_its_direction(decomposer):
+    sae = decomposer.output_sae
+    assert_close(decomposer.interaction(9), decomposer.interaction(sae.W_enc[:, 9].detach()), **ROUNDING)
+    assert_close(decomposer.interaction(9, side="decoder"), decomposer.interaction(sae.W_dec[9].detach()), **ROUNDING)
+    # A float that happens to be whole is a direction, not a feature.
+    assert decomposer.interaction(torch.ones(D)).shape == (D, D)
+
+
+def test_the_feature_basis_is_the_decoders(decomposer):
+    decoder, Q = decomposer.input_sae.W_dec.detach(), decomposer.interaction(3)
+    assert_close(decomposer.interaction(3, basis="features"), decoder @ Q @ decoder.T, **ROUNDING)
+
+
+def test_results_carry_no_gradient(decomposer):
+    assert not decomposer.interaction(3, basis="features").requires_grad
+    assert not decomposer.eigen(3).vectors.requires_grad
+    assert not decomposer.top_interactions(3, k=2).coefficients.requires_grad
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_name)
+def test_every_class_of_sae_has_interactions(models, variant):
+    """With decoder norms applied at run time, the effective directions are meant."""
+    sae = make_sae(hook=OUT.format(0), **variant)
+    decomposer = Decomposer(models(False, True), 0, make_sae(hook=IN.format(0), **variant), sae)
+    norms = sae.W_dec.norm(dim=-1).detach() if variant["kind"] == "topk-rescaled" else torch.ones(D_SAE)
+    u = sae.W_enc.T.detach() * norms[:, None]
+    assert_close(decomposer.interaction(4), decomposer.interaction(u[4]), **ROUNDING)
+    u = sae.W_dec.detach() / norms[:, None]
+    assert_close(decomposer.interaction(4, side="decoder"), decomposer.interaction(u[4]), **ROUNDING)
+    assert decomposer.interaction(4, basis="features").shape == (D_SAE, D_SAE)
+
+
+def test_a_negative_layer_counts_from_the_end(models):
+    first, last = make(models(False, True), -1), make(models(False, True), 1)
+    assert first.layer == 1
+    assert torch.equal(first.interaction(3), last.interaction(3))
+
+
+def test_an_sae_that_does_not_name_its_hook_is_taken_on_trust(models):
+    decomposer = Decomposer(models(False, True), 0, make_sae("topk"), make_sae("topk", seed=2))
+    assert decomposer.interaction(1, basis="features").shape == (D_SAE, D_SAE)
+
+
+# --- the authors' numbers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "prefix"), [("encoder", "enc"), ("decoder", "dec")])
+def test_parity_of_interaction_matrices(tracer, side, prefix):
+    raw = tracer.expected[f"{prefix}.q_raw"]
+    found = tracer.decomposer.interaction(torch.arange(4), side=side)
+    assert_close(found, (raw + raw.mT) / 2, atol=1e-4, rtol=0)
+    assert torch.equal(found, found.mT)
+
+    features = tracer.expected[f"{prefix}.q_features"]
+    found = tracer.decomposer.interaction(torch.arange(2), basis="features", side=side)
+    assert_close(found, (features + features.mT) / 2, atol=1e-4, rtol=0)
+    assert torch.equal(found, found.mT)
+
+
+# --- top interactions -------------------------------------------------------------------------------------------------
+
+
+def brute_force(Q):
+    """Every self and cross interaction of a `(d, d)` matrix once, by falling absolute coefficient, in loops."""
+    pairs = []
+    for i, j in itertools.combinations_with_replacement(range(len(Q)), 2):
+        pairs.append((i, j, (1 if i == j else 2) * Q[i, j].item()))
+    return sorted(pairs, key=lambda pair: -abs(pair[2]))
+
+
+@settings(max_examples=15)
+@given(st.integers(0, D_SAE - 1), st.integers(1, D_SAE * (D_SAE + 1) // 2), st.sampled_from(["encoder", "decoder"]))
+def test_the_k_largest_of_all_pairs(decomposer, output, k, side):
+    Q = decomposer.interaction(output, basis="features", side=side)
+    top, expected = decomposer.top_interactions(output, k=k, side=side), brute_force(Q)[:k]
+    assert top.outputs.tolist() == [output]
+    assert top.i.shape == top.j.shape == top.coefficients.shape == (1, k)
+    # Coefficients are read off one matrix: equal to the bit, and no two of these random ones are equal.
+    assert list(zip(top.i[0].tolist(), top.j[0].tolist(), top.coefficients[0].tolist(), strict=True)) == expected
+    assert len({(i, j) for i, j, _ in expected}) == k
+    assert (top.i <= top.j).all()
+
+    occurring = sorted({i for pair in expected for i in pair[:2]})
+    assert top.features.tolist() == occurring
+    assert torch.equal(top.submatrix, Q[occurring][:, occurring])
+
+
+def test_all_pairs_of_several_outputs(decomposer):
+    outputs, d = torch.tensor([8, 2]), D_SAE
+    Q = decomposer.interaction(outputs, basis="features")
+    top = decomposer.top_interactions(outputs, k=5)
+    assert top.outputs.tolist() == [8, 2]
+    for row in range(2):
+        expected = brute_force(Q[row])[:5]
+        assert list(zip(top.i[row].tolist(), top.j[row].tolist(), strict=True)) == [(i, j) for i, j, _ in expected]
+    occurring = sorted({*top.i.flatten().tolist(), *top.j.flatten().tolist()})
+    assert top.features.tolist() == occurring
+    assert torch.equal(top.submatrix, Q[:, occurring][:, :, occurring])
+    assert decomposer.top_interactions(outputs, k=d * (d + 1) // 2).features.tolist() == list(range(d))
+
+
+def test_the_default_is_fifty(decomposer):
+    assert decomposer.top_interactions(1).coefficients.shape == (1, 50)
+
+
+@pytest.mark.parametrize("k", [0, -3, D_SAE * (D_SAE + 1) // 2 + 1])
+def test_k_is_checked(decomposer, k):
+    with pytest.raises(OutOfRangeError, match=f"k is {k}, expected 1 to {D_SAE * (D_SAE + 1) // 2}"):
+        decomposer.top_interactions(0, k=k)
+
+
+def test_the_table_has_indices_kinds_and_names(models):
+    names_in, names_out = [f"in {i}" for i in range(D_SAE)], [f"out {i}" for i in range(D_SAE)]
+    decomposer = make(models(False, True), input_names=names_in, output_names=names_out)
+    top = decomposer.top_interactions(torch.tensor([8, 2]), k=40)
+    frame = top.to_frame()
+    assert list(frame.columns) == ["output", "i", "j", "kind", "coefficient", "output_name", "i_name", "j_name"]
+    assert frame.output.tolist() == [8] * 40 + [2] * 40
+    assert frame.i.tolist() == top.i.flatten().tolist()
+    assert frame.j.tolist() == top.j.flatten().tolist()
+    assert frame.coefficient.tolist() == top.coefficients.flatten().tolist()
+    assert set(frame.kind) == {"self", "cross"}
+    assert ((frame.i == frame.j) == (frame.kind == "self")).all()
+    assert frame.i_name.tolist() == [names_in[i] for i in frame.i]
+    assert frame.j_name.tolist() == [names_in[j] for j in frame.j]
+    assert frame.output_name.tolist() == [names_out[o] for o in frame.output]
+    assert "out 8" in str(top)
+
+
+def test_directions_have_no_feature_names(models):
+    decomposer = make(models(False, True), output_names=[f"out {i}" for i in range(D_SAE)])
+    frame = decomposer.top_interactions(torch.randn(2, D), k=3).to_frame()
+    assert frame.output.tolist() == [0] * 3 + [1] * 3
+    assert frame.output_name.tolist() == ["0"] * 3 + ["1"] * 3
+
+
+def test_a_single_feature_has_one_interaction(models):
+    sae = make_sae("standard", IN.format(0), d_sae=1)
+    top = Decomposer(models(False, True), 0, sae).top_interactions(torch.randn(D), k=1)
+    assert top.i.tolist() == top.j.tolist() == [[0]]
+    assert_close(top.coefficients[0, 0], top.submatrix[0, 0])
+
+
+def test_attribution_uses_the_same_coefficients(decomposer):
+    """`contribution = coefficient * f_i * f_j`, the coefficient being that of the weights alone."""
+    every = decomposer.top_interactions(6, k=D_SAE * (D_SAE + 1) // 2).to_frame().set_index(["i", "j"]).coefficient
+    frame = decomposer.attribute(torch.tensor([1, 7, 4]), 6, 2).to_frame()
+    assert len(frame) == 28  # 7 active features
+    # One from a float32 matrix, one from float64 products of the branches.
+    expected = [every[pair] for pair in zip(frame.i, frame.j, strict=True)]
+    assert frame.coefficient.tolist() == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("published", "kind"), [({"gate": "gelu"}, "gated by 'gelu'"), ({"bilinear": False}, "one-branch")]
+)
+def test_a_model_that_is_not_bilinear(published, kind):
+    with pytest.raises(NotBilinearError, match=f"{kind}.*not a quadratic form"):
+        Decomposer(make_model(**published), 0)
+
+
+@pytest.mark.parametrize("layer", [2, -3, 100])
+def test_a_layer_out_of_range(models, layer):
+    with pytest.raises(OutOfRangeError, match=f"layer {layer} is outside the model's 2 layers, 0 to 1"):
+        Decomposer(models(False, True), layer)
+
+
+@pytest.mark.parametrize("which", ["input", "output"])
+def test_an_sae_of_another_width(models, which):
+    hook = (IN if which == "input" else OUT).format(0)
+    with pytest.raises(SAEMismatchError, match=f"{which} SAE has d_in 12, the model's d_model is 16"):
+        Decomposer(models(False, True), 0, **{f"{which}_sae": make_sae("topk", hook, d_in=12)})
+
+
+@pytest.mark.parametrize(
+    ("which", "hook"),
+    [
+        ("input", IN.format(1)),
+        ("input", MID.format(1)),
+        ("input", "blocks.0.hook_resid_pre"),
+        ("input", "blocks.0.ln1.hook_normalized"),
+        ("input", OUT.format(0)),
+        ("output", OUT.format(1)),
+        ("output", "blocks.0.hook_resid_post"),
+        ("output", IN.format(0)),
+    ],
+)
+def test_an_sae_of_another_hook_or_layer(models, which, hook):
+    expected = (
+        "'blocks.0.ln2.hook_normalized' or 'blocks.0.hook_resid_mid'" if which == "input" else f"'{OUT.format(0)}'"
+    )
+    with pytest.raises(SAEMismatchError, match=f"{which} SAE is on '{hook}'; layer 0 needs one on {expected}"):
+        Decomposer(models(False, True), 0, **{f"{which}_sae": make_sae("topk", hook)})
+
+
+def test_an_architecture_without_linear_reads(models):
+    sae = GatedSAE(GatedSAEConfig(d_in=D, d_sae=D_SAE))
+    sae.cfg.metadata.hook_name = IN.format(0)
+    with pytest.raises(SAEMismatchError, match=r"'gated'.*expected one of standard, topk"):
+        Decomposer(models(False, True), 0, sae)
+
+
+def test_an_sae_on_resid_mid_has_no_fixed_interactions(models):
+    out = make_sae("topk", OUT.format(0), seed=2)
+    decomposer = Decomposer(models(False, True), 0, make_sae("topk", MID.format(0)), out)
+    for call in (lambda: decomposer.interaction(0, basis="features"), lambda: decomposer.top_interactions(0)):
+        with pytest.raises(
+            SAEMismatchError, match=r"'blocks.0.hook_resid_mid'.*norm scale.*ln2.hook_normalized.*attribute"
+        ):
+            call()
+    assert decomposer.interaction(0).shape == (D, D)  # nothing of the input SAE in it
+    assert decomposer.eigen(0, k=2).in_features(top=1).shape == (2, 6)  # cosines do not depend on the scale
+
+
+def test_without_normalisation_resid_mid_is_the_layers_input(models):
+    sae, out = make_sae("topk", MID.format(0)), make_sae("topk", OUT.format(0), seed=2)
+    decomposer = Decomposer(models(False, False), 0, sae, out)
+    expected = sae.W_dec.detach() @ decomposer.interaction(0) @ sae.W_dec.detach().T
+    assert_close(decomposer.interaction(0, basis="features"), expected, **ROUNDING)
+    assert decomposer.top_interactions(0, k=3).i.shape == (1, 3)
+
+
+def test_a_bilinear_encoder_has_no_encoder_direction(models):
+    decomposer = make(models(False, True), kind_out="scope-bilinear")
+    calls = [
+        lambda: decomposer.interaction(0),
+        lambda: decomposer.interaction(torch.tensor([0, 1]), basis="features"),
+        lambda: decomposer.linear(0),
+        lambda: decomposer.constant(0),
+        lambda: decomposer.eigen(0),
+        lambda: decomposer.top_interactions(0),
+        lambda: decomposer.attribute(torch.tensor([1, 2]), 0, 1),
+    ]
+    for call in calls:
+        with pytest.raises(SAEMismatchError, match=r'bilinear encoder.*no encoder direction.*side="decoder"'):
+            call()
+    u = decomposer.output_sae.W_dec[0].detach()
+    assert_close(decomposer.interaction(0, side="decoder"), decomposer.interaction(u), **ROUNDING)
+    assert decomposer.eigen(0, k=1, side="decoder").values.shape == (1,)
+    assert decomposer.top_interactions(0, k=1, side="decoder").i.shape == (1, 1)
+
+
+def test_a_bilinear_encoder_is_welcome_on_the_input(models):
+    decomposer = make(models(False, True), kind_in="scope-bilinear")
+    assert decomposer.interaction(0, basis="features").shape == (D_SAE, D_SAE)
+    assert decomposer.top_interactions(0, k=2).i.shape == (1, 2)
+
+
+def test_a_missing_sae(models):
+    bare = Decomposer(models(False, True), 0)
+    assert bare.input_sae is None
+    assert bare.output_sae is None
+    u, tokens = torch.randn(D), torch.tensor([1, 2])
+    assert bare.interaction(u).shape == (D, D)
+    assert bare.eigen(u).values.shape == (D,)
+    only_in = Decomposer(models(False, True), 0, make_sae("topk", IN.format(0)))
+    only_out = Decomposer(models(False, True), 0, output_sae=make_sae("topk", OUT.format(0)))
+    needs_output = [lambda: bare.interaction(0), lambda: bare.eigen(torch.tensor([1])), lambda: bare.linear(0)]
+    needs_output += [lambda: only_in.top_interactions(0), lambda: only_in.attribute(tokens, 0, 0)]
+    needs_input = [lambda: bare.interaction(u, basis="features"), lambda: bare.top_interactions(u)]
+    needs_input += [lambda: only_out.interaction(0, basis="features"), lambda: only_out.attribute(tokens, 0, 0)]
+    for which, calls in (("an output_sae", needs_output), ("an input_sae", needs_input)):
+        for call in calls:
+            with pytest.raises(MissingSAEError, match=f"needs {which}"):
+                call()
+
+
+@pytest.mark.parametrize("feature", [-1, D_SAE, 10_000])
+def test_a_feature_out_of_range(decomposer, feature):
+    forms = [feature, torch.tensor(feature), torch.tensor([0, feature])]
+    calls = [
+        decomposer.interaction,
+        decomposer.linear,
+        decomposer.constant,
+        decomposer.eigen,
+        decomposer.top_interactions,
+    ]
+    for call, output in itertools.product(calls, forms):
+        with pytest.raises(OutOfRangeError, match=f"feature {feature} is outside the output SAE's 40, 0 to 39"):
+            call(output)
+
+
+@pytest.mark.parametrize("shape", [(D_SAE,), (15,), (3, 17), (0,)])
+def test_directions_of_another_width(decomposer, shape):
+    for call in (decomposer.interaction, decomposer.linear, decomposer.constant, decomposer.eigen):
+        with pytest.raises(SAEMismatchError, match=r"directions of shape \(.*layer writes 16 dimensions"):
+            call(torch.zeros(shape))

@@ -1,0 +1,44 @@
+"""The code is linted, formatted and typed, and quick to import: what CI checks besides behaviour."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["ruff", "check", "."], id="lint"),
+        pytest.param(["ruff", "format", "--check", "."], id="format"),
+        pytest.param(["mypy"], id="types"),
+    ],
+)
+def test_tool_finds_nothing(command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_import_and_help_load_nothing_heavy():
+    """`import bilens` and `bilens --help` stay quick because no heavy package is imported by them."""
+    code = (
+        "import sys, bilens, bilens.cli\n"
+        "from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(bilens.cli.app, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'transformer_lens', 'sae_lens', 'transformers', 'datasets', 'pandas', 'plotly', 'numpy'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_resolves():
+    import bilens
+
+    for name in bilens.__all__:
+        assert getattr(bilens, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'loadmodel'"):
+        _ = bilens.loadmodel

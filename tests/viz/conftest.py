@@ -1,0 +1,90 @@
+"""Tokens that break pages, and a reader of pages as a browser reads them."""
+
+from html.parser import HTMLParser
+
+import pytest
+
+TOKENS = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=\"document.title='PWNED'\">",
+    "<script>document.title='PWNED'</script>",
+    "<!--",
+    "-->",
+    "]]>",
+    '"',
+    "'",
+    "&",
+    "&lt;b&gt;",
+    "&#60;b&#62;",
+    "<b>bold</b>",
+    "\u2028",
+    "\u2029",
+    "🙂",
+    "\\",
+    "\\n\\u0041",
+    "','+alert(1)+'",
+    "`${alert(1)}`",
+    "$x^2$",
+    "%{x}",
+    "{{x}}",
+    "a\nb",
+    "\t",
+    "   ",
+    "",
+    "\x00",
+    "\u202eabc",
+    "\ud800",
+]
+
+
+@pytest.fixture
+def hostile() -> list[str]:
+    return TOKENS
+
+
+class Reader(HTMLParser):
+    """A page's elements and its text, scripts apart."""
+
+    def __init__(self, markup: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text = ""
+        self._open: str | None = None
+        self.feed(markup)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._open = tag
+            if tag == "script":
+                self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = None if tag == self._open else self._open
+
+    def handle_data(self, data: str) -> None:
+        if self._open == "script":
+            attributes, before = self.scripts[-1]
+            self.scripts[-1] = (attributes, before + data)
+        elif self._open is None:
+            self.text += data
+
+    def tags(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+    @property
+    def code(self) -> list[str]:
+        """The scripts that run."""
+        return [source for attributes, source in self.scripts if "type" not in attributes]
+
+    @property
+    def data(self) -> list[str]:
+        """The scripts that hold JSON."""
+        return [source for attributes, source in self.scripts if attributes.get("type") == "application/json"]
+
+
+@pytest.fixture
+def read():
+    return Reader

@@ -1,0 +1,53 @@
+"""What a browser makes of a page with hostile tokens, with its content security policy taken away."""
+
+import html
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from bilens.viz import plots
+from bilens.viz.circuits import AttentionPatterns, ColoredTokens, ColoredTokensMulti
+from bilens.viz.markup import visible
+from bilens.viz.page import Page
+from bilens.viz.tokens_html import TokenStrip
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+
+@pytest.fixture
+def drawn(tmp_path, hostile) -> str:
+    """The page's elements after its scripts have run."""
+    n = len(hostile)
+    values = np.linspace(-1, 1, n)
+    page = Page("untouched").add(
+        ColoredTokens(hostile, values),
+        ColoredTokensMulti(hostile, np.stack([values, values[::-1]], 1), hostile[:2]),
+        AttentionPatterns(hostile, np.ones((2, n, n)) / n, hostile[:2]),
+        TokenStrip(hostile, values),
+        plots.bars(hostile, values),
+    )
+    path = page.save(tmp_path / "page.html")
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text(encoding="utf-8"))
+    path.write_text(text, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    options += ["--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000"]
+    command = [CHROMIUM, *options, "--window-size=1200,4000", "--dump-dom", path.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
+
+
+def test_hostile_tokens_are_drawn_and_run_nothing(drawn, hostile, read):
+    page = read(drawn)
+    assert "<title>untouched</title>" in drawn
+    assert not page.tags("img")
+    assert not page.tags("b")
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    boxes = re.findall(r'<span style="display: inline-block;[^>]*>(.*?)</span>', drawn)
+    shown = [html.unescape(box).replace("\u2060", "").replace("\xa0", " ") for box in boxes]
+    assert shown == [visible(token).replace("↵", "↵ ") for token in hostile] * 2
+    assert len(page.tags("canvas")) == 3  # two heads, one of them at full size too
+    assert any(svg.get("class") == "main-svg" for svg in page.tags("svg"))
