@@ -1,4 +1,4 @@
-"""How exact attributions are: the completeness error over random (text, feature, position) triples of the bundled model.
+"""How exact attributions are: the completeness error over random (text, feature, position) triples.
 
     python benchmarks/completeness.py TEXTS [N]
 

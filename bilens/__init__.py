@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from bilens.errors import BilensError
     from bilens.loading import list_models, load_model
     from bilens.model import HookedBilinearTransformer
+    from bilens.reporting import report
     from bilens.sae import evaluate_saes, list_saes, load_sae, train_saes
     from bilens.training import TrainConfig, train_lm
-    from bilens.report import report
 
 _HOME = {
     "BilensError": "bilens.errors",
@@ -30,12 +30,27 @@ _HOME = {
     "list_saes": "bilens.sae",
     "load_model": "bilens.loading",
     "load_sae": "bilens.sae",
-    "report": "bilens.report",
+    "report": "bilens.reporting",
     "train_lm": "bilens.training",
     "train_saes": "bilens.sae",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = [
+    "BilensError",
+    "BilinearTransformerConfig",
+    "Decomposer",
+    "HookedBilinearTransformer",
+    "TrainConfig",
+    "__version__",
+    "evaluate_saes",
+    "list_models",
+    "list_saes",
+    "load_model",
+    "load_sae",
+    "report",
+    "train_lm",
+    "train_saes",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,9 @@ def train_lm(
     data: Annotated[str, typer.Argument(help="Texts: .jsonl/.json/.txt/.parquet (.gz may follow) or a hub dataset.")],
     out: Annotated[Path, typer.Argument(help="Folder of the model; run again to go on after an interruption.")],
     valid: Annotated[str | None, typer.Option(help="Validation texts; without, 1 % of the texts is set aside.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder, published name or hub id; without, one is trained.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder, published name or hub id; without, one is trained.")
+    ] = None,
     vocab_size: Annotated[int, typer.Option(help="Of a tokenizer trained here.")] = 4096,
     column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
     d_model: int = 256,
@@ -27,7 +29,9 @@ def train_lm(
     d_hidden: int = 1024,
     n_ctx: int = 256,
     bias: Annotated[bool, typer.Option(help="Biases in the MLP.")] = False,
-    gate: Annotated[str | None, typer.Option(help="relu, silu or gelu on the left branch: not bilinear any more.")] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="relu, silu or gelu on the left branch: not bilinear any more.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the texts.")] = 10.0,
     batch_size: Annotated[int, typer.Option(help="Contexts per step.")] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
@@ -80,9 +84,7 @@ def train_sae(
     from bilens.loading import load_model
     from bilens.sae.training import SAETrainConfig, train_saes
 
-    config = SAETrainConfig(
-        expansion=expansion, k=k, tokens=tokens, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed
-    )
+    config = SAETrainConfig(expansion=expansion, k=k, tokens=tokens, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed)
     trained = train_saes(load_model(model), data, out, config, hooks=hook, column=column)
     typer.echo(f"{len(trained)} SAEs written to {out}: {', '.join(trained)}")
 
@@ -98,7 +100,7 @@ def eval_sae(
     """Score SAEs: sparsity, explained variance, loss recovered, dead features."""
     from bilens.data import load_texts
     from bilens.loading import load_model
-    from bilens.report import sae_source
+    from bilens.reporting import sae_source
     from bilens.sae.evaluation import evaluate_saes
     from bilens.sae.loading import list_saes, load_sae
 
@@ -114,7 +116,9 @@ def eval_sae(
 
 @app.command()
 def report(
-    model: Annotated[str | None, typer.Argument(help="Bundled name, folder or hub id; without, the bundled one.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Bundled name, folder or hub id; without, the bundled one.")
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Which MLP; without, the middle one.")] = None,
     text: Annotated[str | None, typer.Option(help="To explain; without, each feature's strongest example.")] = None,
     feature: Annotated[list[int] | None, typer.Option(help="Repeatable; without, the most interesting ones.")] = None,
@@ -127,7 +131,7 @@ def report(
 ) -> None:
     """Write a report on the circuits of one layer: one self-contained HTML file."""
     from bilens.data import load_texts
-    from bilens.report import report as write
+    from bilens.reporting import report as write
 
     texts = None if examples is None else load_texts(examples)
     circuits = write(
@@ -149,7 +153,7 @@ def report(
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_demo.html")) -> None:
     """Circuits of the bundled model: which pairs of input features build an output feature, in which tokens."""
-    from bilens.report import demo as write
+    from bilens.reporting import demo as write
 
     _tell(write(out, say=typer.echo), out)
 

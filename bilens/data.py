@@ -33,7 +33,9 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", column: str
 
     path = Path(source).expanduser()
     suffixes = [s for s in path.suffixes if s not in (".gz", ".zst", ".xz")]
-    kind = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}.get(suffixes[-1] if suffixes else "")
+    kind = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}.get(
+        suffixes[-1] if suffixes else ""
+    )
     if path.exists() and kind is not None:
         options = {"sample_by": "paragraph"} if kind == "text" else {}
         try:

@@ -19,7 +19,7 @@ def sample(
     top_k: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "batch"]:
-    """One token per row from `softmax(logits / temperature)`, the `top_k` likeliest only; temperature 0 takes the best."""
+    """One token per row from `softmax(logits / temperature)`, of the `top_k` likeliest; temperature 0 is greedy."""
     if temperature == 0.0:
         return logits.argmax(-1)
     if top_k is not None:
@@ -79,6 +79,7 @@ def generate(
         if any(len(row) != longest for row in rows):
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=tokens.device)
     else:
+        assert isinstance(input, Tensor)
         tokens = input
     tokens = model.input_to_tokens(tokens)
     eos = eos_token_id

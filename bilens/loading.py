@@ -1,9 +1,9 @@
 """Models in and out of the published format: `config.json` + `model.safetensors` (+ the tokenizer).
 
-    1. find the files: a bundled name, a folder, or a hub id
-    2. read the config, refuse it by name where a key is missing
-    3. check every tensor's name and shape against the model the config describes, and that it is finite
-    4. copy; the parameters are stored as published, so nothing is computed and saving gives the same bits back
+1. find the files: a bundled name, a folder, or a hub id
+2. read the config, refuse it by name where a key is missing
+3. check every tensor's name and shape against the model the config describes, and that it is finite
+4. copy; the parameters are stored as published, so nothing is computed and saving gives the same bits back
 """
 
 import json

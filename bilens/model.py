@@ -64,6 +64,7 @@ class Rotary(nn.Module):
 
     def __init__(self, d_head: int, base: float = 10_000.0):
         super().__init__()
+        self.inv_freq: Tensor
         inv_freq = 1.0 / base ** (torch.arange(0, d_head, 2).float() / d_head)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
@@ -156,8 +157,8 @@ class Attention(nn.Module):
         hooks = (self.hook_attn_scores, self.hook_pattern)
         watched = any(h.fwd_hooks or h.bwd_hooks for h in hooks)
         if not watched and mask is None and q.shape[1] == k.shape[1]:
-            z = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
-            return z.transpose(1, 2)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         scores = einsum(q, k, "b q h e, b k h e -> b h q k") * self.cfg.d_head**-0.5
         n_query, n_key = scores.shape[-2:]
         visible = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
@@ -236,7 +237,9 @@ class Block(nn.Module):
         for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
             setattr(self, f"hook_{name}", HookPoint())
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"], *attention_args: Any) -> Float[Tensor, "batch pos d_model"]:
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], *attention_args: Any
+    ) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
         x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), *attention_args)))
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
@@ -279,6 +282,8 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
     Weights start normal with `cfg.init_range`, the two projections into the residual stream at zero-mean scale
     `init_range / sqrt(2 n_layers)`, biases at zero.
     """
+
+    blocks: Any  # an nn.ModuleList of Block, whose attributes a type checker would not know
 
     def __init__(self, cfg: BilinearTransformerConfig, tokenizer: Any = None, seed: int | None = None):
         super().__init__()
@@ -350,7 +355,7 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
             attention_mask = past_kv_cache.append_mask(attention_mask, residual)
         positions = self._positions(residual, attention_mask, past_kv_cache)
         first, last = self._layer_bound(start_at_layer, 0), self._layer_bound(stop_at_layer, self.cfg.n_layers)
-        for block in self.blocks[first:last]:  # type: ignore[union-attr]
+        for block in self.blocks[first:last]:
             residual = block(residual, positions, attention_mask, past_kv_cache)
         if stop_at_layer is not None:
             return residual
@@ -368,7 +373,9 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
         loss = self.loss_fn(logits, tokens, attention_mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
-    def _positions(self, residual: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Int[Tensor, "#batch pos"]:
+    def _positions(
+        self, residual: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Int[Tensor, "#batch pos"]:
         """Rotary positions: counted from the first real token, on from the cache."""
         n_new = residual.shape[1]
         if mask is not None:
@@ -399,21 +406,25 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
         predicted = (attention_mask[:, :-1] * attention_mask[:, 1:]).to(loss.dtype)
         return loss * predicted if per_token else (loss * predicted).sum() / predicted.sum()
 
-    def generate(self, input: str | list[str] | Int[Tensor, "*batch pos"] = "", max_new_tokens: int = 50, **kwargs: Any):
+    def generate(
+        self, input: str | list[str] | Int[Tensor, "*batch pos"] = "", max_new_tokens: int = 50, **kwargs: Any
+    ) -> Any:
         """Continue a text. See `bilens.generation.generate` for every argument."""
         return generate(self, input, max_new_tokens, **kwargs)
 
     # --- hooks --------------------------------------------------------------------------------------------------------
 
-    def run_with_cache(self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any):
+    def run_with_cache(
+        self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
+    ) -> Any:
         """Run and keep activations: `(output, ActivationCache)`; see TransformerLens for the arguments."""
         output, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:
             return output, cache
         return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
-    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any):
-        """The hooks of `run_with_cache`: names are checked, a function (or `None`, for all) picks from what is computed."""
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The hooks of `run_with_cache`: names are checked; a function, or `None` for all, picks among them."""
         if isinstance(names_filter, str | list | tuple | set):
             names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
             for name in names:
@@ -443,7 +454,11 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
 
     @contextmanager
     def hooks(
-        self, fwd_hooks: Sequence[tuple[Any, Callable]] = (), bwd_hooks: Sequence[tuple[Any, Callable]] = (), *args, **kwargs
+        self,
+        fwd_hooks: Sequence[tuple[Any, Callable]] = (),
+        bwd_hooks: Sequence[tuple[Any, Callable]] = (),
+        *args: Any,
+        **kwargs: Any,
     ) -> Iterator["HookedBilinearTransformer"]:
         """Hooks that last as long as the `with` block."""
         for name, _ in (*fwd_hooks, *bwd_hooks):
@@ -453,7 +468,7 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
             yield self
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Whether attention also forms what each head adds (`attn.hook_result`): exact, but `n_heads` times the memory."""
+        """Whether attention also forms what each head adds (`attn.hook_result`): `n_heads` times the memory."""
         self.cfg.use_attn_result = use_attn_result
 
     # --- weights under TransformerLens' names -------------------------------------------------------------------------
@@ -525,7 +540,7 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, "d_model"]:
         """Sum of the output biases of the layers below (attention has none): what `ActivationCache` asks for."""
-        biases = [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []  # type: ignore[union-attr]
+        biases = [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []
         return sum(biases, start=self.W_E.new_zeros(self.cfg.d_model))
 
     def tokens_to_residual_directions(

@@ -30,6 +30,11 @@ class TokenizationMixin:
             )
         return self.tokenizer
 
+    @property
+    def is_wordpiece(self) -> bool:
+        """Whether tokens carry no spaces and `##` marks those that continue a word."""
+        return self.tokenizer is not None and any(token.startswith("##") for token in self.tokenizer.get_vocab())
+
     def to_tokens(
         self,
         input: str | list[str],
@@ -88,7 +93,9 @@ class TokenizationMixin:
         rows = [(longest - n) * [0] + n * [1] if left else n * [1] + (longest - n) * [0] for n in lengths]
         return torch.tensor(rows, device=self.cfg.device)
 
-    def input_to_tokens(self, input: str | list[str] | Int[Tensor, "*batch pos"], prepend_bos: bool | None = None):
+    def input_to_tokens(
+        self, input: str | list[str] | Int[Tensor, "*batch pos"], prepend_bos: bool | None = None
+    ) -> Int[Tensor, "batch pos"]:
         """What `forward` accepts, as `(batch, pos)` tokens that fit the model.
 
         Raises:
@@ -130,11 +137,11 @@ class TokenizationMixin:
         input: str | Int[Tensor, "*batch pos"] | list,
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
-    ) -> list[str] | list[list[str]]:
+    ) -> Any:
         """Each token as a string; for a list of inputs, a list of lists."""
         tokenizer = self._require_tokenizer()
         if isinstance(input, list):
-            return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]  # type: ignore[misc]
+            return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]
         tokens = self.to_tokens(input, prepend_bos, padding_side)[0] if isinstance(input, str) else input
         ids = tokens.squeeze().reshape(-1) if tokens.numel() == 1 else tokens.squeeze()
         if ids.ndim != 1:
@@ -159,7 +166,7 @@ class TokenizationMixin:
 
     def to_single_str_token(self, int_token: int) -> str:
         """The string of one token id."""
-        return self.to_str_tokens(torch.tensor([int_token]))[0]  # type: ignore[return-value]
+        return self.to_str_tokens(torch.tensor([int_token]))[0]
 
     def get_token_position(
         self,
@@ -177,7 +184,9 @@ class TokenizationMixin:
             raise ValueError(f"mode {mode!r} is not 'first' or 'last'.")
         tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
         if tokens.ndim > 1 and tokens.shape[0] > 1:
-            raise TokenizationError(f"get_token_position takes one sequence, not tokens of shape {tuple(tokens.shape)}.")
+            raise TokenizationError(
+                f"get_token_position takes one sequence, not tokens of shape {tuple(tokens.shape)}."
+            )
         wanted = self.to_single_token(single_token) if isinstance(single_token, str) else single_token
         places = (tokens.flatten() == wanted).nonzero().flatten().tolist()
         if not places:

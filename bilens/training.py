@@ -29,7 +29,7 @@ from bilens.data import TokenizedTexts, load_texts, pack, train_tokenizer
 from bilens.display import Tabular
 from bilens.errors import TrainingError
 from bilens.files import write_atomically
-from bilens.loading import load_tokenizer, published_tensors, save_model
+from bilens.loading import load_tokenizer, save_model
 from bilens.model import HookedBilinearTransformer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"

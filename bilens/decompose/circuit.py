@@ -1,9 +1,9 @@
 """Everything about one output feature on one text: what a report shows and a reader asks for.
 
-    1. where the feature fires on the text, and its exact attribution at one position
-    2. which input features matter there: those of the largest pairs, on this token and in the weights
-    3. the interaction matrix between them, the spectrum, the leading eigencircuits in features and on the tokens
-    4. what each feature shown fires on elsewhere, and which tokens the output feature promotes
+1. where the feature fires on the text, and its exact attribution at one position
+2. which input features matter there: those of the largest pairs, on this token and in the weights
+3. the interaction matrix between them, the spectrum, the leading eigencircuits in features and on the tokens
+4. what each feature shown fires on elsewhere, and which tokens the output feature promotes
 """
 
 from collections.abc import Sequence
@@ -40,6 +40,7 @@ class FeatureCircuit:
         eigen: the leading eigencircuits, and `eigen_activations`, `lambda (v . x)^2` on every token.
         promoted, suppressed: tokens by the feature's direct effect on the logits (decoder times unembedding).
         attention: the layer's patterns on the text.
+        wordpiece: whether the tokens are word pieces (`HookedBilinearTransformer.is_wordpiece`).
         output_summary, input_summaries: what the features fire on over the example texts, where there are some.
     """
 
@@ -55,6 +56,7 @@ class FeatureCircuit:
     promoted: list[tuple[str, float]] = field(repr=False)
     suppressed: list[tuple[str, float]] = field(repr=False)
     attention: Float[Tensor, "head p p"] = field(repr=False)
+    wordpiece: bool = field(default=False, repr=False)
     output_summary: FeatureSummary | None = field(default=None, repr=False)
     input_summaries: dict[int, FeatureSummary] = field(default_factory=dict, repr=False)
 
@@ -114,7 +116,12 @@ def feature_circuit(
     model, view_in, view_out = decomposer.model, decomposer.input_view, decomposer.output_view
     tokens = model.input_to_tokens(text_or_tokens)
     pattern_hook = f"blocks.{decomposer.layer}.attn.hook_pattern"
-    names = [decomposer.normalized_hook, decomposer.out_hook, pattern_hook, view_in.hook_name or decomposer.normalized_hook]
+    names = [
+        decomposer.normalized_hook,
+        decomposer.out_hook,
+        pattern_hook,
+        view_in.hook_name or decomposer.normalized_hook,
+    ]
     _, cache = model.run_with_cache(
         tokens, names_filter=names, stop_at_layer=decomposer.layer + 1, return_cache_object=False
     )
@@ -147,6 +154,7 @@ def feature_circuit(
         promoted=_tokens_of(decomposer, effect, 10),
         suppressed=[(token, -value) for token, value in _tokens_of(decomposer, -effect, 10)],
         attention=pattern,
+        wordpiece=model.is_wordpiece,
         output_summary=None if outputs is None else outputs.summary(feature),
         input_summaries={} if inputs is None else {i: inputs.summary(i) for i in _summarised(shown, eigen)},
     )

@@ -30,7 +30,7 @@ from bilens.decompose.tensors import (
     linear_term,
     source_products,
 )
-from bilens.errors import EmptyTextError, MissingSAEError, OutOfRangeError, SAEMismatchError
+from bilens.errors import MissingSAEError, OutOfRangeError, SAEMismatchError
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.view import SAEView
 from bilens.typing import typed
@@ -104,9 +104,7 @@ class Decomposer:
     # --- from the weights alone ---------------------------------------------------------------------------------------
 
     @typed
-    def interaction(
-        self, output: Output, basis: Basis = "residual", side: Side = "encoder"
-    ) -> Float[Tensor, "*n d d"]:
+    def interaction(self, output: Output, basis: Basis = "residual", side: Side = "encoder") -> Float[Tensor, "*n d d"]:
         """The symmetric interaction matrix of each output: `u . mlp(x) = x^T Q_u x` (plus bias terms).
 
         Args:
@@ -279,7 +277,7 @@ class Decomposer:
     def check_feature(self, feature: Any) -> int:
         """An output feature's index as an int; raises `OutOfRangeError` outside the output SAE."""
         view = self.output_view
-        feature = index(feature.item() if isinstance(feature, Tensor) else feature)
+        feature = index(int(feature) if isinstance(feature, Tensor) else feature)
         if not 0 <= feature < view.d_sae:
             raise OutOfRangeError(f"feature {feature} is outside the output SAE's {view.d_sae}, 0 to {view.d_sae - 1}.")
         return feature
@@ -323,6 +321,7 @@ class Decomposer:
             )
         if view.hook_name is not None and view.hook_name not in hooks:
             raise SAEMismatchError(
-                f"the {which} SAE is on {view.hook_name!r}; layer {self.layer} needs one on {' or '.join(map(repr, hooks))}."
+                f"the {which} SAE is on {view.hook_name!r}; layer {self.layer} needs one on "
+                f"{' or '.join(map(repr, hooks))}."
             )
         return view

@@ -5,7 +5,7 @@ Plots come from `bilens.viz`, imported when asked for: numbers here, pictures th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -47,7 +47,8 @@ class Eigencircuits(Tabular):
         return self.vectors @ torch.nn.functional.normalize(self.decoder, dim=-1).T
 
     def in_features(self, top: int = 8) -> "pd.DataFrame":
-        """The `top` input features of each eigenvector by absolute cosine: `output, rank, eigenvalue, i, name, cosine`."""
+        """The `top` input features of each eigenvector by absolute cosine, with columns
+        `output, rank, eigenvalue, i, name, cosine`."""
         import pandas as pd
 
         cosines = self.cosines().reshape(-1, self.values.shape[-1], self.decoder.shape[0])  # type: ignore[union-attr]
@@ -96,8 +97,8 @@ class Eigencircuits(Tabular):
 class TopInteractions(Tabular):
     """The largest interactions of each output, self and cross together.
 
-    A cross pair `(i, j)` with `i < j` stands once, with coefficient `2 Q_ij`; a self interaction has `Q_ii`. One output's
-    contribution on a token is `coefficient * f_i * f_j`.
+    A cross pair `(i, j)` with `i < j` stands once, with coefficient `2 Q_ij`; a self interaction has `Q_ii`. One
+    output's contribution on a token is `coefficient * f_i * f_j`.
 
     Attributes:
         outputs: the output features, or 0..n-1 for directions.
@@ -160,8 +161,8 @@ class Attribution(Tabular):
 
     The layer's input is split into sources that add up to it: each active input feature `f_i d_i`, then the input SAE's
     `b_dec`, its reconstruction `error`, and the constant 1 that MLP biases multiply. `contributions[s, t]` is what the
-    pair of sources adds (a cross pair `s != t` stands at both `[s, t]` and `[t, s]`, half each); `output_bias` is what the
-    output SAE itself adds (`- e . b_dec + b`). All of them together are the pre-activation.
+    pair of sources adds (a cross pair `s != t` stands at both `[s, t]` and `[t, s]`, half each); `output_bias` is what
+    the output SAE itself adds (`- e . b_dec + b`). All of them together are the pre-activation.
 
     Attributes:
         feature, position: of the output; `position` counts from the front, `[BOS]` included.
@@ -272,8 +273,9 @@ class Attribution(Tabular):
         name = self.output_name or self.feature
         lines = [
             f"output feature {name} at position {self.position} ({self.tokens[self.position]!r})",
-            f"  pre-activation {self.actual:+.5f} ({'active' if self.active else 'not active'}), parts {self.total:+.5f},"
-            f" completeness error {self.completeness_error:+.1e} ({self.relative_error:.1e} of the absolute parts)",
+            f"  pre-activation {self.actual:+.5f} ({'active' if self.active else 'not active'}),"
+            f" parts {self.total:+.5f}, completeness error {self.completeness_error:+.1e}"
+            f" ({self.relative_error:.1e} of the absolute parts)",
             *(f"  {value:+10.4f}  {group}" for group, value in self.groups.items() if value),
         ]
         return "\n".join(lines)

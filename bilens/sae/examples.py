@@ -82,7 +82,7 @@ class FeatureActivations:
         return out
 
     def summary(self, feature: int, n_examples: int = 8, before: int = 12, after: int = 6) -> FeatureSummary:
-        """A feature's strongest examples (one per text, in a window) and the tokens that carry most of its activation."""
+        """A feature's strongest examples (one per text, in a window) and the tokens that carry most activation."""
         at = self.entries(feature)
         rows, positions, values = self.rows[at], self.positions[at], self.values[at]
         dense = self.dense(feature)
@@ -97,16 +97,18 @@ class FeatureActivations:
             low, high = max(1, position - before), min(last, position + after)
             window = self.tokens[row, low : high + 1].tolist()
             examples.append(
-                Example(
-                    [self.strings[t] for t in window], dense[row, low : high + 1].tolist(), position - low
-                )
+                Example([self.strings[t] for t in window], dense[row, low : high + 1].tolist(), position - low)
             )
             if len(examples) == n_examples:
                 break
         mass = torch.zeros(len(self.strings)).index_add_(0, self.tokens[rows, positions], values.abs())
         top = mass.topk(min(5, len(mass)))
         # Tokens that carry next to nothing would only blur the name.
-        words = [self.strings[i] for v, i in zip(top.values.tolist(), top.indices.tolist(), strict=True) if v > 0.05 * mass.sum()]
+        words = [
+            self.strings[i]
+            for v, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            if v > 0.05 * mass.sum()
+        ]
         if not words and len(values):
             words = [self.strings[int(top.indices[0])]]
         return FeatureSummary(feature, self.density()[feature].item(), tuple(words), tuple(examples))
@@ -119,7 +121,9 @@ class FeatureActivations:
         top = mass.topk(3, dim=-1)
         total = mass.sum(-1, keepdim=True).clamp_min(1e-12)
         names = []
-        for feature, (shares, words) in enumerate(zip((top.values / total).tolist(), top.indices.tolist(), strict=True)):
+        for feature, (shares, words) in enumerate(
+            zip((top.values / total).tolist(), top.indices.tolist(), strict=True)
+        ):
             chosen = [self.strings[w] for share, w in zip(shares, words, strict=True) if share > 0.05]
             chosen = chosen or ([self.strings[words[0]]] if shares[0] > 0 else ["(silent)"])
             names.append(f"{feature} {'/'.join(chosen)}")

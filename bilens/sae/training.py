@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from sae_lens import SAE, TopKTrainingSAEConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from safetensors.torch import save_file
+from torch import Tensor
 
 from bilens.data import TokenizedTexts, load_texts, pack
 from bilens.files import write_atomically
@@ -94,8 +95,9 @@ def train_saes(
     n_ctx = model.cfg.n_ctx
     pieces = TokenizedTexts.from_texts(texts, model.tokenizer).pieces(n_ctx)
     # SAELens starts the data over by itself; epochs of different orders mix better than repeats of one.
-    n_rows, rows = -(-config.tokens // n_ctx), []
-    while sum(map(len, rows)) < n_rows:
+    n_rows = -(-config.tokens // n_ctx)
+    rows: list[Tensor] = []
+    while sum(len(part) for part in rows) < n_rows:
         rows.append(pack(pieces, n_ctx, config.seed * 1_000_003 + len(rows)))
     dataset = Dataset.from_dict({"input_ids": torch.cat(rows)[:n_rows].numpy()})
 

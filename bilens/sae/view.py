@@ -24,7 +24,7 @@ LAYER_NORM_EPS = 1e-5  # SAELens' own
 
 @dataclass(frozen=True)
 class FrozenNorm:
-    """An SAE's activation normalisation at one token: `(x - shift) * scale_in` goes in, `* scale_out + shift` comes out."""
+    """An SAE's normalisation at one token: `(x - shift) * scale_in` goes in, `* scale_out + shift` comes out."""
 
     scale_in: Float[Tensor, ""]
     scale_out: Float[Tensor, ""]
@@ -121,7 +121,7 @@ class SAEView:
 
     @torch.no_grad()
     def pre_activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
-        """What the SAE's activation function is given: read from the SAE's own forward pass, not from the directions."""
+        """What the SAE's activation function is given: read from its own forward pass, not from the directions."""
         seen: list[Tensor] = []
         with self.sae.hooks(fwd_hooks=[("hook_sae_acts_pre", lambda acts, hook: seen.append(acts))]):  # type: ignore[func-returns-value]
             self.sae.encode(x.to(self.sae.dtype))

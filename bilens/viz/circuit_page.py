@@ -1,7 +1,7 @@
 """The report: `FeatureCircuit`s laid out on one page. Reads results, computes nothing."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bilens.sae.examples import FeatureSummary
 from bilens.viz.circuits import AttentionPatterns, ColoredTokens, ColoredTokensMulti
@@ -34,10 +34,10 @@ def circuit_page(circuits: Sequence["FeatureCircuit"], title: str = "bilens", su
 
 HOW_TO_READ = (
     "Each section takes one output feature of a bilinear MLP and says which pairs of input features make it fire. "
-    "The layer's output along a direction is an exact quadratic form of its input, so every number here is read from the "
-    "weights and one forward pass; nothing is approximated. A pair (i, j) contributes its interaction strength times the "
-    "two activations, and all pairs, biases and the SAE's error add up to the feature's pre-activation: the completeness "
-    "error says how exactly. Features are named by their index and the tokens they fire on most."
+    "The layer's output along a direction is an exact quadratic form of its input, so every number here is read from "
+    "the weights and one forward pass; nothing is approximated. A pair (i, j) contributes its interaction strength "
+    "times the two activations, and all pairs, biases and the SAE's error add up to the feature's pre-activation: the "
+    "completeness error says how exactly. Features are named by their index and the tokens they fire on most."
 )
 
 
@@ -62,9 +62,9 @@ def _overview(circuits: Iterable["FeatureCircuit"]) -> Html:
     return table(rows, header)
 
 
-def _sections(circuit: "FeatureCircuit") -> list[tuple[int, str, list[Content]]]:
+def _sections(circuit: "FeatureCircuit") -> list[tuple[Literal[2, 3], str, list[Content]]]:
     a = circuit.attribution
-    wordpiece = any(token.startswith("##") for token in circuit.tokens)
+    wordpiece = circuit.wordpiece
     labels = [circuit.input_label(i) for i in circuit.shown]
     where = f"token {a.position}, “{a.tokens[a.position]}”"
     state = "fires" if a.active else "does not fire (it is below the top k)"
@@ -81,7 +81,11 @@ def _sections(circuit: "FeatureCircuit") -> list[tuple[int, str, list[Content]]]
         ),
     ]
     if circuit.output_summary is not None:
-        first.append(details("Top-activating examples of the output feature", _examples(circuit.output_summary), open=True))
+        first.append(
+            details(
+                "Top-activating examples of the output feature", _examples(circuit.output_summary, wordpiece), open=True
+            )
+        )
     first.append(
         columns(
             _effects("Tokens it promotes", circuit.promoted),
@@ -91,7 +95,7 @@ def _sections(circuit: "FeatureCircuit") -> list[tuple[int, str, list[Content]]]
     pairs: list[Content] = [
         captioned(
             _pair_bars(circuit),
-            f"What adds up to the pre-activation at {where}: the largest pairs of input features, then everything else.",
+            f"What adds up to the pre-activation at {where}: the largest pairs, then everything else.",
         ),
         captioned(
             ColoredTokensMulti(circuit.tokens, circuit.input_activations, labels, wordpiece=wordpiece),
@@ -103,14 +107,14 @@ def _sections(circuit: "FeatureCircuit") -> list[tuple[int, str, list[Content]]]
     matrix: list[Content] = [
         captioned(
             heatmap(circuit.interactions, labels, labels, row_title="input feature", col_title="input feature"),
-            "Interaction matrix between these input features, from the weights alone. Off the diagonal each number counts "
-            "twice, once for either order.",
+            "Interaction matrix between these input features, from the weights alone. Off the diagonal each number "
+            "counts twice, once for either order.",
         )
     ]
     if circuit.input_summaries:
         shown = [circuit.input_summaries[i] for i in circuit.shown if i in circuit.input_summaries]
         matrix.append("What the input features fire on:")
-        matrix += [details(f"Input feature {s.label}", _examples(s)) for s in shown]
+        matrix += [details(f"Input feature {s.label}", _examples(s, wordpiece)) for s in shown]
     eigen: list[Content] = [
         captioned(
             spectrum(circuit.spectrum),
@@ -118,7 +122,7 @@ def _sections(circuit: "FeatureCircuit") -> list[tuple[int, str, list[Content]]]
         ),
         *_eigencircuits(circuit, wordpiece),
     ]
-    sections: list[tuple[int, str, list[Content]]] = [
+    sections: list[tuple[Literal[2, 3], str, list[Content]]] = [
         (2, f"Output feature {circuit.output_label}", first),
         (3, f"Pairs that build {a.feature}", pairs),
         (3, f"Interactions of {a.feature}", matrix),
@@ -157,19 +161,16 @@ def _eigencircuits(circuit: "FeatureCircuit", wordpiece: bool) -> list[Content]:
         )
         seen: list[Content] = [text, table(rows, ["input feature", "cosine with the eigenvector"])]
         summaries = [circuit.input_summaries[i] for i in read["i"] if i in circuit.input_summaries]
-        seen += [details(f"Input feature {s.label}", _examples(s)) for s in summaries]
+        seen += [details(f"Input feature {s.label}", _examples(s, wordpiece)) for s in summaries]
         contents.append(details(f"Eigencircuit {rank + 1} (λ = {value:+.4f})", *seen, open=rank < 2))
     return contents
 
 
-def _examples(summary: FeatureSummary) -> Html:
+def _examples(summary: FeatureSummary, wordpiece: bool) -> Html:
     if not summary.examples:
         return Html("<p>It fires nowhere in the example texts.</p>")
     strongest = max(abs(value) for example in summary.examples for value in example.values)
-    strips = (
-        TokenStrip(e.tokens, e.values, e.focus, strongest, any(t.startswith("##") for t in e.tokens)).html()
-        for e in summary.examples
-    )
+    strips = (TokenStrip(e.tokens, e.values, e.focus, strongest, wordpiece).html() for e in summary.examples)
     return Html(f"<p>Fires on {summary.density:.2%} of tokens.</p>{''.join(strips)}")
 
 

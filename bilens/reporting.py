@@ -1,9 +1,9 @@
 """From a model's name to a page: the main job, in one call.
 
-    1. a model, and the SAEs on the input and output of one of its MLPs
-    2. what every feature fires on, over example texts: names and examples
-    3. which output features: those asked for, or the most interesting ones
-    4. each one's circuit on a text, and the page of them
+1. a model, and the SAEs on the input and output of one of its MLPs
+2. what every feature fires on, over example texts: names and examples
+3. which output features: those asked for, or the most interesting ones
+4. each one's circuit on a text, and the page of them
 """
 
 import gzip
@@ -90,13 +90,13 @@ def interesting_circuits(
         # Few features of a short text may be common enough to rank; the strongest of the others follow.
         features = list(dict.fromkeys([*ranked, *(among or [])]))[:n]
         if not features:
-            raise OutOfRangeError("no output feature fires often enough on these texts; give features or more examples.")
+            raise OutOfRangeError(
+                "no output feature fires often enough on these texts; give features or more examples."
+            )
     circuits = []
     for feature in features:
         tokens, position = (text, None) if text is not None else strongest_example(labelled, feature)
-        circuits.append(
-            feature_circuit(decomposer, tokens, feature, position, inputs=labelled.inputs, outputs=outputs)
-        )
+        circuits.append(feature_circuit(decomposer, tokens, feature, position, inputs=labelled.inputs, outputs=outputs))
     return circuits
 
 
@@ -198,7 +198,9 @@ def demo(
                 outputs=labelled.outputs,
             )
         )
-    subtitle = f"Three features of {model.cfg.model_name}, a 6.3 M parameter bilinear transformer trained on TinyStories"
+    subtitle = (
+        f"Three features of {model.cfg.model_name}, a 6.3 M parameter bilinear transformer trained on TinyStories"
+    )
     circuit_page(circuits, "Circuits read from the weights", subtitle).save(out)
     return circuits
 
