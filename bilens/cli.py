@@ -38,6 +38,7 @@ def train_lm(
     weight_decay: float = 0.1,
     bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
     seed: int = 0,
+    dtype: Annotated[str, typer.Option(help="Of the weights on disk: float32, bfloat16, float16.")] = "float32",
     device: str | None = None,
 ) -> None:
     """Train a bilinear language model (and its tokenizer) and write it in the published format."""
@@ -60,7 +61,15 @@ def train_lm(
         seed=seed,
     )
     result = train(
-        data, out, config, valid=valid, tokenizer=tokenizer, vocab_size=vocab_size, column=column, device=device
+        data,
+        out,
+        config,
+        valid=valid,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        column=column,
+        dtype=dtype,
+        device=device,
     )
     typer.echo(f"{result.validations[-1]}\nmodel written to {out}")
 
@@ -89,29 +98,22 @@ def train_sae(
     typer.echo(f"{len(trained)} SAEs written to {out}: {', '.join(trained)}")
 
 
-@app.command("eval-sae")
-def eval_sae(
+@app.command()
+def evaluate(
     model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
-    data: Annotated[str, typer.Argument(help="Texts that the SAEs were not trained on.")],
+    data: Annotated[str, typer.Argument(help="Texts that neither the model nor the SAEs were trained on.")],
     saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the table there too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
     column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
 ) -> None:
-    """Score SAEs: sparsity, explained variance, loss recovered, dead features."""
+    """Validation loss of a model; sparsity, explained variance and loss recovered of its SAEs."""
     from bilens.data import load_texts
-    from bilens.loading import load_model
-    from bilens.reporting import sae_source
-    from bilens.sae.evaluation import evaluate_saes
-    from bilens.sae.loading import list_saes, load_sae
+    from bilens.reporting import evaluate as run
 
-    loaded = load_model(model)
-    source = saes or sae_source(loaded.cfg.model_name)
-    entries = list_saes(source)
-    found = {e.folder: load_sae(source, e.point, e.layer, e.expansion, e.k, e.tag or "") for e in entries}
-    scores = evaluate_saes(loaded, found, load_texts(data, column=column))
-    typer.echo(str(scores))
-    if csv is not None:
-        scores.to_frame().to_csv(csv, index=False)
+    card = run(model, load_texts(data, column=column), saes)
+    typer.echo(str(card))
+    if out is not None:
+        card.save(out)
 
 
 @app.command()

@@ -64,6 +64,9 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", column: str
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, n_ctx: int = 256) -> Any:
     """A lower-cased WordPiece tokenizer of the published kind (`[UNK] [BOS] [EOS]`, `[BOS]` added by itself).
 
+    `tokenizers` breaks ties between equally frequent pieces in an order that differs from run to run, so two trainings
+    on the same texts agree in all but a few rare pieces: to repeat a training run exactly, keep its tokenizer.
+
     Returns:
         A `transformers.PreTrainedTokenizerFast`, padding with `[EOS]`.
     """

@@ -10,21 +10,25 @@ import gzip
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
 
+from bilens.data import TokenizedTexts
 from bilens.decompose import Decomposer
 from bilens.decompose.circuit import FeatureCircuit, feature_circuit, rank_features
 from bilens.errors import ModelNotFoundError, OutOfRangeError
+from bilens.files import write_atomically
 from bilens.generation import sample_texts
 from bilens.loading import DEFAULT_MODEL, PRETRAINED, list_models, load_model
 from bilens.model import HookedBilinearTransformer
+from bilens.sae.evaluation import SAEScores, evaluate_saes
 from bilens.sae.examples import FeatureActivations, feature_activations
-from bilens.sae.loading import load_sae
+from bilens.sae.loading import list_saes, load_sae
+from bilens.training import validate
 from bilens.viz.circuit_page import circuit_page
 
 STORIES_FILE, DEMO_FILE = "stories.jsonl.gz", "demo.json"
@@ -203,6 +207,47 @@ def demo(
     )
     circuit_page(circuits, "Circuits read from the weights", subtitle).save(out)
     return circuits
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model and its SAEs measure on texts they were not trained on."""
+
+    model: str
+    n_texts: int
+    nats_per_token: float
+    nats_per_character: float
+    saes: SAEScores
+
+    def save(self, path: Path) -> None:
+        """Write the figures as JSON."""
+        facts = {key: getattr(self, key) for key in ("model", "n_texts", "nats_per_token", "nats_per_character")}
+        facts["saes"] = [asdict(score) for score in self.saes.scores]
+        write_atomically(path, lambda beside: beside.write_text(json.dumps(facts, indent=1) + "\n"))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} on {self.n_texts} texts: {self.nats_per_token:.4f} nats/token, "
+            f"{self.nats_per_character:.4f} nats/character\n{self.saes}"
+        )
+
+
+def evaluate(
+    source: str | os.PathLike[str] | None, texts: list[str], saes: str | os.PathLike[str] | None = None
+) -> ModelCard:
+    """Measure a model and all of its SAEs.
+
+    Args:
+        source: what `load_model` takes.
+        texts: not seen in training.
+        saes: where `list_saes` finds them; `None` is as for `report`.
+    """
+    model = load_model(source)
+    place = saes if saes is not None else sae_source(model.cfg.model_name)
+    found = {e.folder: load_sae(place, e.point, e.layer, e.expansion, e.k, e.tag or "") for e in list_saes(place)}
+    loss = validate(model, TokenizedTexts.from_texts(texts, model.tokenizer))
+    scores = evaluate_saes(model, found, texts)
+    return ModelCard(model.cfg.model_name, len(texts), loss.nats_per_token, loss.nats_per_character, scores)
 
 
 def sae_source(model_name: str) -> str:

@@ -29,7 +29,7 @@ from bilens.data import TokenizedTexts, load_texts, pack, train_tokenizer
 from bilens.display import Tabular
 from bilens.errors import TrainingError
 from bilens.files import write_atomically
-from bilens.loading import load_tokenizer, save_model
+from bilens.loading import load_tokenizer, resolve_dtype, save_model
 from bilens.model import HookedBilinearTransformer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -138,6 +138,7 @@ def train_lm(
     tokenizer: str | os.PathLike[str] | None = None,
     vocab_size: int = 4096,
     column: str = "text",
+    dtype: torch.dtype | str = torch.float32,
     device: str | None = None,
 ) -> TrainingResult:
     """Train a model and write it, in the published format, to a folder.
@@ -152,6 +153,7 @@ def train_lm(
         tokenizer: a folder with a `tokenizer.json`, a published name, or a hub id; `None` trains one on the texts.
         vocab_size: of a tokenizer trained here.
         column: the field that holds the text.
+        dtype: of the weights on disk (training keeps them in float32).
         device: `None` takes CUDA where there is one.
 
     Raises:
@@ -180,7 +182,7 @@ def train_lm(
         checkpoint=out / CHECKPOINT_FILE,
     )
     validations = run.fit()
-    save_model(model.eval(), out)
+    save_model(model.eval(), out, dtype=resolve_dtype(dtype, model.cfg.dtype))
     write_atomically(
         out / "training.json",
         lambda path: path.write_text(

@@ -91,6 +91,14 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference files and texts beside the repository; without it the test is skipped."""
+    if not SHARED.exists():
+        pytest.skip(f"the reference files and texts are not here: no folder {SHARED}")
+    return SHARED
+
+
 class Reference(NamedTuple):
     """The reference checkpoint, its prompts, and what the authors' implementation gave for them."""
 
