@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bilens.config import BilinearTransformerConfig, config_from_published, config_to_published
+from bilens.config import config_from_published, config_to_published
 from bilens.errors import CheckpointError, ModelNotFoundError, nearest
 from bilens.files import write_atomically
 from bilens.model import HookedBilinearTransformer
@@ -92,7 +92,7 @@ def load_model(
     )
     if tokenizer is None:
         tokenizer = load_tokenizer(folder, cfg.tokenizer_name)
-    model = _empty_model(cfg, tokenizer)
+    model = HookedBilinearTransformer(cfg, tokenizer, init_weights=False)
     _copy_weights(model, tensors, folder / WEIGHTS_FILE)
     return model.eval()
 
@@ -310,16 +310,6 @@ def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]],
             )
     if unread:
         raise CheckpointError(f"{path}: tensors {sorted(unread)} have no place in the model the config describes.")
-
-
-def _empty_model(cfg: BilinearTransformerConfig, tokenizer: Any) -> HookedBilinearTransformer:
-    """The model with weights that are about to be overwritten, so drawing them would be wasted."""
-    drawn = HookedBilinearTransformer._init_weights
-    try:
-        HookedBilinearTransformer._init_weights = lambda self, seed: None  # type: ignore[method-assign]
-        return HookedBilinearTransformer(cfg, tokenizer)
-    finally:
-        HookedBilinearTransformer._init_weights = drawn  # type: ignore[method-assign]
 
 
 @torch.no_grad()

@@ -277,7 +277,8 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
     Args:
         cfg: the architecture.
         tokenizer: a transformers tokenizer, or `None` where only tokens are used.
-        seed: of the initial weights; `None` leaves torch's generator as it is.
+        seed: of the initial weights; `None` draws from torch's global generator.
+        init_weights: false where they are overwritten at once.
 
     Weights start normal with `cfg.init_range`, the two projections into the residual stream at zero-mean scale
     `init_range / sqrt(2 n_layers)`, biases at zero.
@@ -285,7 +286,9 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
 
     blocks: Any  # an nn.ModuleList of Block, whose attributes a type checker would not know
 
-    def __init__(self, cfg: BilinearTransformerConfig, tokenizer: Any = None, seed: int | None = None):
+    def __init__(
+        self, cfg: BilinearTransformerConfig, tokenizer: Any = None, seed: int | None = None, init_weights: bool = True
+    ):
         super().__init__()
         self.cfg = cfg
         self.tokenizer = tokenizer
@@ -294,7 +297,8 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
         self.blocks = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)])
         self.ln_final = RMSNorm(cfg)
         self.unembed = Unembed(cfg)
-        self._init_weights(seed)
+        if init_weights:
+            self._init_weights(seed)
         self.to(device=cfg.device, dtype=cfg.dtype)
         self.setup()
 
