@@ -83,7 +83,7 @@ def train_sae(
     expansion: Annotated[int, typer.Option(help="Features per dimension.")] = 8,
     k: Annotated[int, typer.Option(help="Active features per token.")] = 32,
     tokens: Annotated[int, typer.Option(help="Training tokens.")] = 4_000_000,
-    batch_size: Annotated[int, typer.Option(help="Tokens per step.")] = 4096,
+    batch_size: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
     column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilens.errors import ContextLengthError, EmptyTextError, TokenizationError
-from bilens.generation import sample
+from bilens.generation import sample, sample_texts
 from bilens.model import HookedBilinearTransformer
 from tests.conftest import make_model
 
@@ -188,3 +188,15 @@ def test_text_needs_a_tokenizer() -> None:
     for call in (lambda: model.generate("the"), lambda: model.generate(PROMPT, 2, return_type="str")):
         with pytest.raises(TokenizationError, match="no tokenizer"):
             call()
+
+
+def test_sample_texts(text_model: HookedBilinearTransformer) -> None:
+    """As many texts as asked for, whatever the batch size; a seed decides them; special tokens are not shown."""
+    texts = sample_texts(text_model, 7, batch_size=3, seed=1)
+    assert len(texts) == 7
+    assert len(set(texts)) > 1
+    assert sample_texts(text_model, 7, batch_size=3, seed=1) == texts
+    assert sample_texts(text_model, 7, batch_size=3, seed=2) != texts
+    assert len(sample_texts(text_model, 1)) == 1
+    assert sample_texts(text_model, 0) == []
+    assert not any(special in text for text in texts for special in ("[BOS]", "[EOS]"))

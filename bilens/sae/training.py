@@ -44,8 +44,8 @@ class SAETrainConfig:
 
     expansion: int = 8
     k: int = 32
-    tokens: int = 4_000_000
-    batch_size: int = 4096
+    tokens: int = 2_500_000
+    batch_size: int = 1024
     lr: float = 1e-3
     decay: float = 0.5
     bf16: bool = True
@@ -62,6 +62,8 @@ def train_saes(
     column: str = "text",
 ) -> dict[str, SAE[Any]]:
     """Train top-k SAEs and write each to `out/{layer}-{point}-x{expansion}-k{k}` in SAELens' format, half precision.
+
+    The configuration goes into each SAE's `cfg.metadata.training`.
 
     Args:
         model: whose activations.
@@ -145,9 +147,8 @@ def train_saes(
     trained = runner.run()
     out.mkdir(parents=True, exist_ok=True)
     for name, sae in trained.items():
+        sae.cfg.metadata.training = asdict(config)
         save_half(sae, out / name)
-    facts = {"config": asdict(config), "hooks": list(names.values()), "model": model.cfg.model_name}
-    write_atomically(out / "training.json", lambda path: path.write_text(json.dumps(facts, indent=1)))
     return {name: load_sae_folder(out / name) for name in names}
 
 
