@@ -104,8 +104,8 @@ class TokenizationMixin:
             OutOfRangeError: a token id outside the vocabulary.
         """
         if isinstance(input, str | list):
-            if input in ("", []) or (isinstance(input, list) and "" in input):
-                raise EmptyTextError("the text is empty; give at least one word.")
+            if not input or any(not text.strip() for text in ([input] if isinstance(input, str) else input)):
+                raise EmptyTextError(f"the text {input!r} is empty; give at least one word.")
             tokens = self.to_tokens(input, prepend_bos=prepend_bos, truncate=False)
         else:
             tokens = input if input.ndim > 1 else input[None]
