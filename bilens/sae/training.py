@@ -44,7 +44,7 @@ class SAETrainConfig:
 
     expansion: int = 8
     k: int = 32
-    tokens: int = 2_500_000
+    tokens: int = 4_000_000
     batch_size: int = 1024
     lr: float = 1e-3
     decay: float = 0.5
