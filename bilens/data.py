@@ -124,7 +124,9 @@ class TokenizedTexts:
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise TrainingError("the tokenizer needs a BOS and an EOS token to separate texts.")
         rows = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return cls(rows, [len(text) for text in texts], tokenizer.bos_token_id, tokenizer.eos_token_id)
+        # A text may normalise to nothing (a lone accent): there is nothing in it to predict.
+        kept = [(row, len(text)) for row, text in zip(rows, texts, strict=True) if row]
+        return cls([row for row, _ in kept], [n for _, n in kept], tokenizer.bos_token_id, tokenizer.eos_token_id)
 
     @property
     def n_tokens(self) -> int:

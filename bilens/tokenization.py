@@ -126,11 +126,12 @@ class TokenizationMixin:
 
     def to_string(self, tokens: Int[Tensor, "*batch pos"] | list[int] | int) -> str | list[str]:
         """The text of a token sequence; a list of texts for a batch. Special tokens are shown."""
-        tokenizer = self._require_tokenizer()
         if isinstance(tokens, Tensor) and tokens.ndim == 2:
-            return tokenizer.batch_decode(tokens.tolist(), clean_up_tokenization_spaces=False)
+            return [self.to_string(row) for row in tokens]  # type: ignore[misc]
         ids = tokens.tolist() if isinstance(tokens, Tensor) else tokens
-        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = self._require_tokenizer().decode(ids, clean_up_tokenization_spaces=False)
+        # The published ts-4096 tokenizer has no decoder to join its word pieces.
+        return text.replace(" ##", "") if self.is_wordpiece else text
 
     def to_str_tokens(
         self,

@@ -317,6 +317,7 @@ class TrainingRun:
         facts = {
             "step": str(self.step),
             "config": json.dumps(asdict(self.config)),
+            "n_tokens": str(sum(map(len, self.pieces))),
             "validations": json.dumps([asdict(v) for v in self.validations]),
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -338,6 +339,11 @@ class TrainingRun:
                 differ = {key: (saved.get(key), here.get(key)) for key in here if saved.get(key) != here.get(key)}
                 raise TrainingError(
                     f"{self.checkpoint} is of another run; (there, here): {differ}. Use another folder, or delete it."
+                )
+            if facts["n_tokens"] != str(sum(map(len, self.pieces))):
+                raise TrainingError(
+                    f"{self.checkpoint} is of a run on {facts['n_tokens']} tokens, the texts given now have "
+                    f"{sum(map(len, self.pieces))}: other data or another tokenizer. Use another folder, or delete it."
                 )
             self.step = int(facts["step"])
             self.validations = [Validation(**v) for v in json.loads(facts["validations"])]
