@@ -22,6 +22,7 @@ COLORS = [POSITIVE, "#e08a2c", "#2f9e77", NEGATIVE, "#8a6fc9", "#a0765b"]
 # Opaque to transparent to opaque: zero is the page's own colour, whichever that is.
 DIVERGING = [[0, NEGATIVE], [0.5, "rgba(214, 69, 93, 0)"], [0.5, "rgba(43, 123, 186, 0)"], [1, POSITIVE]]
 LONGEST_LABEL = 28
+LONGEST_BAR_LABEL = 52  # a bar's label has a line to itself
 MOST_TICKS = 48
 LINE_HEIGHT = 22
 
@@ -134,7 +135,7 @@ def bars(labels: Sequence[str], values: Numbers, title: str = "", *, value_title
     import plotly.graph_objects as go
 
     given = numbers(values, "values (one per label)", len(labels))
-    y, yaxis = _labelled(list(map(str, labels)))
+    y, yaxis = _labelled(list(map(str, labels)), LONGEST_BAR_LABEL)
     bars_ = go.Bar(
         x=given,
         y=y,
@@ -251,7 +252,7 @@ def _text(label: str) -> str:
     return html.escape(visible(label), quote=False).replace("$", "&#36;").replace("{", "&#123;")
 
 
-def _labelled(labels: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def _labelled(labels: Sequence[str], longest: int = LONGEST_LABEL) -> tuple[list[str], dict[str, Any]]:
     """Categories for an axis, whole and distinct, and the axis' ticks, shortened and thinned out if they are many."""
     seen: dict[str, int] = {}
     categories = []
@@ -259,7 +260,7 @@ def _labelled(labels: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         seen[label] = seen.get(label, -1) + 1
         categories.append(_text(label) + "\u200b" * seen[label])  # plotly would merge equal categories
     shown = range(0, len(labels), -(-len(labels) // MOST_TICKS) or 1)
-    short = [label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…" for label in labels]
+    short = [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
     ticks = {"tickvals": list(shown), "ticktext": [_text(short[place]) for place in shown]}
     return categories, {"type": "category", "tickmode": "array", "ticklabelstandoff": 4, **ticks}
 
