@@ -74,7 +74,7 @@ def check(decomposer: Decomposer, tokens: torch.Tensor, feature: int, position: 
     assert not frame.duplicated(["i", "j"]).any()
     assert (frame.contribution.abs().diff().dropna() <= 0).all()
     product = frame.coefficient * frame.f_i * frame.f_j
-    np.testing.assert_allclose(frame.contribution, product, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(frame.contribution.tolist(), product.tolist(), rtol=1e-5, atol=1e-12)
     for kind in ("self", "cross"):
         total = frame.contribution[frame.kind == kind].sum()
         assert total == pytest.approx(found.groups[f"{kind} interactions"], abs=COMPLETE * absolute)
