@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-REPEATS = 7
+REPEATS = 5
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import bilens": ["-c", "import bilens"],

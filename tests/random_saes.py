@@ -75,6 +75,7 @@ class Oracle:
             shift = self.x.mean(1, keepdims=True)
             factor = self.x.std(1, ddof=1, keepdims=True)
             divisor = factor + 1e-5  # SAELens adds it going in and not coming out
+        self.divisor: Array = divisor[:, 0]  # what the input is divided by, token by token
         read = (self.x - shift) / divisor
         if cfg.apply_b_dec_to_input:
             read = read - weights["b_dec"]

@@ -37,8 +37,8 @@ def check(decomposer: Decomposer, tokens: torch.Tensor, feature: int, position: 
     found = decomposer.attribute(tokens, feature, position)
     at = position % tokens.numel()
     layer, sae_in, sae_out = decomposer.layer, decomposer.input_sae, decomposer.output_sae
-    hooks = [sae_in.cfg.metadata.hook_name, OUT.format(layer)]
-    _, cache = decomposer.model.run_with_cache(tokens.reshape(1, -1), names_filter=hooks)
+    hooks, scale_hook = [sae_in.cfg.metadata.hook_name, OUT.format(layer)], f"blocks.{layer}.ln2.hook_scale"
+    _, cache = decomposer.model.run_with_cache(tokens.reshape(1, -1), names_filter=[*hooks, scale_hook])
     ins, outs = (Oracle(sae, cache[hook][0]) for sae, hook in zip((sae_in, sae_out), hooks, strict=True))
 
     # What it explains: from the model's own output, before top-k.
@@ -64,6 +64,13 @@ def check(decomposer: Decomposer, tokens: torch.Tensor, feature: int, position: 
     assert found.completeness_error == found.total - found.actual
     assert found.total == pytest.approx(parts.sum() + found.output_bias, abs=COMPLETE * absolute)
     assert sum(found.groups.values()) == pytest.approx(found.total, abs=COMPLETE * absolute)
+
+    # The error is what the input SAE does not reconstruct, in the space that the layer reads.
+    error = ins.x[at] - ins.reconstruction[at]
+    if hooks[0] == MID.format(layer):
+        error = error / cache[scale_hook][0, at].item()
+    expected = error @ array(decomposer.interaction(feature)) @ error / outs.divisor[at]
+    assert found.groups["error x error"] == pytest.approx(expected, abs=COMPLETE * absolute)
 
     # The table: each pair once, and what it adds is coefficient times activations.
     frame = found.to_frame()
