@@ -98,6 +98,31 @@ def train_sae(
     typer.echo(f"{len(trained)} SAEs written to {out}: {', '.join(trained)}")
 
 
+@app.command("finetune-sae")
+def finetune_sae(
+    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
+    data: Annotated[str, typer.Argument(help="Texts, as for train-lm.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the SAE folders; what is tuned replaces what was.")],
+    sae: Annotated[list[str], typer.Option(help="Repeatable: the SAE's folder, such as 2-mlp-out-x8-k32.")],
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 4_000_000,
+    batch_size: Annotated[int, typer.Option(help="Contexts per step.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
+    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    seed: int = 1,
+) -> None:
+    """Fine-tune trained SAEs on the output of the model they are spliced into; run again to go on."""
+    from bilens.loading import load_model
+    from bilens.sae.finetuning import FinetuneConfig, finetune_saes
+    from bilens.sae.loading import load_sae_folder
+
+    loaded = load_model(model)
+    saes = {name: load_sae_folder(folder / name, n_layers=loaded.cfg.n_layers) for name in sae}
+    config = FinetuneConfig(tokens=tokens, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed)
+    finetune_saes(loaded, saes, data, folder, config, column=column)
+    typer.echo(f"{len(saes)} SAEs in {folder} fine-tuned: {', '.join(saes)}")
+
+
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],

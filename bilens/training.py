@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens.checkpoint import load_checkpoint, save_checkpoint
 from bilens.config import config_from_published
 from bilens.data import TokenizedTexts, load_texts, pack, train_tokenizer
 from bilens.display import Tabular
@@ -252,15 +251,13 @@ class TrainingRun:
         )
         self.model.train()
         try:
+            self._validate_if_due(bar)  # Ctrl-C may have come in the middle of one
             for batch in self._batches():
                 loss = self._take_step(batch)
                 self.step += 1
                 bar.update(tokens_per_step)
-                last = self.step == self.n_steps
-                if self.step % config.eval_every == 0 or last:
-                    self.validations.append(validate(self.model, self.valid, step=self.step))
-                    bar.write(f"{self.validations[-1]} (train {loss.item():.3f}, {time.strftime('%H:%M:%S')})")
-                if self.checkpoint is not None and (self.step % config.checkpoint_every == 0 or last):
+                self._validate_if_due(bar)
+                if self.checkpoint is not None and self._is_due(config.checkpoint_every):
                     self.save_checkpoint()
                 if self.step % 20 == 0:
                     bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -272,6 +269,15 @@ class TrainingRun:
         finally:
             bar.close()
         return self.validations
+
+    def _is_due(self, every: int) -> bool:
+        return self.step > 0 and (self.step % every == 0 or self.step == self.n_steps)
+
+    def _validate_if_due(self, bar: Any) -> None:
+        done = self.validations[-1].step if self.validations else 0
+        if self._is_due(self.config.eval_every) and done < self.step:
+            self.validations.append(validate(self.model, self.valid, step=self.step))
+            bar.write(f"{self.validations[-1]} ({time.strftime('%H:%M:%S')})")
 
     def _epoch_seed(self, epoch: int) -> int:
         return self.config.seed * 1_000_003 + epoch
@@ -308,50 +314,23 @@ class TrainingRun:
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """Weights, optimiser state and history as one safetensors file, whole or not at all."""
+        """Weights, optimiser state and history, whole or not at all."""
         assert self.checkpoint is not None
-        tensors = {}
-        for name, weight in self.model.named_parameters():
-            tensors[f"model:{name}"] = weight.detach()
-            tensors |= {f"{key}:{name}": value for key, value in self.optimizer.state[weight].items()}
-        facts = {
-            "step": str(self.step),
-            "config": json.dumps(asdict(self.config)),
-            "n_tokens": str(sum(map(len, self.pieces))),
-            "validations": json.dumps([asdict(v) for v in self.validations]),
-        }
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(self.checkpoint, lambda path: save_file(tensors, path, metadata=facts))
+        history = {"step": self.step, "validations": [asdict(v) for v in self.validations]}
+        save_checkpoint(self.checkpoint, dict(self.model.named_parameters()), self.optimizer, self._identity | history)
 
-    @torch.no_grad()
     def load_checkpoint(self) -> None:
         """Go back to where `save_checkpoint` was called.
 
         Raises:
-            TrainingError: the checkpoint is of another configuration.
+            TrainingError: the checkpoint is of another configuration, or of other data.
         """
         assert self.checkpoint is not None
-        with safe_open(self.checkpoint, framework="pt") as file:
-            facts = file.metadata()
-            saved = json.loads(facts["config"])
-            here = json.loads(json.dumps(asdict(self.config)))
-            if saved != here:
-                differ = {key: (saved.get(key), here.get(key)) for key in here if saved.get(key) != here.get(key)}
-                raise TrainingError(
-                    f"{self.checkpoint} is of another run; (there, here): {differ}. Use another folder, or delete it."
-                )
-            if facts["n_tokens"] != str(sum(map(len, self.pieces))):
-                raise TrainingError(
-                    f"{self.checkpoint} is of a run on {facts['n_tokens']} tokens, the texts given now have "
-                    f"{sum(map(len, self.pieces))}: other data or another tokenizer. Use another folder, or delete it."
-                )
-            self.step = int(facts["step"])
-            self.validations = [Validation(**v) for v in json.loads(facts["validations"])]
-            weights = dict(self.model.named_parameters())
-            for entry in file.keys():  # noqa: SIM118
-                key, name = entry.split(":")
-                value, weight = file.get_tensor(entry), weights[name]
-                if key == "model":
-                    weight.copy_(value)
-                else:  # Adam's step counter stays where torch keeps it, on the CPU unless fused
-                    self.optimizer.state[weight][key] = value.to(weight.device)
+        facts = load_checkpoint(self.checkpoint, dict(self.model.named_parameters()), self.optimizer, self._identity)
+        self.step = facts["step"]
+        self.validations = [Validation(**v) for v in facts["validations"]]
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint has to agree on to be of this run."""
+        return {"config": asdict(self.config), "n_tokens": sum(map(len, self.pieces))}

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bilens import checkpoint as checkpoint_module
 from bilens import training
 from bilens.config import config_from_published
 from bilens.data import TokenizedTexts
@@ -240,6 +241,24 @@ def test_a_keyboard_interrupt_saves_where_it_stopped(
     assert_same_weights(resumed.model, finished.model)
 
 
+def test_a_keyboard_interrupt_in_a_validation_loses_no_validation(
+    finished: TrainingRun, data: tuple, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step was taken, its validation was not: the resumed run makes up for it, and the history is the same."""
+    path = tmp_path / "checkpoint.safetensors"
+    stopped = new_run(data, tokenizer, checkpoint=path)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Validation:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "validate", interrupted)
+        stopped.fit()
+    assert stopped.step == finished.validations[0].step
+    resumed = new_run(data, tokenizer, seed=7, checkpoint=path)
+    assert resumed.fit() == finished.validations
+
+
 def test_a_finished_run_takes_no_more_steps(finished: TrainingRun, data: tuple, tokenizer: Any, tmp_path: Path) -> None:
     """A checkpoint of the last step gives the finished weights and history at once."""
     path = tmp_path / "checkpoint.safetensors"
@@ -255,7 +274,7 @@ def test_a_crash_while_saving_keeps_the_checkpoint_before(
 ) -> None:
     """A full disk at the second checkpoint leaves the first, from which the run ends as if nothing had been."""
     path = tmp_path / "checkpoint.safetensors"
-    save, calls = training.save_file, []
+    save, calls = checkpoint_module.save_file, []
 
     def full(tensors: dict, beside: Path, **kwargs: Any) -> None:
         calls.append(beside)
@@ -264,7 +283,7 @@ def test_a_crash_while_saving_keeps_the_checkpoint_before(
             raise OSError("no space left on device")
         save(tensors, beside, **kwargs)
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(checkpoint_module, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         new_run(data, tokenizer, checkpoint=path).fit()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, TopKTrainingSAEConfig
+from sae_lens import SAE, TopKTrainingSAEConfig, TrainingSAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from safetensors.torch import save_file
 from torch import Tensor
@@ -153,13 +153,18 @@ def train_saes(
 
 
 def save_half(sae: Any, folder: Path) -> None:
-    """An SAE trained by SAELens as an inference SAE in SAELens' format, decoder norms folded, in float16."""
+    """An SAE as an inference SAE in SAELens' format, in float16; the decoder norms of a trained one are folded."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().float().clone() for name, tensor in sae.state_dict().items()}
-    sae.process_state_dict_for_saving_inference(state)
-    cfg = sae.cfg.get_inference_sae_cfg_dict() | {"dtype": "float16", "device": "cpu"}
-    if "rescale_acts_by_decoder_norm" in cfg:
-        cfg["rescale_acts_by_decoder_norm"] = False
+    if isinstance(sae, TrainingSAE):
+        sae.process_state_dict_for_saving_inference(state)
+        cfg = sae.cfg.get_inference_sae_cfg_dict()
+        if "rescale_acts_by_decoder_norm" in cfg:
+            cfg["rescale_acts_by_decoder_norm"] = False
+    else:
+        sae.process_state_dict_for_saving(state)
+        cfg = sae.cfg.to_dict()
+    cfg |= {"dtype": "float16", "device": "cpu"}
     tensors = {name: tensor.half().contiguous() for name, tensor in state.items()}
     write_atomically(folder / SAE_WEIGHTS_FILENAME, lambda path: save_file(tensors, path))
     write_atomically(folder / SAE_CFG_FILENAME, lambda path: path.write_text(json.dumps(cfg, indent=1, default=str)))
