@@ -60,7 +60,7 @@ def load_checkpoint(
     """
     with safe_open(path, framework="pt") as file:
         facts = {key: json.loads(value) for key, value in file.metadata().items()}
-        differ = {}
+        differ: dict[str, tuple[Any, Any]] = {}
         for key, here in json.loads(json.dumps(same)).items():
             there = facts.get(key)
             if isinstance(here, dict) and isinstance(there, dict):

@@ -1,6 +1,42 @@
 """The one decorator that checks the public edge: jaxtyping shapes, enforced by beartype at every call."""
 
-from beartype import beartype
-from jaxtyping import jaxtyped
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
-typed = jaxtyped(typechecker=beartype)
+from beartype import beartype
+from jaxtyping import TypeCheckError, jaxtyped
+
+from bilens.errors import ArgumentError, nearest
+
+F = TypeVar("F", bound=Callable[..., Any])
+PARAMETER = re.compile(r"parameter '(\w+)'\.\nActual value: (.*)\nExpected type: (.*)\.\n")
+
+
+def typed(function: F) -> F:
+    """Check a function's arguments and result against its annotations.
+
+    Raises:
+        ArgumentError: an argument of another type or shape; it names the argument, its value and what was expected.
+    """
+    checked = jaxtyped(typechecker=beartype)(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return checked(*args, **kwargs)
+        except TypeCheckError as error:
+            found = PARAMETER.search(str(error))
+            if found is None:  # the result, or an annotation that contradicts itself: not the caller's doing
+                raise
+            name, actual, expected = found.groups()
+            hint = function.__annotations__[name]
+            if get_origin(hint) is Literal:
+                choices = get_args(hint)
+                message = f"one of {', '.join(map(repr, choices))}." + nearest(actual.strip("'\""), map(str, choices))
+            else:
+                message = re.sub(r"^<class '(.*)'>$", r"\1", expected).replace("typing.", "") + "."
+            raise ArgumentError(f"{function.__name__}: {name} is {actual}, expected {message}") from None
+
+    return call  # type: ignore[return-value]

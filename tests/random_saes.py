@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import (
+    GatedSAE,
+    GatedSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
+from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
 from torch import Tensor
 
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig
@@ -22,6 +32,8 @@ D_IN, D_SAE = 16, 40
 CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "topk": (TopKSAE, TopKSAEConfig, {"k": 7}),
     "topk-rescaled": (TopKSAE, TopKSAEConfig, {"k": 7, "rescale_acts_by_decoder_norm": True}),
+    "abstopk": (AbsTopKSAE, AbsTopKSAEConfig, {"k": 7}),
+    "gated": (GatedSAE, GatedSAEConfig, {}),
     "standard": (StandardSAE, StandardSAEConfig, {}),
     "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig, {}),
     "scope": (ScopeSAE, ScopeSAEConfig, {"k": 30}),  # k past the positive pre-activations: negatives are kept
@@ -79,7 +91,10 @@ class Oracle:
         read = (self.x - shift) / divisor
         if cfg.apply_b_dec_to_input:
             read = read - weights["b_dec"]
-        pre = read @ weights["W_enc"] + weights["b_enc"]
+        gated = cfg.architecture() == "gated"
+        self.open: Array = read @ weights["W_enc"] + weights["b_gate"] > 0 if gated else np.ones((n, cfg.d_sae))
+        rows, bias = (weights["W_enc"] * np.exp(weights["r_mag"]), "b_mag") if gated else (weights["W_enc"], "b_enc")
+        pre = read @ rows + weights[bias]
         if getattr(cfg, "bilinear_encoder", False):
             pre = pre[:, : cfg.d_sae] * pre[:, cfg.d_sae :]
         norms = np.ones(cfg.d_sae)
@@ -91,11 +106,12 @@ class Oracle:
 
     def _activate(self, cfg: Any, weights: dict[str, Array]) -> Array:
         kind = cfg.architecture()
-        if kind == "standard":
-            return np.maximum(self.pre, 0)
+        if kind in ("standard", "gated"):
+            return np.maximum(self.pre, 0) * self.open
         if kind == "jumprelu":
             return self.pre * (self.pre > np.maximum(weights["threshold"], 0))
-        kept = np.argsort(-self.pre, axis=1)[:, : cfg.k]
+        rank = np.abs(self.pre) if kind == "abstopk" else self.pre
+        kept = np.argsort(-rank, axis=1)[:, : cfg.k]
         acts = np.zeros_like(self.pre)
         np.put_along_axis(acts, kept, np.take_along_axis(self.pre, kept, 1), 1)
         return np.maximum(acts, 0) if kind == "topk" else acts

@@ -137,7 +137,7 @@ def feature_circuit(
     directions = view_in.decoder[shown].to(direction)
     interactions = directions @ interaction_matrix(decomposer.weights, direction) @ directions.T
     full = decomposer.eigen(feature)
-    eigen = Eigencircuits(full.values[:n_eigen], full.vectors[:n_eigen], full.decoder, full.names)
+    eigen = full.top(n_eigen)
     effect = model.W_U.T.to(direction) @ view_out.decoder[feature].to(direction)
     # Only what the feature changes relative to the average token moves the softmax.
     effect = effect - effect.mean()
@@ -261,8 +261,7 @@ def rank_features(
         for row, feature in enumerate(chunk.tolist()):
             at = outputs.entries(feature)
             active = x[outputs.rows[at], outputs.positions[at]].to(eigen.vectors)
-            one = Eigencircuits(eigen.values[row], eigen.vectors[row])
-            correlations.append(_correlation(one.activations(active).sum(-1), outputs.values[at]))
+            correlations.append(_correlation(eigen[row].activations(active).sum(-1), outputs.values[at]))
             strongest = active[outputs.values[at].argsort(descending=True)[:16]]
             shares.append(_cross_share(decomposer, view_in.activations(strongest), feature))
     result = RankedFeatures(

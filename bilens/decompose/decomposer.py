@@ -11,9 +11,9 @@
 Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; DESIGN section 4.
 """
 
+import copy
 from collections.abc import Sequence
-from operator import index
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from bilens.decompose.eigen import sorted_eigenpairs
+from bilens.decompose.outputs import Output, check_index, read_output
 from bilens.decompose.results import Attribution, Eigencircuits, TopInteractions
 from bilens.decompose.tensors import (
     BilinearLayer,
@@ -30,14 +31,13 @@ from bilens.decompose.tensors import (
     linear_term,
     source_products,
 )
-from bilens.errors import MissingSAEError, OutOfRangeError, SAEMismatchError
+from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError, SAEMismatchError
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.view import SAEView
 from bilens.typing import typed
 
 Side = Literal["encoder", "decoder"]
 Basis = Literal["residual", "features"]
-Output = int | Int[Tensor, ""] | Int[Tensor, "n"] | Float[Tensor, "d_model"] | Float[Tensor, "n d_model"]
 
 
 class Decomposer:
@@ -49,12 +49,16 @@ class Decomposer:
         input_sae: on the layer's `ln2.hook_normalized`. One on `hook_resid_mid` differs from it by each token's norm
             scale: `attribute` takes that exactly, weight-only analyses in its basis are refused.
         output_sae: on the layer's `hook_mlp_out`.
-        input_names, output_names: labels of the features, for tables and plots.
+        input_names, output_names: labels of the features, one each, for tables and plots.
 
-    Wherever an `output` is taken, integers mean features of the output SAE and floats mean directions in the layer's
-    output space, used as they are.
+    Wherever an `output` is taken, integers (one, or several) mean features of the output SAE and floats, of shape
+    `(d_model,)` or `(n, d_model)`, mean directions in the layer's output space, used as they are. Several outputs put
+    an axis in front of the result; one does not.
+
+    SAEs in half precision are read in float32 at least: the expansion is exact only where the SAE's own rounding is.
 
     Raises:
+        ArgumentError: as many names as features are needed.
         NotBilinearError: a gated or one-branch model.
         SAEMismatchError: an SAE of another width, hook or layer.
         OutOfRangeError: no such layer.
@@ -81,7 +85,8 @@ class Decomposer:
         self.scale_hook, self.out_hook = f"{at}.ln2.hook_scale", f"{at}.hook_mlp_out"
         self._input = self._view(input_sae, "input", (self.normalized_hook, self.resid_mid_hook))
         self._output = self._view(output_sae, "output", (self.out_hook,))
-        self.input_names, self.output_names = input_names, output_names
+        self.input_names = self._check_names(input_names, self._input, "input")
+        self.output_names = self._check_names(output_names, self._output, "output")
 
     @property
     def input_sae(self) -> SAE[Any] | None:
@@ -108,12 +113,16 @@ class Decomposer:
         """The symmetric interaction matrix of each output: `u . mlp(x) = x^T Q_u x` (plus bias terms).
 
         Args:
-            output: an output feature, several, or directions `(d_model,)` / `(n, d_model)`.
+            output: features or directions (see the class).
             basis: `"residual"` (d = d_model) or `"features"` (d = the input SAE's d_sae: `D Q D^T` with its decoder).
             side: the encoder or decoder direction of an output feature; does not matter for directions.
 
         Raises:
-            MissingSAEError, OutOfRangeError, SAEMismatchError: see the class.
+            ArgumentError: an output, basis or side that is none.
+            MissingSAEError: features without an output SAE, or the feature basis without an input SAE.
+            OutOfRangeError: no such feature.
+            SAEMismatchError: directions of another width, the feature basis of an SAE on `hook_resid_mid`, or the
+                encoder side of an SAE that has no encoder directions.
         """
         matrix = interaction_matrix(self.weights, self.directions(output, side))
         return matrix if basis == "residual" else in_basis(matrix, self._input_directions())
@@ -139,7 +148,7 @@ class Decomposer:
         """
         values, vectors = sorted_eigenpairs(self.interaction(output, side=side), k)
         decoder = None if self._input is None else self._input.decoder.to(vectors)
-        return Eigencircuits(values, vectors, decoder, self.input_names)
+        return Eigencircuits(values, vectors, self._output_indices(output), decoder, self.input_names)
 
     @typed
     def top_interactions(self, output: Output, k: int = 50, side: Side = "encoder") -> TopInteractions:
@@ -161,14 +170,14 @@ class Decomposer:
         i, j = columns[top], rows[top]
         features = torch.cat([i.flatten(), j.flatten()]).unique()
         return TopInteractions(
-            outputs=self._output_indices(output, len(batch)),
+            outputs=self._output_indices(output),
             i=i,
             j=j,
             coefficients=coefficients.gather(-1, top),
             features=features,
             submatrix=matrix[..., features, :][..., :, features],
             input_names=self.input_names,
-            output_names=self.output_names if self._is_features(output) else None,
+            output_names=None if self._read(output).is_floating_point() else self.output_names,
         )
 
     # --- on a text ----------------------------------------------------------------------------------------------------
@@ -176,29 +185,32 @@ class Decomposer:
     @typed
     @torch.no_grad()
     def attribute(
-        self, text_or_tokens: str | Int[Tensor, "p"] | Int[Tensor, "1 p"], feature: int | Int[Tensor, ""], position: int
+        self,
+        text_or_tokens: str | Sequence[int] | Int[Tensor, "p"] | Int[Tensor, "1 p"],
+        feature: SupportsIndex,
+        position: SupportsIndex,
     ) -> Attribution:
         """The exact expansion of one output feature's pre-activation at one token.
 
         Args:
-            text_or_tokens: a text (`[BOS]` is prepended), or tokens as they are.
+            text_or_tokens: one text (`[BOS]` is prepended), or its tokens as they are.
             feature: of the output SAE, active there or not.
             position: `[BOS]` counted; negative counts from the end.
 
         Raises:
+            ArgumentError: several texts, or a feature or position that is no integer.
             EmptyTextError, ContextLengthError: the text does not fit.
             MissingSAEError: it needs both SAEs.
             OutOfRangeError: no such feature or position.
         """
         view_in, view_out = self.input_view, self.output_view
         feature = self.check_feature(feature)
+        if not isinstance(text_or_tokens, str | Tensor):
+            text_or_tokens = torch.tensor(text_or_tokens)
         tokens = self.model.input_to_tokens(text_or_tokens)
-        n_positions = tokens.shape[1]
-        if not -n_positions <= position < n_positions:
-            raise OutOfRangeError(
-                f"position {position} is outside the text's {n_positions} tokens (with [BOS]), 0 to {n_positions - 1}."
-            )
-        position %= n_positions
+        position = check_index(
+            position, tokens.shape[1], "position {} is outside the text's {} tokens (with [BOS])", negative=True
+        )
         names = [self.normalized_hook, self.resid_mid_hook, self.scale_hook, self.out_hook]
         _, cache = self.model.run_with_cache(
             tokens, names_filter=names, stop_at_layer=self.layer + 1, return_cache_object=False
@@ -226,8 +238,6 @@ class Decomposer:
         weights = self.weights.to(torch.float64)
         contributions = source_products(weights, e * norm_out.scale_in, sources, ones)
         output_bias = view_out.encoder_bias[feature].double() - norm_out.scale_in * norm_out.shift * e.sum()
-        if view_out.subtracts_b_dec:
-            output_bias = output_bias - e @ view_out.b_dec.double()
         coefficients = source_products(weights, e * norm_out.scale_in, directions, ones.new_zeros(len(inputs)))
         return Attribution(
             layer=self.layer,
@@ -250,37 +260,25 @@ class Decomposer:
     @typed
     def directions(self, output: Output, side: Side = "encoder") -> Float[Tensor, "*n d_model"]:
         """The output direction(s) `u` that an `output` stands for."""
-        dtype, device = self.weights.W_out.dtype, self.weights.W_out.device
-        d_model = self.model.cfg.d_model
-        if not self._is_features(output):
-            assert isinstance(output, Tensor)
-            if output.shape[-1] != d_model:
-                raise SAEMismatchError(
-                    f"directions of shape {tuple(output.shape)}: the layer writes {d_model} dimensions."
-                )
-            return output.to(device, dtype)
-        view = self.output_view
-        if isinstance(output, Tensor) and output.ndim == 1:
-            features = torch.tensor([self.check_feature(f) for f in output.tolist()], dtype=torch.long, device=device)
-            return view.directions(side).to(device, dtype)[features]
-        return view.directions(side).to(device, dtype)[self.check_feature(output)]
+        like, read = self.weights.W_out, self._read(output)
+        if read.is_floating_point():
+            return read.to(like)
+        directions = self.output_view.directions(side).to(like)
+        for feature in read.flatten().tolist():
+            self.check_feature(feature)
+        return directions[read.long().to(like.device)]
 
-    @staticmethod
-    def _is_features(output: Output) -> bool:
-        return not (isinstance(output, Tensor) and output.is_floating_point())
+    def _read(self, output: Output) -> Tensor:
+        return read_output(output, self.model.cfg.d_model)
 
-    def _output_indices(self, output: Output, n: int) -> Int[Tensor, "n"]:
-        if self._is_features(output):
-            return torch.as_tensor(output).reshape(-1)
-        return torch.arange(n)
+    def _output_indices(self, output: Output) -> Int[Tensor, "n"]:
+        """What to call the outputs: features by their numbers, directions by their places."""
+        read = self._read(output)
+        return torch.arange(read[..., 0].numel()) if read.is_floating_point() else read.reshape(-1)
 
-    def check_feature(self, feature: Any) -> int:
+    def check_feature(self, feature: SupportsIndex) -> int:
         """An output feature's index as an int; raises `OutOfRangeError` outside the output SAE."""
-        view = self.output_view
-        feature = index(int(feature) if isinstance(feature, Tensor) else feature)
-        if not 0 <= feature < view.d_sae:
-            raise OutOfRangeError(f"feature {feature} is outside the output SAE's {view.d_sae}, 0 to {view.d_sae - 1}.")
-        return feature
+        return check_index(feature, self.output_view.d_sae, "feature {} is outside the output SAE's {}")
 
     def _input_directions(self) -> Float[Tensor, "d_sae d_model"]:
         view = self.input_view
@@ -313,6 +311,8 @@ class Decomposer:
     def _view(self, sae: SAE[Any] | None, which: str, hooks: tuple[str, ...]) -> SAEView | None:
         if sae is None:
             return None
+        if torch.finfo(sae.dtype).bits < 32:
+            sae = copy.deepcopy(sae).to(torch.float32)
         view = SAEView(sae)
         if view.d_in != self.model.cfg.d_model:
             raise SAEMismatchError(
@@ -325,3 +325,13 @@ class Decomposer:
                 f"{' or '.join(map(repr, hooks))}."
             )
         return view
+
+    @staticmethod
+    def _check_names(names: Sequence[str] | None, view: SAEView | None, which: str) -> Sequence[str] | None:
+        n = view.d_sae if view else 0
+        if names is not None and len(names) != n:
+            raise ArgumentError(
+                f"{len(names)} {which}_names for {n} {which} features"
+                + (f": there is no {which}_sae." if not n else ".")
+            )
+        return names

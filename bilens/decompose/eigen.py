@@ -38,7 +38,7 @@ def _by_magnitude(values: Float[Tensor, "*n d"]) -> Tensor:
     order = values.abs().argsort(-1, descending=True)
     ranked = values.gather(-1, order)
     # eigh is backward stable: each value is off by a few units of rounding of the largest one.
-    rounding = 8 * torch.finfo(values.dtype).eps * ranked[..., :1].abs()
+    rounding = 16 * torch.finfo(values.dtype).eps * ranked[..., :1].abs()
     gaps = ranked.abs().diff(dim=-1, prepend=ranked[..., :1].abs()).abs() > rounding
     cluster = gaps.cumsum(-1)
     return order.gather(-1, (2 * cluster + (ranked < 0)).argsort(dim=-1, stable=True))

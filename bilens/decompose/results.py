@@ -4,7 +4,7 @@ Plots come from `bilens.viz`, imported when asked for: numbers here, pictures th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,12 +26,14 @@ class Eigencircuits(Tabular):
     Attributes:
         values: `lambda`, by falling absolute value.
         vectors: unit eigenvectors as rows, largest entry positive.
+        outputs: the output features, or 0..n-1 for directions.
         decoder: the input SAE's decoder directions, where there is one, for reading the vectors in features.
         names: of the input features.
     """
 
     values: Float[Tensor, "*n k"]
     vectors: Float[Tensor, "*n k d_model"]
+    outputs: Int[Tensor, "n"]
     decoder: Float[Tensor, "d_sae d_model"] | None = field(default=None, repr=False)
     names: Sequence[str] | None = field(default=None, repr=False)
 
@@ -56,18 +58,28 @@ class Eigencircuits(Tabular):
         chosen = cosines.abs().topk(min(top, cosines.shape[-1]), dim=-1).indices
         rows = [
             {
-                "output": n,
+                "output": output,
                 "rank": rank,
                 "eigenvalue": values[n, rank].item(),
                 "i": i,
                 "name": _name(self.names, i),
                 "cosine": cosines[n, rank, i].item(),
             }
-            for n in range(values.shape[0])
+            for n, output in enumerate(self.outputs.tolist())
             for rank in range(values.shape[1])
             for i in chosen[n, rank].tolist()
         ]
         return pd.DataFrame(rows)
+
+    def __getitem__(self, row: int) -> "Eigencircuits":
+        """Those of one output among several, without the leading axis."""
+        if self.values.ndim == 1:
+            raise TypeError("these are the eigencircuits of one output; there are no others to choose from.")
+        return replace(self, values=self.values[row], vectors=self.vectors[row], outputs=self.outputs[row][None])
+
+    def top(self, k: int) -> "Eigencircuits":
+        """The first `k` eigenpairs of each output."""
+        return replace(self, values=self.values[..., :k], vectors=self.vectors[..., :k, :])
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per eigenpair: `output, rank, eigenvalue, share` (of the squared Frobenius norm of those kept)."""
@@ -77,8 +89,8 @@ class Eigencircuits(Tabular):
         share = values**2 / (values**2).sum(-1, keepdim=True)
         return pd.DataFrame(
             [
-                {"output": n, "rank": rank, "eigenvalue": values[n, rank].item(), "share": share[n, rank].item()}
-                for n in range(values.shape[0])
+                {"output": output, "rank": rank, "eigenvalue": values[n, rank].item(), "share": share[n, rank].item()}
+                for n, output in enumerate(self.outputs.tolist())
                 for rank in range(values.shape[1])
             ]
         )

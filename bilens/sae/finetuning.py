@@ -118,7 +118,7 @@ class FinetuneRun:
                 "blocks, such as 'blocks.1.hook_mlp_out'."
             )
         model.check_hook_name(hook)
-        self.model, self.sae, self.pieces, self.config = model, sae.float(), pieces, config
+        self.model, self.sae, self.pieces, self.config = model, sae.to(torch.float32), pieces, config
         self.checkpoint, self.name, self.hook, self.layer = checkpoint, name, hook, int(match[1])
         self.norms = sae.W_dec.detach().norm(dim=-1, keepdim=True)
         self.n_steps = max(1, config.tokens // (config.batch_size * model.cfg.n_ctx))

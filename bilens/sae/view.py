@@ -4,8 +4,11 @@ SAELens' classes differ in what their stored weights mean: decoder norms folded 
 subtracted from the input or not, activations normalised per token or not. `SAEView` gives the effective directions, so
 that for every token (with its activation scale frozen)
 
-    pre-activation  z_i = e_i . (a (y - m) - s b_dec) + b_i          s = 1 where b_dec is subtracted, else 0
+    pre-activation  z_i = a e_i . (y - m) + b_i           b_i less e_i . b_dec, where b_dec is subtracted from the input
     reconstruction  x^  = sum_i f_i (r d_i) + r b_dec + m
+
+The pre-activation is what the activation function is given: of a gated SAE that of its magnitudes, with the gate, like
+the choice of a top-k, deciding afterwards which features are let through.
 """
 
 from dataclasses import dataclass
@@ -16,9 +19,20 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from bilens.errors import SAEMismatchError
+from bilens.errors import ArgumentError, SAEMismatchError, nearest
 
-LINEAR_ENCODERS = ("standard", "topk", "batchtopk", "jumprelu", "matryoshka_batchtopk", "bilens_scope")
+LINEAR_ENCODERS = (
+    "standard",
+    "topk",
+    "abstopk",
+    "batchtopk",
+    "matryoshka_batchtopk",
+    "jumprelu",
+    "gated",
+    "bilens_scope",
+)
+# Their features are fitted one after the other, so they have linear writes but no linear reads.
+LINEAR_DECODERS = (*LINEAR_ENCODERS, "matching_pursuit")
 LAYER_NORM_EPS = 1e-5  # SAELens' own
 
 
@@ -39,10 +53,16 @@ class SAEView:
 
     def __post_init__(self) -> None:
         architecture = self.sae.cfg.architecture()
-        if architecture not in LINEAR_ENCODERS:
+        if "transcoder" in architecture:
             raise SAEMismatchError(
-                f"an SAE of architecture {architecture!r} has no single linear read and write per feature; "
-                f"expected one of {', '.join(LINEAR_ENCODERS)}."
+                f"a {architecture} reads one place and writes another, so its features are no parts of either's "
+                "activation. Its directions can be given as outputs themselves, such as W_dec of one that writes "
+                "hook_mlp_out: interaction(transcoder.W_dec[3])."
+            )
+        if architecture not in LINEAR_DECODERS:
+            raise SAEMismatchError(
+                f"an SAE of architecture {architecture!r} has no single linear write per feature; "
+                f"expected one of {', '.join(LINEAR_DECODERS)}." + nearest(architecture, LINEAR_DECODERS)
             )
         if self.sae.cfg.reshape_activations != "none":
             raise SAEMismatchError("an SAE on reshaped activations (hook_z) does not read the residual stream.")
@@ -68,43 +88,50 @@ class SAEView:
     def _norms(self) -> Float[Tensor, "d_sae"] | None:
         """Decoder norms, where the SAE multiplies its activations by them at run time."""
         rescaled = getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False)
-        return self.sae.W_dec.norm(dim=-1) if rescaled else None
+        return self.sae.W_dec.detach().norm(dim=-1) if rescaled else None
 
     @property
     def encoder(self) -> Float[Tensor, "d_sae d_model"]:
         """Encoder directions `e_i`.
 
         Raises:
-            SAEMismatchError: a bilinear encoder, which has none.
+            SAEMismatchError: a bilinear encoder or matching pursuit, which have none.
         """
         if self.has_bilinear_encoder:
             raise SAEMismatchError(
                 "this SAE has a bilinear encoder: a feature is a product of two reads, so it has no encoder direction. "
                 'Use side="decoder", or an SAE with a linear encoder.'
             )
-        W_enc = self.sae.W_enc.detach().T
-        return W_enc if self._norms is None else W_enc * self._norms.detach()[:, None]
+        architecture = self.sae.cfg.architecture()
+        if architecture not in LINEAR_ENCODERS:
+            raise SAEMismatchError(
+                f"an SAE of architecture {architecture!r} fits its features one after the other, so a feature has no "
+                f'encoder direction. Use side="decoder", or one of {", ".join(LINEAR_ENCODERS)}.'
+            )
+        rows = self.sae.W_enc.detach().T
+        if self._norms is not None:
+            rows = rows * self._norms[:, None]
+        return rows * self.sae.r_mag.detach().exp()[:, None] if architecture == "gated" else rows
 
     @property
     def encoder_bias(self) -> Float[Tensor, "d_sae"]:
-        bias = getattr(self.sae, "b_enc", None)
-        if bias is None:
-            return self.sae.b_dec.new_zeros(self.d_sae)
-        return bias.detach() if self._norms is None else bias.detach() * self._norms.detach()
+        """`b_i`: what of the pre-activation does not come from the input, the read of a subtracted `b_dec` included."""
+        rows = self.encoder
+        bias = getattr(self.sae, "b_mag" if self.sae.cfg.architecture() == "gated" else "b_enc", None)
+        bias = rows.new_zeros(self.d_sae) if bias is None else bias.detach()
+        if self._norms is not None:
+            bias = bias * self._norms
+        return bias - rows @ self.b_dec if self.sae.cfg.apply_b_dec_to_input else bias
 
     @property
     def decoder(self) -> Float[Tensor, "d_sae d_model"]:
         """Decoder directions `d_i`: what one unit of activation adds to the reconstruction."""
         W_dec = self.sae.W_dec.detach()
-        return W_dec if self._norms is None else W_dec / self._norms.detach()[:, None]
+        return W_dec if self._norms is None else W_dec / self._norms[:, None]
 
     @property
     def b_dec(self) -> Float[Tensor, "d_model"]:
         return self.sae.b_dec.detach()
-
-    @property
-    def subtracts_b_dec(self) -> bool:
-        return bool(self.sae.cfg.apply_b_dec_to_input)
 
     def directions(self, side: str) -> Float[Tensor, "d_sae d_model"]:
         """Encoder or decoder directions by name."""
@@ -112,7 +139,9 @@ class SAEView:
             return self.encoder
         if side == "decoder":
             return self.decoder
-        raise ValueError(f"side {side!r} is not 'encoder' or 'decoder'.")
+        raise ArgumentError(
+            f"side {side!r} is not 'encoder' or 'decoder'." + nearest(str(side), ("encoder", "decoder"))
+        )
 
     @torch.no_grad()
     def activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
@@ -125,7 +154,7 @@ class SAEView:
         seen: list[Tensor] = []
         with self.sae.hooks(fwd_hooks=[("hook_sae_acts_pre", lambda acts, hook: seen.append(acts))]):  # type: ignore[func-returns-value]
             self.sae.encode(x.to(self.sae.dtype))
-        return seen[0] if self._norms is None else seen[0] * self._norms.detach()
+        return seen[0] if self._norms is None else seen[0] * self._norms
 
     def frozen_norm(self, x: Float[Tensor, "d_model"]) -> FrozenNorm:
         """The SAE's run-time normalisation at one token."""

@@ -2,15 +2,17 @@
 
 import itertools
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens import GatedSAE, GatedSAEConfig
+from sae_lens import Transcoder, TranscoderConfig
 from torch.testing import assert_close
 
 from bilens.decompose import Decomposer
-from bilens.errors import MissingSAEError, NotBilinearError, OutOfRangeError, SAEMismatchError
+from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, OutOfRangeError, SAEMismatchError
 from tests.conftest import make_model
 from tests.random_saes import D_SAE, VARIANTS, make_sae, variant_name
 
@@ -119,11 +121,12 @@ def test_results_carry_no_gradient(decomposer):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_name)
 def test_every_class_of_sae_has_interactions(models, variant):
-    """With decoder norms applied at run time, the effective directions are meant."""
+    """With decoder norms or a gate's magnitudes applied at run time, the effective directions are meant."""
     sae = make_sae(hook=OUT.format(0), **variant)
     decomposer = Decomposer(models(False, True), 0, make_sae(hook=IN.format(0), **variant), sae)
     norms = sae.W_dec.norm(dim=-1).detach() if variant["kind"] == "topk-rescaled" else torch.ones(D_SAE)
-    u = sae.W_enc.T.detach() * norms[:, None]
+    magnitudes = sae.r_mag.detach().exp() if variant["kind"] == "gated" else torch.ones(D_SAE)
+    u = sae.W_enc.T.detach() * (norms * magnitudes)[:, None]
     assert_close(decomposer.interaction(4), decomposer.interaction(u[4]), **ROUNDING)
     u = sae.W_dec.detach() / norms[:, None]
     assert_close(decomposer.interaction(4, side="decoder"), decomposer.interaction(u[4]), **ROUNDING)
@@ -296,11 +299,77 @@ def test_an_sae_of_another_hook_or_layer(models, which, hook):
         Decomposer(models(False, True), 0, **{f"{which}_sae": make_sae("topk", hook)})
 
 
-def test_an_architecture_without_linear_reads(models):
-    sae = GatedSAE(GatedSAEConfig(d_in=D, d_sae=D_SAE))
-    sae.cfg.metadata.hook_name = IN.format(0)
-    with pytest.raises(SAEMismatchError, match=r"'gated'.*expected one of standard, topk"):
-        Decomposer(models(False, True), 0, sae)
+def test_a_transcoder_is_no_sae_of_either_side(models):
+    sae = Transcoder(TranscoderConfig(d_in=D, d_out=D, d_sae=D_SAE, apply_b_dec_to_input=False))
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out = IN.format(0), OUT.format(0)
+    for saes in ((sae, None), (None, sae)):
+        with pytest.raises(SAEMismatchError, match=r"a transcoder reads one place and writes another"):
+            Decomposer(models(False, True), 0, *saes)
+    u = sae.W_dec.detach()[3]  # the way out that the message names
+    assert Decomposer(models(False, True), 0).interaction(u).shape == (D, D)
+
+
+@given(
+    feature=st.integers(0, D_SAE - 1),
+    as_type=st.sampled_from([int, np.int64, np.uint8, torch.tensor, lambda i: torch.tensor(i, dtype=torch.int32)]),
+)
+def test_a_feature_is_any_integer(models, feature, as_type):
+    """Those of a numpy array or data frame column too; several as a list, an array or a column of one."""
+    decomposer, expected = make(models(False, True), 0), make(models(False, True), 0).interaction(feature)
+    assert torch.equal(decomposer.interaction(as_type(feature)), expected)
+    for several in ([feature, 1], np.array([feature, 1]), pd.Series([feature, 1]), torch.tensor([feature, 1]).int()):
+        assert torch.equal(decomposer.interaction(several)[0], expected)
+        assert decomposer.eigen(several, k=2).to_frame()["output"].tolist() == [feature, feature, 1, 1]
+    assert decomposer.eigen(as_type(feature), k=1).outputs.tolist() == [feature]
+
+
+def test_directions_may_be_arrays(models):
+    decomposer, u = make(models(False, True), 0), torch.randn(3, D)
+    expected = decomposer.interaction(u)
+    for same in (u.numpy(), u.double(), u.tolist()):
+        assert_close(decomposer.interaction(same), expected, **ROUNDING)
+    assert decomposer.eigen(u, k=1).outputs.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d: d.interaction(2.0), r"output is 2.0, expected|an output of shape \(\)"),
+        (lambda d: d.interaction(torch.tensor(True)), r"type torch.bool: expected features"),
+        (lambda d: d.interaction("walk"), r"'walk'"),
+        (lambda d: d.interaction(torch.zeros(2, 2, D)), r"shape \(2, 2, 16\).*\(16,\) or \(n, 16\)"),
+        (lambda d: d.interaction(torch.zeros(2, 2, dtype=torch.long)), r"features of shape \(2, 2\)"),
+        (lambda d: d.interaction(torch.full((D,), torch.nan)), "NaN or infinite"),
+        (lambda d: d.interaction(1, side="encodr"), r"side is 'encodr'.*Did you mean 'encoder'"),
+        (lambda d: d.interaction(1, basis="feature"), r"basis is 'feature'.*Did you mean 'features'"),
+        (lambda d: d.attribute("the little fox", 1.5, 1), r"feature is 1.5, expected"),
+        (lambda d: d.attribute("the little fox", 1, "last"), r"position is 'last', expected"),
+        (lambda d: d.attribute(torch.ones(2, 3, dtype=torch.long), 1, 1), r"text_or_tokens is i64\[2,3\]"),
+        (lambda d: d.attribute(["the little fox", "Mira"], 1, 1), r"text_or_tokens is \["),
+        (lambda d: d.check_feature("walk"), r"'walk' is not an integer"),
+    ],
+)
+def test_what_is_no_argument(models, call, message):
+    """One exception, which says what was given and what was expected."""
+    with pytest.raises(ArgumentError, match=message):
+        call(make(models(False, True), 0))
+
+
+def test_as_many_names_as_features(models):
+    with pytest.raises(ArgumentError, match="2 input_names for 40 input features"):
+        make(models(False, True), 0, input_names=["a", "b"])
+    with pytest.raises(ArgumentError, match="1 output_names for 0 output features: there is no output_sae"):
+        Decomposer(models(False, True), 0, output_names=["a"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_saes_are_read_in_float32(models, dtype):
+    """The user's SAE stays as it is; what it computes from is raised, so the parts add up as they do in float32."""
+    out = make_sae("topk", OUT.format(0), seed=2).to(dtype)
+    decomposer = Decomposer(models(False, True), 0, make_sae("topk", IN.format(0)).to(dtype), out)
+    assert out.W_enc.dtype == dtype
+    for feature in range(5):
+        assert decomposer.attribute("the little fox", feature, -1).relative_error < 1e-5
 
 
 def test_an_sae_on_resid_mid_has_no_fixed_interactions(models):

@@ -4,7 +4,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sae_lens import GatedSAE, GatedSAEConfig, TopKSAE, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import (
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+    MatchingPursuitSAE,
+    MatchingPursuitSAEConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    TemporalSAE,
+    TemporalSAEConfig,
+    TopKSAE,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 from torch.testing import assert_close
 
 from bilens.errors import SAEMismatchError
@@ -23,13 +37,10 @@ def inputs(seed=0, n=20):
 
 
 def linear_reads(view, x):
-    """`z = e . (a (x - m) - s b_dec) + b`, as the module's docstring states it, token by token."""
-    rows = []
-    for token in x:
-        norm = view.frozen_norm(token)
-        read = norm.scale_in * (token - norm.shift)
-        rows.append(view.encoder @ (read - view.b_dec if view.subtracts_b_dec else read) + view.encoder_bias)
-    return torch.stack(rows)
+    """`z = a e . (x - m) + b`, as the module's docstring states it, token by token."""
+    norms = [view.frozen_norm(token) for token in x]
+    reads = [view.encoder @ (norm.scale_in * (token - norm.shift)) for norm, token in zip(norms, x, strict=True)]
+    return torch.stack(reads) + view.encoder_bias
 
 
 def linear_writes(view, acts, x):
@@ -130,9 +141,24 @@ def test_an_unknown_side():
         SAEView(make_sae("topk")).directions("left")
 
 
-def test_what_has_no_linear_reads_is_refused():
-    with pytest.raises(SAEMismatchError, match=r"'gated'.*expected one of standard, topk"):
-        SAEView(GatedSAE(GatedSAEConfig(d_in=D_IN, d_sae=D_SAE)))
+def test_matching_pursuit_writes_linearly_and_reads_one_feature_after_the_other():
+    sae = MatchingPursuitSAE(MatchingPursuitSAEConfig(d_in=D_IN, d_sae=D_SAE))
+    view, x = SAEView(sae), inputs()
+    assert_close(linear_writes(view, view.activations(x), x), sae(x).detach(), **ROUNDING)
+    with pytest.raises(SAEMismatchError, match=r'\'matching_pursuit\'.*no encoder direction. Use side="decoder"'):
+        _ = view.encoder
+
+
+@pytest.mark.parametrize("kind", [Transcoder, SkipTranscoder, JumpReLUTranscoder])
+def test_a_transcoder_is_refused_with_the_way_out(kind):
+    config = {Transcoder: TranscoderConfig, SkipTranscoder: SkipTranscoderConfig}.get(kind, JumpReLUTranscoderConfig)
+    with pytest.raises(SAEMismatchError, match=r"transcoder reads one place and writes another.*W_dec"):
+        SAEView(kind(config(d_in=D_IN, d_sae=D_SAE, d_out=D_IN, apply_b_dec_to_input=False)))
+
+
+def test_what_has_no_linear_writes_is_refused():
+    with pytest.raises(SAEMismatchError, match=r"'temporal'.*expected one of standard, topk"):
+        SAEView(TemporalSAE(TemporalSAEConfig(d_in=D_IN, d_sae=512)))
     config = CLASSES["topk"][1](d_in=D_IN, d_sae=D_SAE, k=3, reshape_activations="hook_z")
     config.metadata.hook_name = "blocks.0.attn.hook_z"
     with pytest.raises(SAEMismatchError, match="hook_z"):

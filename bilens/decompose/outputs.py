@@ -1,0 +1,81 @@
+"""What an `output` may be: integers mean features of the output SAE, floats mean directions.
+
+One of either or several of them; as Python numbers, sequences, tensors, numpy arrays or columns of a data frame.
+"""
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any, Protocol, SupportsIndex, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
+
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """A numpy array, or what becomes one: a column of a data frame, a tensor."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any: ...
+
+
+Output: TypeAlias = SupportsIndex | Sequence[Any] | SupportsArray
+
+
+def read_output(output: Any, d_model: int) -> Int[Tensor, "*n"] | Float[Tensor, "*n d_model"]:
+    """Features or directions as a tensor, which of them by its dtype.
+
+    Raises:
+        ArgumentError: neither integers nor floats, a float where a feature's number is meant, or NaN.
+        SAEMismatchError: directions of another width than `d_model`.
+    """
+    if isinstance(output, Tensor):
+        tensor = output
+    elif isinstance(output, SupportsIndex) and not isinstance(output, np.ndarray):
+        tensor = torch.tensor(index(output))
+    else:
+        try:
+            tensor = torch.as_tensor(np.asarray(output))
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"output {output!r} is neither features (integers) nor directions (floats).") from error
+    if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        if tensor.ndim > 1:
+            raise ArgumentError(
+                f"output features of shape {tuple(tensor.shape)}: expected one feature, or a list of them."
+            )
+        return tensor
+    if not tensor.is_floating_point() or tensor.ndim not in (1, 2):
+        raise ArgumentError(
+            f"an output of shape {tuple(tensor.shape)} and type {tensor.dtype}: expected features, as an integer or "
+            f"several, or directions, as floats of shape ({d_model},) or (n, {d_model})."
+        )
+    if tensor.shape[-1] != d_model:
+        raise SAEMismatchError(f"directions of shape {tuple(tensor.shape)}: the layer writes {d_model} dimensions.")
+    if not tensor.isfinite().all():
+        raise ArgumentError("the output directions hold NaN or infinite values.")
+    return tensor
+
+
+def check_index(value: SupportsIndex, n: int, what: str, *, negative: bool = False) -> int:
+    """An index as an int, counted from the front.
+
+    Args:
+        value: a Python, numpy or 0-d tensor integer.
+        n: how many there are.
+        what: for the message, such as `"feature {} is outside the output SAE's {}"`: takes the value, then `n`.
+        negative: whether `-1` means the last.
+
+    Raises:
+        ArgumentError: not an integer.
+        OutOfRangeError: outside `0..n-1`.
+    """
+    try:
+        at = index(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{value!r} is not an integer: {what.format(value, n)}.") from error
+    if not (-n if negative else 0) <= at < n:
+        raise OutOfRangeError(f"{what.format(at, n)}, 0 to {n - 1}.")
+    return at % n
