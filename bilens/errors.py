@@ -23,6 +23,10 @@ class ModelNotFoundError(BilensError, FileNotFoundError):
     """A model or SAE source that is neither bundled, nor a folder, nor reachable on the hub."""
 
 
+class UploadError(BilensError, OSError):
+    """A model or SAEs that the hub did not take."""
+
+
 class CheckpointError(BilensError, ValueError):
     """A checkpoint that is truncated, misses a key, has a tensor of the wrong shape, or holds NaN."""
 
@@ -41,6 +45,10 @@ class MissingSAEError(BilensError, ValueError):
 
 class OutOfRangeError(BilensError, IndexError):
     """A feature, layer or position index outside its range."""
+
+
+class ArgumentError(BilensError, ValueError, TypeError):
+    """An argument of a kind, shape or value that the function does not take."""
 
 
 class EmptyTextError(BilensError, ValueError):
