@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bilens.loading import list_models, load_model
     from bilens.model import HookedBilinearTransformer
     from bilens.reporting import report
-    from bilens.sae import evaluate_saes, list_saes, load_sae, train_saes
+    from bilens.sae import evaluate_saes, list_saes, load_sae, push_saes, train_saes
     from bilens.training import TrainConfig, train_lm
 
 _HOME = {
@@ -30,6 +30,7 @@ _HOME = {
     "list_saes": "bilens.sae",
     "load_model": "bilens.loading",
     "load_sae": "bilens.sae",
+    "push_saes": "bilens.sae",
     "report": "bilens.reporting",
     "train_lm": "bilens.training",
     "train_saes": "bilens.sae",
@@ -47,6 +48,7 @@ __all__ = [
     "list_saes",
     "load_model",
     "load_sae",
+    "push_saes",
     "report",
     "train_lm",
     "train_saes",

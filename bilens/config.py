@@ -13,6 +13,8 @@ from transformer_lens.config import TransformerLensConfig
 from bilens.errors import CheckpointError, nearest
 
 NEEDED_KEYS = ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden")
+# What `bilens.hf` is registered under; the Auto classes and TransformerLens find it by these.
+MODEL_TYPE, HF_ARCHITECTURE = "bilinear", "BilinearForCausalLM"
 GATES = (None, "relu", "silu", "gelu")
 
 
@@ -124,10 +126,12 @@ def check_positive_integers(published: dict[str, Any], keys: tuple[str, ...]) ->
 
 def config_to_published(cfg: BilinearTransformerConfig) -> dict[str, Any]:
     """The published `config.json` of a model: what was read, overwritten by what the model is now."""
+    architectures = cfg.published.get("architectures") or ["Transformer"]
     return {
-        "architectures": ["Transformer"],
         "repo": cfg.model_name,
         **cfg.published,
+        "architectures": [*(name for name in architectures if name != HF_ARCHITECTURE), HF_ARCHITECTURE],
+        "model_type": MODEL_TYPE,
         "n_head": cfg.n_heads,
         "n_layer": cfg.n_layers,
         "n_ctx": cfg.n_ctx,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from bilens.errors import EmptyTextError
 from bilens.kv_cache import KeyValueCache
@@ -18,14 +19,24 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
+    top_p: float | None = None,
 ) -> Int[Tensor, "batch"]:
-    """One token per row from `softmax(logits / temperature)`, of the `top_k` likeliest; temperature 0 is greedy."""
+    """One token per row from `softmax(logits / temperature)`; temperature 0 is greedy.
+
+    Args:
+        top_k: of so many likeliest tokens.
+        top_p: of the fewest likeliest tokens that together have this probability.
+    """
     if temperature == 0.0:
         return logits.argmax(-1)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p is not None:
+        likeliest = probabilities.sort(-1, descending=True)
+        above = likeliest.values.cumsum(-1) - likeliest.values  # what the likelier ones have already
+        probabilities = probabilities.masked_fill((above >= top_p).gather(-1, likeliest.indices.argsort(-1)), 0.0)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
@@ -37,6 +48,7 @@ def generate(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
     do_sample: bool = True,
     stop_at_eos: bool = True,
     eos_token_id: int | None = None,
@@ -44,6 +56,7 @@ def generate(
     prepend_bos: bool | None = None,
     return_type: Literal["input", "str", "tokens"] = "input",
     seed: int | None = None,
+    verbose: bool = False,
 ) -> Any:
     """Continue text or tokens.
 
@@ -52,21 +65,25 @@ def generate(
         max_new_tokens: how many to add; fewer where the context ends first.
         temperature: 0 is greedy.
         top_k: sample among the k likeliest only.
+        top_p: sample among the fewest likeliest that together have this probability.
         do_sample: false is greedy too.
         stop_at_eos: end a row at end-of-text, and the run when all rows have ended (ended rows are filled with it).
         eos_token_id: `None` takes the tokenizer's.
         use_past_kv_cache: run only the new token at each step; the result is the same.
         return_type: `"input"` gives text for text and tokens for tokens.
         seed: the same seed gives the same text.
+        verbose: show a progress bar.
 
     Raises:
         ContextLengthError: the prompt alone does not fit.
         EmptyTextError: an empty list, or an empty text without `[BOS]`.
         TokenizationError: text is given or asked for, and the model has no tokenizer.
-        ValueError: a negative temperature or `top_k` below 1.
+        ValueError: a negative temperature, `top_k` below 1, or `top_p` outside (0, 1].
     """
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"temperature {temperature} must be >= 0 and top_k {top_k} at least 1.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} must be above 0 and at most 1.")
     is_text = isinstance(input, str | list)
     mask = None
     if is_text:
@@ -89,11 +106,12 @@ def generate(
     cache = KeyValueCache.empty(model.cfg.n_layers) if use_past_kv_cache else None
     ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     new = tokens
-    for _ in range(min(max_new_tokens, model.cfg.n_ctx - tokens.shape[1])):
+    n_new = min(max_new_tokens, model.cfg.n_ctx - tokens.shape[1])
+    for _ in tqdm(range(n_new), desc="generating", unit="token", disable=not verbose):
         new_mask = None if mask is None else mask[:, -new.shape[1] :]
         logits = model(new if cache else tokens, attention_mask=new_mask if cache else mask, past_kv_cache=cache)[:, -1]
         greedy = not do_sample
-        chosen = sample(logits, 0.0 if greedy else temperature, top_k, generator)
+        chosen = sample(logits, 0.0 if greedy else temperature, top_k, generator, top_p)
         if stop_at_eos and eos is not None:
             chosen = chosen.masked_fill(ended, eos)
             ended |= chosen == eos

@@ -1,5 +1,7 @@
 """Models in and out of the published format: `config.json` + `model.safetensors` (+ the tokenizer).
 
+The weights may also be in shards, `model-00001-of-0000N.safetensors`, which `model.safetensors.index.json` names.
+
 1. find the files: a bundled name, a folder, or a hub id
 2. read the config, refuse it by name where a key is missing
 3. check every tensor's name and shape against the model the config describes, and that it is finite
@@ -9,7 +11,9 @@
 import json
 import os
 import re
-from dataclasses import dataclass
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,16 +23,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import bilens.hf  # noqa: F401  what is saved here loads through AutoModelForCausalLM at once
 from bilens.config import config_from_published, config_to_published
 from bilens.errors import CheckpointError, ModelNotFoundError, nearest
 from bilens.files import write_atomically
+from bilens.hub import HubOptions, fetch_from_hub
 from bilens.model import HookedBilinearTransformer
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_MODEL = "ts-tiny"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # of a file in the index's own folder
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,10 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
     tokenizer: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> HookedBilinearTransformer:
     """Load a model in the published format.
 
@@ -67,18 +79,24 @@ def load_model(
         device: `None` takes CUDA where there is one.
         dtype: of the weights in memory (`torch.float32`, `"bfloat16"`, ...); `"auto"` keeps the file's.
         tokenizer: a transformers tokenizer to use instead of the checkpoint's.
+        revision: of a hub repository: branch, tag or commit hash; `None` is `main`.
+        token: for a private or gated hub repository; `None` is the one of `hf auth login`.
+        cache_dir: where hub downloads are kept; `None` is the Hugging Face cache.
+        local_files_only: use what the cache has and do not ask the hub, as `HF_HUB_OFFLINE=1` does for everything.
 
     Raises:
-        ModelNotFoundError: nothing of that name (with the nearest bundled names).
+        ModelNotFoundError: nothing of that name (with the nearest bundled names), or not to be had from the hub.
         CheckpointError: the files are truncated, incomplete, of the wrong shapes, or hold NaN.
     """
-    folder, name = find_model(source)
+    hub = HubOptions(revision, token, cache_dir, local_files_only)
+    folder, name = find_model(source, hub)
     published = read_config(folder / CONFIG_FILE)
-    tensors = read_tensors(folder / WEIGHTS_FILE)
+    weights = weights_file(folder)
+    tensors = read_tensors(weights)
     embedding = tensors.get("transformer.wte.weight")
     if embedding is None:
         raise CheckpointError(
-            f"{folder / WEIGHTS_FILE}: no tensor 'transformer.wte.weight'; is this a published bilinear transformer? "
+            f"{weights}: no tensor 'transformer.wte.weight'; is this a published bilinear transformer? "
             f"It holds {', '.join(sorted(tensors)[:4])}, ..."
         )
     if device is None:
@@ -91,9 +109,9 @@ def load_model(
         model_name=name,
     )
     if tokenizer is None:
-        tokenizer = load_tokenizer(folder, cfg.tokenizer_name)
+        tokenizer = load_tokenizer(folder, cfg.tokenizer_name, hub)
     model = HookedBilinearTransformer(cfg, tokenizer, init_weights=False)
-    _copy_weights(model, tensors, folder / WEIGHTS_FILE)
+    _copy_weights(model, tensors, weights)
     return model.eval()
 
 
@@ -146,68 +164,51 @@ def published_tensors(model: HookedBilinearTransformer) -> dict[str, Tensor]:
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def find_model(source: str | os.PathLike[str] | None) -> tuple[Path, str]:
+def find_model(source: str | os.PathLike[str] | None, hub: HubOptions | None = None) -> tuple[Path, str]:
     """The folder that holds a source's files (fetched from the hub where need be), and the name to remember it by."""
+    hub = hub or HubOptions()
     if source is None:
         source = DEFAULT_MODEL
     if str(source) in list_models():
+        hub.refuse_revision(str(source))
         return PRETRAINED / str(source), str(source)
     path = Path(source).expanduser()
     if path.is_dir():
+        hub.refuse_revision(str(source))
         for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (path / file).exists():
+            if not (path / file).exists() and not (file == WEIGHTS_FILE and (path / INDEX_FILE).exists()):
                 found = sorted(p.name for p in path.iterdir())
                 raise ModelNotFoundError(f"{path} has no {file}; it holds {found}.")
         return path, str(source)
     if isinstance(source, str) and HUB_ID.fullmatch(source):
-        files = [CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES]
-        return fetch_from_hub(source, files, needed=(CONFIG_FILE, WEIGHTS_FILE)), source
+        return _fetch_model(source, hub), source
     raise ModelNotFoundError(
         f"no model {str(source)!r}: not a bundled name ({', '.join(list_models()) or 'none here'}), not a folder, and "
         "not a hub id of the form owner/name." + nearest(str(source), list_models())
     )
 
 
-def fetch_from_hub(repo: str, files: list[str], needed: tuple[str, ...] = ()) -> Path:
-    """Download what a hub repository has of `files` into the Hugging Face cache; the snapshot's folder.
-
-    Args:
-        repo: a hub id.
-        files: names or glob patterns; nothing else is downloaded.
-        needed: names that have to be there afterwards.
-
-    Raises:
-        ModelNotFoundError: no such repository, a gated one, a needed file missing, or no connection and no cache.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repo, allow_patterns=files))
-    except GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"{repo!r} is gated: ask for access at its page on the hub, then log in with `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(f"the hub has no repository {repo!r} (or it is private; `hf auth login`).") from error
-    except LocalEntryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{repo!r} is not in the Hugging Face cache and the hub cannot be reached. Bundled models work offline: "
-            f"{', '.join(list_models())}."
-        ) from error
-    except HfHubHTTPError as error:
-        raise ModelNotFoundError(f"the hub refused {repo!r}: {error}") from error
-    for file in needed:
-        if not (folder / file).exists():
-            raise ModelNotFoundError(f"the hub repository {repo!r} has no {file}.")
+def _fetch_model(repo: str, hub: HubOptions) -> Path:
+    files = [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, *TOKENIZER_FILES]
+    folder = fetch_from_hub(repo, files, needed=(CONFIG_FILE,), options=hub)
+    if not (folder / WEIGHTS_FILE).exists():
+        if not (folder / INDEX_FILE).exists():
+            raise ModelNotFoundError(f"the hub repository {repo!r} has no {WEIGHTS_FILE} and no {INDEX_FILE}.")
+        # The folder is named by its commit: the shards come from the index's, whatever has been pushed meanwhile.
+        fetch_from_hub(repo, list(read_index(folder / INDEX_FILE)), options=replace(hub, revision=folder.name))
     return folder
 
 
-def load_tokenizer(folder: Path, name: str | None) -> Any:
+def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None) -> Any:
     """The tokenizer beside the weights, or the one `config.tokenizer` names; `None` where neither is to be had.
 
     A model without a tokenizer is usable with tokens, so a tokenizer that cannot be fetched is not an error here; its
     absence is one where text is first used.
+
+    Args:
+        folder: with a `tokenizer.json`, or without.
+        name: a published name, or a hub id.
+        hub: token and cache; the revision in it is the model's, and does not concern a tokenizer of another repository.
 
     Raises:
         CheckpointError: the tokenizer's own files are damaged.
@@ -225,18 +226,25 @@ def load_tokenizer(folder: Path, name: str | None) -> Any:
             backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises nothing narrower
             raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+        length = read.get("model_max_length")
         # A special token that the vocabulary lacks would be added to it, with an id that the model has no row for.
         return PreTrainedTokenizerFast(
             tokenizer_object=backend,
+            name_or_path=str(folder),  # TransformerLens and SAELens load it again from there
             clean_up_tokenization_spaces=False,
+            model_max_length=length if isinstance(length, int | float) else None,
             **{key: token for key, token in found.items() if token and backend.token_to_id(token) is not None},
         )
     if name is None:
         return None
-    published = PUBLISHED_TOKENIZERS.get(name, HubTokenizer(name, None))
+    published, hub = PUBLISHED_TOKENIZERS.get(name, HubTokenizer(name, None)), hub or HubOptions()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(published.repo)
-    except OSError:
+        tokenizer = AutoTokenizer.from_pretrained(
+            published.repo, token=hub.token, cache_dir=hub.cache_dir, local_files_only=hub.local_files_only
+        )
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"the tokenizer {published.repo} is not to be had, only tokens are: {reason}", stacklevel=2)
         return None
     if published.pad_token is not None:
         tokenizer.pad_token = published.pad_token
@@ -273,19 +281,61 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, each finite.
+def weights_file(folder: Path) -> Path:
+    """What `read_tensors` reads in a model's folder: `model.safetensors`, or else the index of the shards."""
+    one, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    return index if index.exists() and not one.exists() else one
+
+
+def read_index(path: Path) -> dict[str, set[str]]:
+    """The names of the tensors in each shard, by the shard's file name, from a `model.safetensors.index.json`.
 
     Raises:
-        CheckpointError: the file is truncated or damaged, or a tensor holds NaN or infinity (named).
+        CheckpointError: not JSON, no tensors in it, or a shard that is no safetensors file in the same folder.
     """
+    weight_map = read_config(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map is {weight_map!r}, expected the names of tensors and their files.")
+    shards: dict[str, set[str]] = defaultdict(set)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
+            raise CheckpointError(
+                f"{path}: {name} is said to be in {file!r}, expected a .safetensors file in the same folder."
+            )
+        shards[file].add(name)
+    return dict(shards)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, or of the shards that an index names, each finite.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or damaged, a shard holds other tensors than the index says, or a
+            tensor holds NaN or infinity (named).
+    """
+    if path.suffix != ".json":
+        return _read_file(path)
+    tensors = {}
+    for file, names in read_index(path).items():
+        if not path.with_name(file).exists():
+            raise CheckpointError(f"{path.parent} has no {file}, which {path.name} names for {len(names)} tensors.")
+        shard = _read_file(path.with_name(file))
+        if shard.keys() != names:
+            raise CheckpointError(
+                f"{path.with_name(file)}: {path.name} and the file disagree about {sorted(shard.keys() ^ names)[:4]}."
+            )
+        tensors.update(shard)
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} ({path.stat().st_size if path.exists() else 0} bytes) cannot be read: {error}. "
-            "A truncated download? Fetch it again."
+            f"A truncated download? Delete {path.resolve()} and fetch it again."
         ) from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():

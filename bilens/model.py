@@ -5,7 +5,12 @@
     x      = x + mlp(norm2(x))             mlp(n) = W_out (act(W_gate n + b_gate) * (W_in n + b_in)) + b_out
     logits = norm_f(x) W_U
 
-This class owns the forward pass. Parameters are stored in the layout of the published checkpoints (one fused `qkv`, one
+`HookedBilinearTransformer` owns the forward pass, the only one there is. `bilens.hf.BilinearForCausalLM` holds one,
+registers its modules under the published names, and translates Hugging Face's arguments; the adapter in `bilens.bridge`
+wraps that class's modules in TransformerLens' bridge components, which call them and show their hook points. Both share
+weights and hooks with the model they hold, and compute nothing themselves.
+
+Parameters are stored in the layout of the published checkpoints (one fused `qkv`, one
 fused `w` of left then right rows, the raw output projection `o`), so that loading and saving are copies and the matrix
 products are fused; TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are views of them, so writing into
 `model.blocks[0].mlp.W_in` changes the model. The exception is `W_O`, a product with `s`: to edit it, write into
@@ -26,11 +31,12 @@ from transformer_lens import ActivationCache, FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
+from bilens.attaching import SAEAttachmentMixin
 from bilens.config import BilinearTransformerConfig
 from bilens.errors import ContextLengthError, HookNameError, NotBilinearError, OutOfRangeError, nearest
 from bilens.generation import generate
 from bilens.kv_cache import KeyValueCache
-from bilens.tokenization import TokenizationMixin
+from bilens.tokenization import PaddingSide, TokenizationMixin
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -64,9 +70,13 @@ class Rotary(nn.Module):
 
     def __init__(self, d_head: int, base: float = 10_000.0):
         super().__init__()
+        self.d_head, self.base = d_head, base
         self.inv_freq: Tensor
-        inv_freq = 1.0 / base ** (torch.arange(0, d_head, 2).float() / d_head)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("inv_freq", self.frequencies(), persistent=False)
+
+    def frequencies(self) -> Float[Tensor, "half"]:
+        """What `inv_freq` holds, anew: a loader that builds models on the meta device has lost it."""
+        return 1.0 / self.base ** (torch.arange(0, self.d_head, 2).float() / self.d_head)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         """The frequencies follow the model to its device, never to its dtype."""
@@ -245,13 +255,13 @@ class Block(nn.Module):
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
 
 
-class Embed(nn.Module):
+class Embed(nn.Embedding):
     def __init__(self, cfg: BilinearTransformerConfig):
-        super().__init__()
-        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+        super().__init__(cfg.d_vocab, cfg.d_model, _weight=torch.empty(cfg.d_vocab, cfg.d_model))
 
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        return F.embedding(tokens, self.W_E)
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.weight
 
 
 class Unembed(nn.Module):
@@ -271,7 +281,7 @@ class Unembed(nn.Module):
         return self.head(x)
 
 
-class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
+class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, HookedRootModule):
     """A bilinear (or gated, or one-branch) transformer with TransformerLens' hooks, weights' names and habits.
 
     Args:
@@ -325,6 +335,7 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         stop_at_layer: int | None = None,
         past_kv_cache: KeyValueCache | None = None,
+        padding_side: PaddingSide | None = None,
     ) -> Any:
         """Run the model.
 
@@ -338,18 +349,21 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
             attention_mask: 1 for tokens, 0 for padding; made by itself for a list of texts.
             stop_at_layer: return the residual stream entering this block; negative counts from the end.
             past_kv_cache: keys and values of earlier positions; the new ones are added to it.
+            padding_side: of a list of texts; `None` takes the tokenizer's own.
 
         Raises:
             ContextLengthError, EmptyTextError, OutOfRangeError: the input does not fit the model.
         """
         if start_at_layer is None:
             if isinstance(input, list) and attention_mask is None and len(input) > 1:
-                attention_mask = self.attention_mask(input, prepend_bos)
-            tokens = self.input_to_tokens(input, prepend_bos)  # type: ignore[arg-type]
+                attention_mask = self.attention_mask(input, prepend_bos, padding_side)
+            tokens = self.input_to_tokens(input, prepend_bos, padding_side)  # type: ignore[arg-type]
+            self._begin_splices(tokens)
             residual = self.hook_embed(self.embed(tokens))
         else:
             residual = input
             tokens = None if tokens is None else self.input_to_tokens(tokens)
+            self._begin_splices(tokens)
         if past_kv_cache is not None:
             past, new = past_kv_cache.n_positions, residual.shape[1]
             if past + new > self.cfg.n_ctx:
@@ -441,12 +455,15 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
         return super().get_caching_hooks(wanted, *args, **kwargs)
 
     def _is_switched_off(self, name: str) -> bool:
-        return name.endswith("hook_result") and not self.cfg.use_attn_result
+        unused_result = name.endswith("hook_result") and not self.cfg.use_attn_result
+        return unused_result or self._is_unused_error_hook(name)
 
     def check_hook_name(self, name: str) -> None:
         """Raises `HookNameError`, with the nearest names, for a hook the model does not have or has switched off."""
         if name not in self.hook_dict:
             raise HookNameError(f"the model has no hook {name!r}." + nearest(name, self.hook_dict))
+        if self._is_unused_error_hook(name):
+            raise HookNameError(f"{name!r} is computed only with use_error_term=True.")
         if self._is_switched_off(name):
             raise HookNameError(f"{name!r} is computed only after model.set_use_attn_result(True).")
 
@@ -540,6 +557,19 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
     def OV(self) -> FactoredMatrix:
         return FactoredMatrix(self.W_V, self.W_O)
 
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Every weight under its TransformerLens name (`blocks.0.attn.W_Q`, ...); `SVDInterpreter` asks for it."""
+        names = {"attn": ["W_Q", "W_K", "W_V", "W_O"], "mlp": ["W_in", "W_out"]}
+        names["mlp"] += ["W_gate"] if self.cfg.bilinear else []
+        if self.cfg.bias:
+            names["mlp"] += ["b_in", "b_out", *(["b_gate"] if self.cfg.bilinear else [])]
+        return {"embed.W_E": self.W_E, "unembed.W_U": self.W_U} | {
+            f"blocks.{layer}.{part}.{name}": getattr(getattr(block, part), name)
+            for layer, block in enumerate(self.blocks)
+            for part in names
+            for name in names[part]
+        }
+
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, "d_model"]:
@@ -578,6 +608,46 @@ class HookedBilinearTransformer(TokenizationMixin, HookedRootModule):
         from bilens.loading import save_model
 
         save_model(self, folder, dtype=dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """Save into a Hugging Face hub repository, with a model card where it has none; see `bilens.hub.push_to_hub`.
+
+        Args:
+            repo_id: `owner/name`; made where it does not exist.
+            private: of a repository that is made here; `None` is the owner's default.
+            token: with permission to write; `None` is the one of `hf auth login`.
+            revision: the branch, made where it does not exist; `None` is `main`.
+            commit_message: one line.
+            dtype: of the weights on the hub; `None` keeps the model's.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: `.oid`, `.commit_url`.
+
+        Raises:
+            UploadError: no permission, no connection, or the hub refused it.
+        """
+        from bilens.hub import model_card, push_to_hub
+        from bilens.loading import INDEX_FILE
+
+        return push_to_hub(
+            lambda folder: self.save_pretrained(folder, dtype),
+            repo_id,
+            lambda folder, repo: model_card(self.cfg, repo),
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            delete_patterns=[INDEX_FILE, "model-*-of-*.safetensors"],
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str] | None = None, **kwargs: Any) -> "HookedBilinearTransformer":

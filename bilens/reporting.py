@@ -73,7 +73,7 @@ def example_texts(model: HookedBilinearTransformer) -> list[str]:
     if model.cfg.model_name in list_models() and bundled.exists():
         with gzip.open(bundled, "rt", encoding="utf-8") as file:
             return [json.loads(line)["text"] for line in file]
-    return sample_texts(model, N_SAMPLED)
+    return [text for text in sample_texts(model, N_SAMPLED) if text.strip()]
 
 
 def interesting_circuits(

@@ -58,6 +58,9 @@ class TokenizationMixin:
         """
         tokenizer = self._require_tokenizer()
         prepend_bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        side = padding_side or tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side {side!r} is not 'left' or 'right'.")
         texts = [input] if isinstance(input, str) else input
         if not texts:
             raise EmptyTextError("an empty list of texts has no tokens.")
@@ -72,7 +75,7 @@ class TokenizationMixin:
                 raise EmptyTextError(f"the text {text!r} has no tokens (and prepend_bos is False).")
         if truncate:
             rows = [row[: self.cfg.n_ctx] for row in rows]
-        tokens = self._pad(rows, padding_side or tokenizer.padding_side)
+        tokens = self._pad(rows, side)
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def _pad(self, rows: list[list[int]], side: PaddingSide) -> Int[Tensor, "batch pos"]:
@@ -85,16 +88,21 @@ class TokenizationMixin:
         filled = [(longest - len(row)) * [pad] for row in rows]
         return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, filled, strict=True)])
 
-    def attention_mask(self, texts: list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
-        """1 where `to_tokens(texts)` holds a token of the text, 0 where it holds padding."""
+    def attention_mask(
+        self, texts: list[str], prepend_bos: bool | None = None, padding_side: PaddingSide | None = None
+    ) -> Int[Tensor, "batch pos"]:
+        """1 where `to_tokens(texts)` with the same arguments holds a token of the text, 0 where it holds padding."""
         lengths = [self.to_tokens(text, prepend_bos=prepend_bos).shape[1] for text in texts]
         longest = max(lengths)
-        left = self.tokenizer.padding_side == "left"
+        left = (padding_side or self.tokenizer.padding_side) == "left"
         rows = [(longest - n) * [0] + n * [1] if left else n * [1] + (longest - n) * [0] for n in lengths]
         return torch.tensor(rows, device=self.cfg.device)
 
     def input_to_tokens(
-        self, input: str | list[str] | Int[Tensor, "*batch pos"], prepend_bos: bool | None = None
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
     ) -> Int[Tensor, "batch pos"]:
         """What `forward` accepts, as `(batch, pos)` tokens that fit the model.
 
@@ -106,7 +114,7 @@ class TokenizationMixin:
         if isinstance(input, str | list):
             if not input or any(not text.strip() for text in ([input] if isinstance(input, str) else input)):
                 raise EmptyTextError(f"the text {input!r} is empty; give at least one word.")
-            tokens = self.to_tokens(input, prepend_bos=prepend_bos, truncate=False)
+            tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side, truncate=False)
         else:
             tokens = input if input.ndim > 1 else input[None]
             tokens = tokens.to(self.cfg.device)

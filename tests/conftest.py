@@ -46,7 +46,7 @@ def make_model(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            std = 0.3 if weight.ndim == 1 else 1.0 if name == "embed.W_E" else weight.shape[1] ** -0.5
+            std = 0.3 if weight.ndim == 1 else 1.0 if name == "embed.weight" else weight.shape[1] ** -0.5
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
     return model.eval()
 

@@ -40,6 +40,14 @@ def test_sample_follows_the_tempered_distribution() -> None:
         torch.testing.assert_close(shares, (logits / temperature).softmax(-1), atol=0.018, rtol=0)
 
 
+def test_top_p_keeps_the_fewest_that_reach_it() -> None:
+    """Of 0.5, 0.3, 0.15, 0.05 in any order: exactly those are drawn whose likelier ones sum to less than top_p."""
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
+    for top_p, kept in ((0.4, {1}), (0.6, {1, 3}), (0.9, {0, 1, 3}), (1.0, {0, 1, 2, 3})):
+        drawn = sample(logits.expand(2_000, 4), top_p=top_p, generator=torch.Generator().manual_seed(0))
+        assert set(drawn.tolist()) == kept
+
+
 # --- continuing tokens ------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +93,15 @@ def test_never_past_the_context(use_past_kv_cache: bool) -> None:
         model.generate(torch.arange(9)[None], 1, **kwargs)
 
 
+def test_verbose_shows_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    """A progress bar on request, and the same tokens."""
+    model = make_model()
+    quiet = model.generate(PROMPT, 4, seed=0)
+    assert capsys.readouterr().err == ""
+    assert torch.equal(model.generate(PROMPT, 4, seed=0, verbose=True), quiet)
+    assert "4/4" in capsys.readouterr().err
+
+
 def test_no_new_tokens() -> None:
     """Asking for none gives the prompt."""
     assert torch.equal(make_model().generate(PROMPT, 0), PROMPT)
@@ -118,9 +135,9 @@ def test_generated_tokens_can_be_trained_on() -> None:
     assert model.embed.W_E.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("kwargs", [{"temperature": -1}, {"top_k": 0}, {"top_k": -3}])
+@pytest.mark.parametrize("kwargs", [{"temperature": -1}, {"top_k": 0}, {"top_k": -3}, {"top_p": 0}, {"top_p": 1.5}])
 def test_impossible_sampling_is_refused(kwargs: dict) -> None:
-    """A negative temperature or a top_k below 1 is a ValueError."""
+    """A negative temperature, a top_k below 1 or a top_p outside (0, 1] is a ValueError."""
     with pytest.raises(ValueError, match="must be"):
         make_model().generate(PROMPT, 3, **kwargs)
 

@@ -6,12 +6,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import errors as hub_errors
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -80,7 +77,8 @@ def test_the_reference_config_and_tokenizer_come_back(ts_micro: Reference, tmp_p
     """Every key of the published config keeps its value, and the tokenizer still encodes and pads the same."""
     ts_micro.model.save_pretrained(tmp_path)
     published = json.loads((ts_micro.folder / "config.json").read_text())
-    assert json.loads((tmp_path / "config.json").read_text()) == published
+    loads_itself = {"model_type": "bilinear", "architectures": [*published["architectures"], "BilinearForCausalLM"]}
+    assert json.loads((tmp_path / "config.json").read_text()) == published | loads_itself
     again = load_model(tmp_path, device="cpu")
     for prompt in ts_micro.prompts:
         assert torch.equal(again(prompt), ts_micro.model(prompt))
@@ -355,64 +353,14 @@ def test_no_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         load_model()
 
 
-def hub_error(kind: str) -> Exception:
-    """An error as huggingface_hub raises it."""
-    if kind == "offline":
-        return hub_errors.LocalEntryNotFoundError("no connection")
-    response = MagicMock(headers={}, status_code=404)
-    classes = {
-        "gated": hub_errors.GatedRepoError,
-        "absent": hub_errors.RepositoryNotFoundError,
-        "refused": hub_errors.HfHubHTTPError,
-    }
-    return classes[kind](kind, response=response)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("offline", r"not in the Hugging Face cache .* Bundled models work offline: ts-tiny, ts-small"),
-        ("gated", "'someone/ts-tiny' is gated"),
-        ("absent", "the hub has no repository 'someone/ts-tiny'"),
-        ("refused", "the hub refused 'someone/ts-tiny'"),
-    ],
-)
-def test_what_the_hub_answers(bundled: Path, monkeypatch: pytest.MonkeyPatch, kind: str, message: str) -> None:
-    """Each refusal of the hub becomes a ModelNotFoundError that says what to do."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise hub_error(kind)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(ModelNotFoundError, match=message):
-        load_model("someone/ts-tiny")
-
-
-def test_a_hub_model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub id loads what was downloaded, asks only for what it needs, and is remembered; what is lacking is named."""
-    asked = {}
-
-    def download(repo: str, allow_patterns: list[str]) -> str:
-        asked[repo] = allow_patterns
-        return str(checkpoint)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    model = load_model("someone/some-model")
-    assert model.cfg.model_name == "someone/some-model"
-    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert set(asked["someone/some-model"]) == files
-    (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(ModelNotFoundError, match=r"'someone/some-model' has no model.safetensors"):
-        load_model("someone/some-model")
-
-
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
 def test_the_tokenizer_beside_the_weights_wins(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tokenizer.json there, the one that the config names is not asked for; one given by hand beats both."""
     edit_config(checkpoint, tokenizer="gpt2")
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args: pytest.fail("went to the hub"))
+    to_the_hub = "transformers.AutoTokenizer.from_pretrained"
+    monkeypatch.setattr(to_the_hub, lambda *args, **kwargs: pytest.fail("went to the hub"))
     model = load_model(checkpoint)
     assert model.tokenizer.pad_token == "[EOS]"
     assert model.cfg.tokenizer_name == "gpt2"
@@ -437,7 +385,7 @@ def test_the_named_tokenizer(
     class Fetched:
         pad_token = None
 
-        def __init__(self, source: str):
+        def __init__(self, source: str, **hub: Any):
             self.source = source
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Fetched)
@@ -446,16 +394,17 @@ def test_the_named_tokenizer(
 
 
 def test_a_tokenizer_that_cannot_be_fetched(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model loads without one, for use with tokens; so it does where no tokenizer is named."""
+    """The model loads without one, for use with tokens, and says so; it says nothing where no tokenizer is named."""
 
-    def offline(*args: Any) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
         raise OSError("no connection")
 
     (checkpoint / "tokenizer.json").unlink()
     assert load_model(checkpoint).tokenizer is None
     edit_config(checkpoint, tokenizer="gpt2")
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
-    model = load_model(checkpoint)
+    with pytest.warns(UserWarning, match="the tokenizer openai-community/gpt2 is not to be had.*no connection"):
+        model = load_model(checkpoint)
     assert model.tokenizer is None
     assert model(torch.tensor([[1, 2]])).shape == (1, 2, model.cfg.d_vocab)
 
@@ -471,6 +420,17 @@ def test_special_tokens_in_either_spelling(checkpoint: Path) -> None:
             (checkpoint / "tokenizer_config.json").write_text(json.dumps(content))
         found = load_tokenizer(checkpoint, None)
         assert {key: getattr(found, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("length", [32, 10**30])
+def test_the_tokenizers_length_survives(checkpoint: Path, tmp_path: Path, length: int) -> None:
+    """`model_max_length` is read and written back; 10^30 or so is how transformers writes that there is none."""
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": length}))
+    model = load_model(checkpoint)
+    assert model.tokenizer.model_max_length == length
+    model.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again", None).model_max_length == length
 
 
 def test_loading_a_tokenizer_adds_no_tokens(checkpoint: Path) -> None:

@@ -100,6 +100,34 @@ def test_a_list_is_padded_on_the_side_asked_for(text_model: HookedBilinearTransf
     assert left == [alone[0], [pad] * n_pad + alone[1]]
 
 
+@pytest.mark.parametrize("tokenizers_own", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_is_an_argument_everywhere(
+    text_model: HookedBilinearTransformer, side: Any, tokenizers_own: str
+) -> None:
+    """Tokens, mask, logits and loss of a padded list agree with each text alone, whatever the tokenizer's own side."""
+    text_model.tokenizer.padding_side = tokenizers_own
+    try:
+        texts = [SENTENCE, "the fox"]
+        mask = text_model.attention_mask(texts, padding_side=side).bool()
+        tokens = text_model.to_tokens(texts, padding_side=side)
+        logits, losses = text_model(texts, padding_side=side, return_type="both", loss_per_token=True)
+        for i, text in enumerate(texts):
+            assert torch.equal(tokens[i, mask[i]], text_model.to_tokens(text)[0])
+            # 1e-5: the padded run takes the explicit attention, the single one the fused kernel
+            torch.testing.assert_close(logits[i, mask[i]], text_model(text)[0], atol=1e-5, rtol=1e-5)
+            alone = text_model(text, return_type="loss", loss_per_token=True).sum()
+            torch.testing.assert_close(losses[i].sum(), alone, atol=1e-4, rtol=1e-5)
+    finally:
+        text_model.tokenizer.padding_side = "right"
+
+
+def test_an_unknown_padding_side(text_model: HookedBilinearTransformer) -> None:
+    """A misspelt side is refused by name."""
+    with pytest.raises(ValueError, match="'centre' is not 'left' or 'right'"):
+        text_model.to_tokens([SENTENCE, "the fox"], padding_side="centre")  # type: ignore[arg-type]
+
+
 def test_padding_needs_a_padding_token(bare_tokenizer: Any) -> None:
     """Texts of different lengths without a padding token are refused; of one length they are not."""
     model = make_model(tokenizer=bare_tokenizer)

@@ -3,6 +3,7 @@
 from bilens.sae.evaluation import SAEScore, SAEScores, evaluate_saes
 from bilens.sae.examples import Example, FeatureActivations, FeatureSummary, feature_activations
 from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae
+from bilens.sae.pushing import push_saes
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig
 from bilens.sae.training import SAETrainConfig, train_saes
 from bilens.sae.view import SAEView
@@ -23,5 +24,6 @@ __all__ = [
     "feature_activations",
     "list_saes",
     "load_sae",
+    "push_saes",
     "train_saes",
 ]

@@ -4,7 +4,8 @@ Texts run each from its `[BOS]` to the end of the context, as in `bilens.trainin
 variance leave the `[BOS]` position out: its activation is one constant vector, easy to reconstruct and often large.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,16 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens.data import TokenizedTexts
+from bilens.attaching import encode, reconstruct, splice_hooks
 from bilens.display import Tabular
-from bilens.errors import SAEMismatchError
+from bilens.errors import ArgumentError
 from bilens.model import HookedBilinearTransformer
+from bilens.sae.texts import text_starts
 
 if TYPE_CHECKING:
     import pandas as pd
+
+DENSE = 0.1  # a feature that fires on a larger share of the tokens is dense
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,12 @@ class SAEScore:
     """One SAE on a set of texts.
 
     Attributes:
+        hook_name: the hook it reads.
         l0: mean number of active features per token.
         explained_variance: pooled R^2 around the mean activation: 1 - sum |x - x^|^2 / sum |x - mean|^2.
         loss_recovered: (zero-ablated - spliced) / (zero-ablated - clean), of the losses below.
         dead: features never active on these texts.
+        dense: share of the features that are active on more than a tenth of the tokens.
         loss_clean, loss_spliced, loss_ablated: next-token loss (nats per token) of the model as it is, with the
             reconstruction in place of the activation at every position, and with zeros there.
     """
@@ -43,6 +49,7 @@ class SAEScore:
     explained_variance: float
     loss_recovered: float
     dead: int
+    dense: float
     loss_clean: float
     loss_spliced: float
     loss_ablated: float
@@ -67,9 +74,11 @@ class SAEScores(Tabular):
 
 @torch.no_grad()
 def evaluate_saes(
-    model: HookedBilinearTransformer, saes: Mapping[str, SAE[Any]], texts: list[str], *, batch_size: int = 16
+    model: HookedBilinearTransformer, saes: Mapping[str, SAE[Any]], texts: Sequence[str], *, batch_size: int = 16
 ) -> SAEScores:
-    """Score SAEs by what they reconstruct and by what the model loses.
+    """Score SAEs and transcoders by what they reconstruct and by what the model loses.
+
+    A transcoder is scored where it writes: against the activation at `metadata.hook_name_out`.
 
     Args:
         model: the model they were trained on.
@@ -78,69 +87,75 @@ def evaluate_saes(
         batch_size: texts at a time.
 
     Raises:
-        SAEMismatchError: an SAE that does not say which hook it is on.
+        HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.attaching`).
+        EmptyTextError: no texts, or one with nothing in it.
     """
-    for name, sae in saes.items():
-        if sae.cfg.metadata.hook_name is None:
-            raise SAEMismatchError(f"the SAE {name!r} has no metadata.hook_name; set it to the hook it was trained on.")
-        model.check_hook_name(sae.cfg.metadata.hook_name)
-    tokens, mask = TokenizedTexts.from_texts(texts, model.tokenizer).starts(model.cfg.n_ctx)
-    tallies = {name: _Tally(sae) for name, sae in saes.items()}
-    clean = 0.0
+    if not isinstance(saes, Mapping):
+        raise ArgumentError(f'saes is a {type(saes).__name__}; expected SAEs by name: {{"mine": sae}}.')
+    tallies = {name: _Tally(sae, *splice_hooks(model, sae, f"the SAE {name!r}")) for name, sae in saes.items()}
+    hooks = sorted({hook for tally in tallies.values() for hook in (tally.reads, tally.writes)})
+    tokens, mask = text_starts(model, texts)
+    clean, ablated = 0.0, dict.fromkeys((tally.writes for tally in tallies.values()), 0.0)
     for at in tqdm(range(0, len(tokens), batch_size), desc="evaluating SAEs", unit="batch"):
         rows = tokens[at : at + batch_size].to(model.cfg.device)
         row_mask = mask[at : at + batch_size].to(model.cfg.device)
-        loss, cache = model.run_with_cache(
-            rows, return_type="loss", loss_per_token=True, names_filter=list({t.hook for t in tallies.values()})
-        )
+        loss, cache = model.run_with_cache(rows, return_type="loss", loss_per_token=True, names_filter=hooks)
         clean += (loss * row_mask[:, 1:]).sum().item()
+        for hook in ablated:
+            ablated[hook] += _spliced_loss(model, rows, row_mask, hook, torch.zeros_like(cache[hook]))
         for tally in tallies.values():
-            tally.add(model, rows, row_mask, cache[tally.hook])
+            reconstruction = tally.add(row_mask, cache[tally.reads], cache[tally.writes])
+            tally.loss += _spliced_loss(model, rows, row_mask, tally.writes, reconstruction)
     predicted = int(mask[:, 1:].sum())
-    return SAEScores(tuple(t.score(name, clean, predicted) for name, t in tallies.items()), predicted)
+    scores = (t.score(name, clean, ablated[t.writes], predicted) for name, t in tallies.items())
+    return SAEScores(tuple(scores), predicted)
 
 
 class _Tally:
     """Running sums of one SAE."""
 
-    def __init__(self, sae: SAE[Any]):
-        self.sae, self.hook = sae, sae.cfg.metadata.hook_name
-        self.n, self.active, self.error, self.square = 0, 0.0, 0.0, 0.0
-        self.sum = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=sae.device)
-        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
-        self.spliced, self.ablated = 0.0, 0.0
+    def __init__(self, sae: SAE[Any], reads: str, writes: str):
+        self.sae, self.reads, self.writes = sae, reads, writes
+        self.n, self.error, self.square, self.loss = 0, 0.0, 0.0, 0.0
+        self.sum = torch.zeros(sae.W_dec.shape[-1], dtype=torch.float64)
+        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.long)
 
-    def add(self, model: HookedBilinearTransformer, rows: Tensor, mask: Tensor, x: Float[Tensor, "b p d"]) -> None:
-        acts = self.sae.encode(x)
-        reconstruction = self.sae.decode(acts).to(x.dtype)  # a half-precision SAE in a float32 model
+    def add(self, mask: Tensor, x: Float[Tensor, "b p *width"], y: Float[Tensor, "b p *width_out"]) -> Tensor:
+        """Count a batch, `x` read and `y` to be written; its reconstruction."""
+        acts = encode(self.sae, x)
+        reconstruction = reconstruct(self.sae, acts, x, y)
         kept = mask.bool()
         kept[:, 0] = False
-        x_kept, acts_kept = x[kept].double(), acts[kept]
-        self.n += len(x_kept)
-        self.active += (acts_kept != 0).sum().item()
-        self.fired |= (acts_kept != 0).any(0)
-        self.error += (x_kept - reconstruction[kept].double()).pow(2).sum().item()
-        self.square += x_kept.pow(2).sum().item()
-        self.sum += x_kept.sum(0)
-        self.spliced += self._loss(model, rows, mask, reconstruction)
-        self.ablated += self._loss(model, rows, mask, torch.zeros_like(x))
+        target, found = (t[kept].flatten(1).double() for t in (y, reconstruction))
+        self.n += len(target)
+        self.fired += (acts[kept.to(acts.device)] != 0).sum(0).cpu()
+        self.error += (target - found).pow(2).sum().item()
+        self.square += target.pow(2).sum().item()
+        self.sum += target.sum(0).cpu()
+        return reconstruction
 
-    def _loss(self, model: HookedBilinearTransformer, rows: Tensor, mask: Tensor, value: Tensor) -> float:
-        hooks = [(self.hook, lambda activation, hook: value)]
-        loss = model.run_with_hooks(rows, return_type="loss", loss_per_token=True, fwd_hooks=hooks)
-        return (loss * mask[:, 1:]).sum().item()
-
-    def score(self, name: str, clean: float, predicted: int) -> SAEScore:
-        variance = self.square - (self.sum**2).sum().item() / self.n
+    def score(self, name: str, clean: float, ablated: float, predicted: int) -> SAEScore:
         return SAEScore(
             name=name,
-            hook_name=self.hook,
+            hook_name=self.reads,
             d_sae=self.sae.cfg.d_sae,
-            l0=self.active / self.n,
-            explained_variance=1 - self.error / variance,
-            loss_recovered=(self.ablated - self.spliced) / (self.ablated - clean),
-            dead=int((~self.fired).sum()),
+            l0=self.fired.sum().item() / self.n,
+            explained_variance=1 - _ratio(self.error, self.square - self.sum.pow(2).sum().item() / self.n),
+            loss_recovered=_ratio(ablated - self.loss, ablated - clean),
+            dead=int((self.fired == 0).sum()),
+            dense=(self.fired > DENSE * self.n).double().mean().item(),
             loss_clean=clean / predicted,
-            loss_spliced=self.spliced / predicted,
-            loss_ablated=self.ablated / predicted,
+            loss_spliced=self.loss / predicted,
+            loss_ablated=ablated / predicted,
         )
+
+
+def _spliced_loss(model: HookedBilinearTransformer, rows: Tensor, mask: Tensor, hook_name: str, value: Tensor) -> float:
+    """The summed loss with `value` in place of an activation."""
+    hooks = [(hook_name, lambda activation, hook: value)]
+    loss = model.run_with_hooks(rows, return_type="loss", loss_per_token=True, fwd_hooks=hooks)
+    return (loss * mask[:, 1:]).sum().item()
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

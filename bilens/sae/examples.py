@@ -1,5 +1,6 @@
 """What features fire on: top-activating examples and the tokens they prefer, over a set of texts."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +10,10 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from bilens.data import TokenizedTexts
-from bilens.errors import OutOfRangeError, SAEMismatchError
+from bilens.attaching import encode, splice_hooks
+from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.model import HookedBilinearTransformer
+from bilens.sae.texts import text_starts
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,27 @@ class FeatureActivations:
         return out
 
     def summary(self, feature: int, n_examples: int = 8, before: int = 12, after: int = 6) -> FeatureSummary:
-        """A feature's strongest examples (one per text, in a window) and the tokens that carry most activation."""
+        """A feature's strongest examples (one per text, in a window) and the tokens that carry most activation.
+
+        Args:
+            feature: its index.
+            n_examples: at most this many; none with 0.
+            before, after: tokens shown around where it fires.
+
+        Raises:
+            OutOfRangeError: no such feature.
+            ArgumentError: a negative number of examples or tokens.
+        """
+        if min(n_examples, before, after) < 0:
+            raise ArgumentError(f"n_examples {n_examples}, before {before} and after {after} must be at least 0.")
         at = self.entries(feature)
         rows, positions, values = self.rows[at], self.positions[at], self.values[at]
         dense = self.dense(feature)
         examples: list[Example] = []
         seen: set[int] = set()
         for entry in values.abs().argsort(descending=True).tolist():
+            if len(examples) == n_examples:
+                break
             row, position = int(rows[entry]), int(positions[entry])
             if row in seen:
                 continue
@@ -99,8 +115,6 @@ class FeatureActivations:
             examples.append(
                 Example([self.strings[t] for t in window], dense[row, low : high + 1].tolist(), position - low)
             )
-            if len(examples) == n_examples:
-                break
         mass = torch.zeros(len(self.strings)).index_add_(0, self.tokens[rows, positions], values.abs())
         top = mass.topk(min(5, len(mass)))
         # Tokens that carry next to nothing would only blur the name.
@@ -138,23 +152,24 @@ def feature_activations(
 
     Args:
         model: the model.
-        saes: each knows its hook (`metadata.hook_name`).
+        saes: each knows its hook (`metadata.hook_name`); transcoders too.
         texts: each is run from its `[BOS]`, cut to the context.
         batch_size: texts at a time.
+
+    Raises:
+        HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.attaching`).
+        EmptyTextError: no texts, or one with nothing in it.
     """
-    for sae in saes:
-        if sae.cfg.metadata.hook_name is None:
-            raise SAEMismatchError("an SAE without metadata.hook_name: set it to the hook it was trained on.")
-    hooks = [sae.cfg.metadata.hook_name for sae in saes]
-    tokens, mask = TokenizedTexts.from_texts(texts, model.tokenizer).starts(model.cfg.n_ctx)
+    hooks = [splice_hooks(model, sae, f"SAE {i}")[0] for i, sae in enumerate(saes)]
+    tokens, mask = text_starts(model, texts)
     mask[:, 0] = 0
-    stop = 1 + max(int(hook.split(".")[1]) for hook in hooks)
+    stop = _stop_after(hooks)
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in saes]
     for at in range(0, len(tokens), batch_size):
         rows = tokens[at : at + batch_size].to(model.cfg.device)
         _, cache = model.run_with_cache(rows, names_filter=list(set(hooks)), stop_at_layer=stop)
         for entries, sae, hook in zip(found, saes, hooks, strict=True):
-            acts = sae.encode(cache[hook]).float().cpu() * mask[at : at + batch_size, :, None]
+            acts = encode(sae, cache[hook]).float().cpu() * mask[at : at + batch_size, :, None]
             row, position, feature = acts.nonzero(as_tuple=True)
             entries.append((row + at, position, feature, acts[row, position, feature]))
     strings = model.tokenizer.convert_ids_to_tokens(list(range(model.cfg.d_vocab)))
@@ -166,3 +181,11 @@ def feature_activations(
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
         results.append(FeatureActivations(tokens, mask, strings, row[order], position[order], value[order], offsets))
     return results
+
+
+def _stop_after(hooks: Sequence[str]) -> int | None:
+    """The first layer that none of the hooks needs; `None` where one is behind the last."""
+    if any(hook.startswith("ln_final.") for hook in hooks):
+        return None
+    layers = [re.match(r"blocks\.(\d+)\.", hook) for hook in hooks]
+    return max((int(layer[1]) + 1 for layer in layers if layer), default=0)

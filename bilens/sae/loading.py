@@ -11,7 +11,7 @@ before the residual scale `s` and the hook comes after it, so `s` is folded into
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from sae_lens.util import dtype_to_str
 from bilens.config import check_positive_integers
 from bilens.display import Tabular
 from bilens.errors import CheckpointError, ModelNotFoundError, SAEMismatchError, nearest
+from bilens.hub import HubOptions, fetch_from_hub
 from bilens.loading import (
     CONFIG_FILE,
     HUB_ID,
     PRETRAINED,
     WEIGHTS_FILE,
     check_shapes,
-    fetch_from_hub,
     list_models,
     read_config,
     read_tensors,
@@ -115,16 +115,24 @@ class SAEList(Tabular, tuple[SAEEntry, ...]):
         return pd.DataFrame([asdict(entry) for entry in self], columns=[field.name for field in fields(SAEEntry)])
 
 
-def list_saes(source: str | os.PathLike[str]) -> SAEList:
+def list_saes(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> SAEList:
     """What SAEs there are; from the hub, only their configs are downloaded.
 
     Args:
         source: a bundled model's name, a folder of SAE folders, or a hub id such as `tdooms/ts-medium-scope`.
+        revision, token, cache_dir, local_files_only: of a hub repository, as in `bilens.load_model`.
 
     Raises:
-        ModelNotFoundError: nothing of that name.
+        ModelNotFoundError: nothing of that name, or not to be had from the hub.
     """
-    return _entries(source, "*")
+    return _entries(source, "*", HubOptions(revision, token, cache_dir, local_files_only))
 
 
 def load_sae(
@@ -138,6 +146,10 @@ def load_sae(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
     n_layers: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> SAE[Any]:
     """Load one SAE; from the hub, only its folder is downloaded, and the configs at that point and layer.
 
@@ -152,20 +164,23 @@ def load_sae(
         dtype: of the weights in memory (`torch.float32`, `"bfloat16"`, ...); `"auto"` keeps the file's.
         n_layers: of the model; needed for a published attn-out SAE alone, which reads attention before the factor
             `s = 1/sqrt(2 n_layers)` while `hook_attn_out` includes it.
+        revision, token, cache_dir, local_files_only: of a hub repository, as in `bilens.load_model`.
 
     Returns:
         a `ScopeSAE` for the published format, else the SAELens class that the folder names. It reads and reconstructs
         the hook `sae.cfg.metadata.hook_name`.
 
     Raises:
-        ModelNotFoundError: no such source, or no such SAE in it (with what there is, and the nearest).
+        ModelNotFoundError: no such source, not to be had from the hub, or no such SAE in it (with what there is, and
+            the nearest).
         SAEMismatchError: an unknown point, several SAEs that fit, a folder that holds another SAE than its name says, a
             transcoder, or an attn-out SAE without `n_layers`.
         CheckpointError: the files are truncated, incomplete, of the wrong shapes, or hold NaN.
     """
-    entry = _select(source, point, layer, expansion, k, tag)
+    hub = HubOptions(revision, token, cache_dir, local_files_only)
+    entry = _select(source, point, layer, expansion, k, tag, hub)
     files = [f"{entry.folder}/{file}" for file in FORMATS[entry.format]]
-    root = _root(source, files, needed=tuple(files))
+    root = _root(source, files, hub, needed=files)
     return load_sae_folder(root / entry.folder, device=device, dtype=dtype, n_layers=n_layers)
 
 
@@ -195,24 +210,26 @@ def load_sae_folder(
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def _root(source: str | os.PathLike[str], files: list[str], needed: tuple[str, ...] = ()) -> Path:
+def _root(source: str | os.PathLike[str], files: list[str], hub: HubOptions, needed: Sequence[str] = ()) -> Path:
     """The folder that holds a source's SAE folders; from the hub, with those of `files` that it has."""
     if str(source) in list_models():
+        hub.refuse_revision(str(source))
         return PRETRAINED / str(source) / "saes"
     path = Path(source).expanduser()
     if path.is_dir():
+        hub.refuse_revision(str(source))
         return path
     if isinstance(source, str) and HUB_ID.fullmatch(source):
-        return fetch_from_hub(source, files, needed)
+        return fetch_from_hub(source, files, needed, hub)
     raise ModelNotFoundError(
         f"no SAEs {str(source)!r}: not a bundled model ({', '.join(list_models()) or 'none here'}), not a folder, and "
         "not a hub id of the form owner/name." + nearest(str(source), list_models())
     )
 
 
-def _entries(source: str | os.PathLike[str], pattern: str) -> SAEList:
+def _entries(source: str | os.PathLike[str], pattern: str, hub: HubOptions) -> SAEList:
     """The SAEs whose folders' names match a glob pattern."""
-    root = _root(source, [f"{pattern}/{config}" for config, _ in FORMATS.values()])
+    root = _root(source, [f"{pattern}/{config}" for config, _ in FORMATS.values()], hub)
     entries = [entry for folder in root.glob(pattern) if (entry := _read_entry(folder))]
     points = list(POINT_TO_HOOK)
     return SAEList(sorted(entries, key=lambda e: (e.layer, points.index(e.point), e.expansion, e.k, e.folder)))
@@ -230,11 +247,17 @@ def _read_entry(folder: Path) -> SAEEntry | None:
 
 
 def _select(
-    source: str | os.PathLike[str], point: str, layer: int, expansion: int | None, k: int | None, tag: str | None
+    source: str | os.PathLike[str],
+    point: str,
+    layer: int,
+    expansion: int | None,
+    k: int | None,
+    tag: str | None,
+    hub: HubOptions,
 ) -> SAEEntry:
     """The one SAE that fits what was asked for."""
     hook_of(point, layer)  # a misspelt point is an error of its own
-    here = _entries(source, f"{layer}-{point}-*")
+    here = _entries(source, f"{layer}-{point}-*", hub)
     fits = [
         entry
         for entry in here
@@ -248,7 +271,7 @@ def _select(
             "the one without a tag)."
         )
     asked = f"{layer}-{point}-x{expansion or '*'}-k{k or '*'}" + (f"-{tag}" if tag else "")
-    there = here or list_saes(source)
+    there = here or _entries(source, "*", hub)
     if not there:
         raise ModelNotFoundError(
             f"{str(source)!r} holds no SAE folder: {EXPECTED}. The authors' SAEs of a model are in <model>-scope."

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bilens.errors import OutOfRangeError, SAEMismatchError
+from bilens.errors import ArgumentError, EmptyTextError, HookNameError, OutOfRangeError, SAEMismatchError
 from bilens.sae.examples import FeatureActivations, FeatureSummary, feature_activations
 from tests.random_saes import D_SAE, make_sae
 
@@ -105,8 +105,62 @@ def test_half_precision_saes(text_model, sample):
 
 
 def test_an_sae_that_does_not_know_its_hook(text_model, sample):
-    with pytest.raises(SAEMismatchError, match=r"without metadata.hook_name"):
-        feature_activations(text_model, [make_sae("topk")], sample)
+    with pytest.raises(SAEMismatchError, match=r"SAE 1 has no metadata.hook_name"):
+        feature_activations(text_model, [make_sae("topk", MLP_IN), make_sae("topk")], sample)
+
+
+@pytest.mark.parametrize(
+    ("hook", "d_in", "error", "message"),
+    [
+        (MLP_OUT, 8, SAEMismatchError, "SAE 0 has d_in 8"),
+        ("blocks.1.hook_mlp_outt", 16, HookNameError, f"Did you mean '{MLP_OUT}'"),
+        ("blocks.9.hook_mlp_out", 16, HookNameError, "no hook 'blocks.9.hook_mlp_out'"),
+    ],
+)
+def test_an_sae_that_does_not_belong(text_model, sample, hook, d_in, error, message):
+    with pytest.raises(error, match=message):
+        feature_activations(text_model, [make_sae("topk", hook, d_in=d_in)], sample)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ([], EmptyTextError, "the list of texts is empty"),
+        (["Mira", "  "], EmptyTextError, r"text 1 of 2, '  ', has nothing in it"),
+        ("Mira", ArgumentError, "expected a list"),
+    ],
+)
+def test_texts_with_nothing_in_them(text_model, bad, error, message):
+    with pytest.raises(error, match=message):
+        feature_activations(text_model, [make_sae("topk", MLP_OUT)], bad)
+
+
+def test_a_text_that_normalises_to_nothing(text_model):
+    """A lone accent has no tokens: its row is `[BOS]`, and rows are still numbered as the texts are."""
+    sae = make_sae("topk", MLP_OUT)
+    found = feature_activations(text_model, [sae], ["Mira", "\u0301", "the little fox"])[0]
+    assert found.mask.sum(1).tolist() == [1, 0, 3]
+    assert set(found.rows.tolist()) == {0, 2}
+    with pytest.raises(EmptyTextError, match="none of the 1 texts has a token in it"):
+        feature_activations(text_model, [sae], ["\u0301"])
+
+
+def test_places_outside_the_blocks_and_with_heads(text_model, sample):
+    """The model runs as far as the last of them."""
+    hooks = ["hook_embed", "blocks.0.attn.hook_z", "ln_final.hook_normalized"]
+    saes = [make_sae("topk", hook) for hook in hooks]
+    together = feature_activations(text_model, saes, sample)
+    for sae, hook, found in zip(saes, hooks, together, strict=True):
+        _, cache = text_model.run_with_cache(text_model.to_tokens(sample[3]), names_filter=hook)
+        expected = sae.encode(cache[hook].flatten(2))[0]
+        expected[0] = 0
+        for feature in range(0, D_SAE, 5):
+            torch.testing.assert_close(
+                found.dense(feature)[3, : len(expected)], expected[:, feature], atol=1e-5, rtol=1e-4
+            )
+    assert feature_activations(text_model, [], sample) == []
+    alone = feature_activations(text_model, saes[:1], sample)[0]
+    torch.testing.assert_close(alone.values, together[0].values)
 
 
 # --- summaries --------------------------------------------------------------------------------------------------------
@@ -120,6 +174,17 @@ def test_examples_are_the_strongest_one_per_text(found):
             best = dense_values.abs().amax(1).sort(descending=True).values
             assert [abs(e.activation) for e in summary.examples] == best[best > 0][:4].tolist()
             assert summary.density == activations.density()[feature].item()
+
+
+def test_how_many_examples(found):
+    activations = found[1][0]
+    feature = int(activations.offsets.diff().argmax())
+    assert activations.summary(feature, n_examples=0).examples == ()
+    assert len(activations.summary(feature, n_examples=1).examples) == 1
+    assert activations.summary(feature, n_examples=0).tokens == activations.summary(feature).tokens
+    for bad in ({"n_examples": -1}, {"before": -1}, {"after": -2}):
+        with pytest.raises(ArgumentError, match="must be at least 0"):
+            activations.summary(feature, **bad)
 
 
 def test_the_window_around_an_example(found):

@@ -1,15 +1,10 @@
 """Finding and reading SAEs: parity with the authors' outputs, both formats, and every way a source can be wrong."""
 
-import fnmatch
 import json
-import re
-import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -388,7 +383,7 @@ def test_saelens_weights_with_nan_or_cut_off(tmp_path):
         load_sae(tmp_path, "mlp-out", 1)
 
 
-# --- bundled, and from the hub ----------------------------------------------------------------------------------------
+# --- bundled ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -410,58 +405,3 @@ def test_bundled_saes_go_by_the_models_name(bundled):
 
 def test_a_bundled_model_without_saes_lists_none(bundled):
     assert list_saes("ts-tiny") == ()
-
-
-@pytest.fixture
-def hub(scope, tmp_path_factory, monkeypatch):
-    """A hub repository `me/micro-scope`; the patterns that it was asked for."""
-    cache, asked = tmp_path_factory.mktemp("cache"), []
-
-    def snapshot_download(repo, allow_patterns):
-        assert repo == "me/micro-scope"
-        asked.append(allow_patterns)
-        for path in scope.rglob("*"):
-            name = path.relative_to(scope).as_posix()
-            if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                (cache / name).parent.mkdir(exist_ok=True)
-                shutil.copy(path, cache / name)
-        return str(cache)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return cache, asked
-
-
-def test_from_the_hub_only_the_wanted_weights_come(hub):
-    cache, _ = hub
-    assert load_sae("me/micro-scope", "mlp-in", 1, k=5).cfg.k == 5
-    downloaded = {path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()}
-    assert downloaded == {
-        "1-mlp-in-x2-k3/config.json",
-        "1-mlp-in-x2-k5/config.json",
-        "1-mlp-in-x2-k5/model.safetensors",
-    }
-    assert load_sae("me/micro-scope", "resid-mid", 1).cfg.metadata.hook_name == "blocks.1.hook_resid_mid"
-
-
-def test_listing_the_hub_downloads_no_weights(hub, scope):
-    cache, _ = hub
-    assert list_saes("me/micro-scope") == list_saes(scope)
-    assert not list(cache.rglob("*.safetensors"))
-    assert not list(cache.rglob("*.bin"))
-
-
-def test_what_the_hub_does_not_have_is_named(hub, scope):
-    with pytest.raises(ModelNotFoundError, match="Did you mean '1-mlp-out-x2-k3'"):
-        load_sae("me/micro-scope", "mlp-out", 2, 2, 3)
-    (scope / "1-mlp-out-x2-k3" / "model.safetensors").unlink()
-    with pytest.raises(ModelNotFoundError, match=re.escape("has no 1-mlp-out-x2-k3/model.safetensors")):
-        load_sae("me/micro-scope", "mlp-out", 1)
-
-
-def test_no_connection_is_said_so(monkeypatch):
-    def offline(repo, allow_patterns):
-        raise LocalEntryNotFoundError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ModelNotFoundError, match="cannot be reached"):
-        list_saes("me/micro-scope")

@@ -1,0 +1,43 @@
+"""Texts as the passes over data take them: each from its `[BOS]`, cut to the context, none of them empty."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from jaxtyping import Int
+from torch import Tensor
+
+from bilens.data import TokenizedTexts
+from bilens.errors import ArgumentError, EmptyTextError
+
+if TYPE_CHECKING:
+    from bilens.model import HookedBilinearTransformer
+
+
+def text_starts(
+    model: "HookedBilinearTransformer", texts: Sequence[str]
+) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
+    """`[BOS] text`, cut to the model's context and padded on the right; and its attention mask. One row per text.
+
+    Raises:
+        ArgumentError: one text instead of a list.
+        EmptyTextError: no texts, one that is empty or only whitespace, or none with a token in it.
+        TokenizationError: the model has no tokenizer.
+    """
+    if isinstance(texts, str):
+        raise ArgumentError(f"texts is the one text {texts[:40]!r}; expected a list of them: [text].")
+    if len(texts) == 0:
+        raise EmptyTextError("the list of texts is empty.")
+    tokenizer = model._require_tokenizer()
+    blank = next((i for i, text in enumerate(texts) if not text.strip()), None)
+    if blank is not None:
+        raise EmptyTextError(f"text {blank} of {len(texts)}, {texts[blank]!r}, has nothing in it; leave it out.")
+    tokenized = TokenizedTexts.from_texts(texts, tokenizer)
+    if not tokenized.rows:
+        raise EmptyTextError(f"none of the {len(texts)} texts has a token in it; the first is {texts[0]!r}.")
+    if len(tokenized.rows) < len(
+        texts
+    ):  # a lone accent normalises to nothing: its row is [BOS], so that rows are texts
+        rows = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        tokenized = replace(tokenized, rows=rows)
+    return tokenized.starts(model.cfg.n_ctx)
