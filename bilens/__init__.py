@@ -13,19 +13,23 @@ if TYPE_CHECKING:
     from bilens.config import BilinearTransformerConfig
     from bilens.decompose import Decomposer
     from bilens.errors import BilensError
+    from bilens.hf import BilinearConfig, BilinearForCausalLM
     from bilens.loading import list_models, load_model
     from bilens.model import HookedBilinearTransformer
     from bilens.reporting import report
-    from bilens.sae import evaluate_saes, list_saes, load_sae, push_saes, train_saes
+    from bilens.sae import evaluate_saes, finetune_saes, list_saes, load_sae, push_saes, train_saes
     from bilens.training import TrainConfig, train_lm
 
 _HOME = {
     "BilensError": "bilens.errors",
+    "BilinearConfig": "bilens.hf",
+    "BilinearForCausalLM": "bilens.hf",
     "BilinearTransformerConfig": "bilens.config",
     "Decomposer": "bilens.decompose",
     "HookedBilinearTransformer": "bilens.model",
     "TrainConfig": "bilens.training",
     "evaluate_saes": "bilens.sae",
+    "finetune_saes": "bilens.sae",
     "list_models": "bilens.loading",
     "list_saes": "bilens.sae",
     "load_model": "bilens.loading",
@@ -38,12 +42,15 @@ _HOME = {
 
 __all__ = [
     "BilensError",
+    "BilinearConfig",
+    "BilinearForCausalLM",
     "BilinearTransformerConfig",
     "Decomposer",
     "HookedBilinearTransformer",
     "TrainConfig",
     "__version__",
     "evaluate_saes",
+    "finetune_saes",
     "list_models",
     "list_saes",
     "load_model",

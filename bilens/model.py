@@ -10,9 +10,9 @@ registers its modules under the published names, and translates Hugging Face's a
 wraps that class's modules in TransformerLens' bridge components, which call them and show their hook points. Both share
 weights and hooks with the model they hold, and compute nothing themselves.
 
-Parameters are stored in the layout of the published checkpoints (one fused `qkv`, one
-fused `w` of left then right rows, the raw output projection `o`), so that loading and saving are copies and the matrix
-products are fused; TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are views of them, so writing into
+Parameters are stored in the layout of the published checkpoints (one fused `qkv`, one fused `w` of left then right
+rows, the raw output projection `o`), so that loading and saving are copies and the matrix products are fused;
+TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are views of them, so writing into
 `model.blocks[0].mlp.W_in` changes the model. The exception is `W_O`, a product with `s`: to edit it, write into
 `attn.o.weight`.
 """

@@ -2,6 +2,7 @@
 
 from bilens.sae.evaluation import SAEScore, SAEScores, evaluate_saes
 from bilens.sae.examples import Example, FeatureActivations, FeatureSummary, feature_activations
+from bilens.sae.finetuning import FinetuneConfig, finetune_saes
 from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae
 from bilens.sae.pushing import push_saes
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig
@@ -12,6 +13,7 @@ __all__ = [
     "Example",
     "FeatureActivations",
     "FeatureSummary",
+    "FinetuneConfig",
     "SAEEntry",
     "SAEList",
     "SAEScore",
@@ -22,6 +24,7 @@ __all__ = [
     "ScopeSAEConfig",
     "evaluate_saes",
     "feature_activations",
+    "finetune_saes",
     "list_saes",
     "load_sae",
     "push_saes",

@@ -1,0 +1,360 @@
+"""The model as a Hugging Face class, for `AutoModelForCausalLM`, `pipeline`, the `Trainer` and nnsight.
+
+`HookedBilinearTransformer` owns the forward pass; the class here owns nothing but the published names.
+
+1. it builds a `HookedBilinearTransformer` and registers that model's own modules as `transformer.wte`, `transformer.h`
+   and `lm_head`, so every tensor has its published name and exists once
+2. `forward` translates the arguments (mask, cache, labels), runs the hooked model, and wraps the result
+3. `hooked` is the model inside: hooks, `run_with_cache` and writing into weights act on both
+
+Importing this module registers the classes with `AutoConfig` and `AutoModelForCausalLM`, and the adapter of
+`bilens.bridge` with TransformerLens. `bilens.load_model` imports it too; `import bilens` alone does not, since that
+would import transformers.
+"""
+
+import copy
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import cached_file
+
+from bilens.bridge import register_adapter
+from bilens.config import HF_ARCHITECTURE, MODEL_TYPE, config_from_published, config_to_published
+from bilens.kv_cache import KeyValueCache
+from bilens.model import Embed, HookedBilinearTransformer, Rotary
+
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+EMBEDDING = "transformer.wte.weight"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class BilinearConfig(PretrainedConfig):
+    """The published `config.json` as a Hugging Face configuration; keys it does not know are kept and saved again.
+
+    Args:
+        n_head, n_layer, n_ctx, d_model, d_hidden: the published sizes.
+        vocab_size: rows of the embedding; reading a checkpoint counts them, whatever its config says.
+        bilinear, gate, bias, normalization: the published variants.
+        tokenizer: the published name of the tokenizer.
+        repo: where the model came from.
+    """
+
+    model_type = MODEL_TYPE
+    attribute_map = {  # noqa: RUF012  transformers declares it so
+        "hidden_size": "d_model",
+        "intermediate_size": "d_hidden",
+        "max_position_embeddings": "n_ctx",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    def __init__(
+        self,
+        n_head: int = 4,
+        n_layer: int = 4,
+        n_ctx: int = 256,
+        d_model: int = 256,
+        d_hidden: int = 1024,
+        vocab_size: int = 4096,
+        bilinear: bool = True,
+        gate: str | None = None,
+        bias: bool = False,
+        normalization: bool = True,
+        tokenizer: str | None = None,
+        repo: str | None = None,
+        **kwargs: Any,
+    ):
+        self.n_head, self.n_layer, self.n_ctx = n_head, n_layer, n_ctx
+        self.d_model, self.d_hidden, self.vocab_size = d_model, d_hidden, vocab_size
+        self.bilinear, self.gate, self.bias, self.normalization = bilinear, gate, bias, normalization
+        self.tokenizer, self.repo = tokenizer, repo
+        # The published configs name the authors' class; TransformerLens looks for the one that has an adapter.
+        named = kwargs.get("architectures") or []
+        architectures = [*(name for name in named if name != HF_ARCHITECTURE), HF_ARCHITECTURE]
+        kwargs |= {"architectures": architectures, "tie_word_embeddings": False}
+        super().__init__(**kwargs)
+
+    def published(self) -> dict[str, Any]:
+        """The published `config.json`, and what else this configuration holds beside transformers' defaults."""
+        needed = [key for key in inspect.signature(BilinearConfig).parameters if key not in ("vocab_size", "kwargs")]
+        return self.to_diff_dict() | {key: getattr(self, key) for key in needed}
+
+    @classmethod
+    def from_hooked(cls, model: HookedBilinearTransformer) -> "BilinearConfig":
+        """The configuration of a hooked model."""
+        published = config_to_published(model.cfg) | {"vocab_size": model.cfg.d_vocab, "dtype": model.cfg.dtype}
+        return cls(**{key: value for key, value in published.items() if key not in ("model_type", "torch_dtype")})
+
+
+class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
+    """A bilinear transformer with transformers' interface; `hooked` is the same model with TransformerLens'.
+
+    Args:
+        config: the architecture. New weights start as those of `HookedBilinearTransformer`.
+    """
+
+    config_class = BilinearConfig
+    base_model_prefix = ""
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"\.rotary\.inv_freq$"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: BilinearConfig):
+        super().__init__(config)
+        # transformers chooses both by context: it loads on "meta", in the dtype that was asked for.
+        device, dtype = str(torch.get_default_device()), torch.get_default_dtype()
+        cfg = config_from_published(
+            config.published(), config.vocab_size, device=device, dtype=dtype, model_name=config.repo or "bilinear"
+        )
+        self._hold(HookedBilinearTransformer(cfg, init_weights=False))
+        self.post_init()
+
+    def _hold(self, hooked: HookedBilinearTransformer) -> None:
+        self.__dict__["_hooked"] = hooked  # not a submodule of its own: its modules have their published names
+        self.transformer = nn.ModuleDict({"wte": hooked.embed, "h": hooked.blocks})
+        self.lm_head = hooked.unembed.head
+
+    @property
+    def hooked(self) -> HookedBilinearTransformer:
+        """The model inside, which runs the forward pass; weights and hooks are shared."""
+        hooked: HookedBilinearTransformer = self.__dict__["_hooked"]
+        weight = self.lm_head.weight
+        hooked.cfg.device, hooked.cfg.dtype = str(weight.device), weight.dtype
+        hooked.cfg.d_vocab = hooked.cfg.d_vocab_out = weight.shape[0]
+        return hooked
+
+    # --- to and from the other classes --------------------------------------------------------------------------------
+
+    @classmethod
+    def from_hooked(cls, model: HookedBilinearTransformer) -> "BilinearForCausalLM":
+        """A Hugging Face model around `model`: the same weights, not copies of them."""
+        config = BilinearConfig.from_hooked(model)
+        with torch.device("meta"):
+            wrapped = cls(config)
+        wrapped._hold(model)
+        wrapped.train(model.training)
+        wrapped._end_where_the_tokenizer_does(model.tokenizer)
+        return wrapped
+
+    def to_hooked(self, tokenizer: Any = None) -> HookedBilinearTransformer:
+        """The hooked model with the same weights, not copies of them.
+
+        Args:
+            tokenizer: for the hooked model; `None` keeps the one it has, if any.
+        """
+        hooked = self.hooked
+        if tokenizer is not None:
+            hooked.tokenizer = tokenizer
+        return hooked
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load a published folder or hub repository, `model_type` in its config or not; see transformers.
+
+        `generate` and `pipeline` stop at the end-of-text of the tokenizer beside the weights, where there is one.
+        """
+        source = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        if not isinstance(config, PretrainedConfig):
+            config, kwargs = BilinearConfig.from_pretrained(config or source, return_unused_kwargs=True, **kwargs)
+            kwargs = hub | kwargs
+        if source is not None:
+            config = copy.deepcopy(config)
+            config.vocab_size = vocabulary_size(source, **hub) or config.vocab_size
+        loaded = super().from_pretrained(source, *args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if source is not None and model.generation_config.eos_token_id is None:
+            model._end_where_the_tokenizer_does(tokenizer_beside(source, **hub))
+        return loaded
+
+    def _end_where_the_tokenizer_does(self, tokenizer: Any) -> None:
+        """Neither the published config nor anything else beside the weights says which tokens begin, end and pad."""
+        if tokenizer is not None:
+            for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(self.generation_config, token, getattr(tokenizer, token))
+
+    def save_pretrained(  # type: ignore[override]  # transformers' other arguments go on by keyword
+        self, save_directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        """Write the published format: as transformers does, and the rotary buffers, which the authors' code expects."""
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        for layer, block in enumerate(self.hooked.blocks):
+            tensors.setdefault(f"transformer.h.{layer}.attn.rotary.inv_freq", block.attn.rotary.inv_freq)
+        return super().save_pretrained(save_directory, state_dict=tensors, **kwargs)
+
+    # --- what transformers asks for -----------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer["wte"]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        hooked = self.hooked
+        if not isinstance(value, Embed):
+            embed = Embed(hooked.cfg)
+            embed.weight, embed.num_embeddings = value.weight, value.weight.shape[0]  # type: ignore[assignment]
+            value = embed
+        self.transformer["wte"] = hooked.embed = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = self.hooked.unembed.head = new_embeddings  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights that no file gave; transformers marks the others."""
+        hooked: HookedBilinearTransformer = self.__dict__["_hooked"]
+        if isinstance(module, Rotary):
+            module.inv_freq.copy_(module.frequencies())
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            into_residual = any(module is block.attn.o or module is block.mlp.p for block in hooked.blocks)
+            std = hooked.cfg.init_range * (hooked.cfg.residual_scale if into_residual else 1.0)
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                module.weight.normal_(std=std)
+            bias = getattr(module, "bias", None)
+            if bias is not None and not getattr(bias, "_is_hf_initialized", False):
+                bias.zero_()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch key"] | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Float[Tensor, "batch pos d_model"] | None = None,
+        labels: Int[Tensor, "batch pos"] | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Run the hooked model with transformers' arguments.
+
+        Args:
+            input_ids: tokens; or give `inputs_embeds`, rows in place of `W_E`'s.
+            attention_mask: 1 for tokens, 0 for padding, the positions in the cache included. Positions are counted from
+                the first token.
+            past_key_values: a transformers cache; new keys and values are added to it.
+            labels: targets, not shifted; -100 is left out. Adds `loss`, the mean next-token cross-entropy.
+            use_cache: make a cache where none is given.
+            output_attentions: add `attentions`, each layer's pattern `(batch, head, query, key)`.
+            output_hidden_states: add `hidden_states`: the stream entering each block, and the last one normalised.
+            return_dict: false gives a tuple.
+
+        Raises:
+            ContextLengthError, EmptyTextError, OutOfRangeError: the input does not fit the model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds.")
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hooked = self.hooked
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None  # nothing is padding, and the fused kernel may run
+        streams: list[Tensor] = []
+        patterns: list[Tensor] = []
+        kept = _keep(patterns, hooked, "attn.hook_pattern") if output_attentions else []
+        if output_hidden_states:
+            kept += [*_keep(streams, hooked, "hook_resid_pre"), ("ln_final.hook_normalized", _into(streams))]
+        with hooked.hooks(kept):
+            logits = hooked(
+                input_ids if inputs_embeds is None else inputs_embeds,
+                start_at_layer=None if inputs_embeds is None else 0,
+                attention_mask=attention_mask,
+                past_kv_cache=None if past_key_values is None else _Cache(past_key_values),
+            )
+        output = CausalLMOutputWithPast(
+            loss=None if labels is None else self.loss_function(logits, labels, vocab_size=logits.shape[-1]),
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=tuple(streams) if output_hidden_states else None,
+            attentions=tuple(patterns) if output_attentions else None,
+        )
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+
+class _Cache(KeyValueCache):
+    """A transformers cache where the hooked model expects its own: theirs is `(batch, head, pos, d_head)`."""
+
+    def __init__(self, cache: Any):
+        super().__init__([])
+        self.cache = cache
+
+    @property
+    def n_positions(self) -> int:
+        return int(self.cache.get_seq_length())
+
+    def append_mask(self, mask: Int[Tensor, "batch pos"] | None, new: Tensor) -> Int[Tensor, "batch pos"] | None:
+        """The mask as it is: transformers' covers the positions in the cache already."""
+        if mask is not None and mask.shape[1] != self.n_positions + new.shape[1]:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} positions, expected {self.n_positions + new.shape[1]}: the "
+                f"{self.n_positions} in past_key_values and the {new.shape[1]} new ones."
+            )
+        return mask
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _into(kept: list[Tensor]) -> Callable[..., None]:
+    def hook(activation: Tensor, hook: Any) -> None:
+        kept.append(activation)
+
+    return hook
+
+
+def _keep(kept: list[Tensor], model: HookedBilinearTransformer, name: str) -> list[tuple[str, Callable]]:
+    """Hooks that put the activation of every block into `kept`, in order, still attached to the graph."""
+    return [(f"blocks.{layer}.{name}", _into(kept)) for layer in range(model.cfg.n_layers)]
+
+
+def vocabulary_size(source: str | os.PathLike[str], **hub: Any) -> int | None:
+    """Rows of the embedding in a folder's or hub repository's weights, from a file's header.
+
+    Args:
+        source: a folder or hub id.
+        hub: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
+
+    Returns:
+        `None` where there are no safetensors weights or no such tensor; what reads them will say so.
+    """
+    for name in WEIGHTS_FILES:
+        found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub)
+        if found is None:
+            continue
+        if name.endswith(".json"):
+            shard = json.loads(Path(found).read_text())["weight_map"].get(EMBEDDING)
+            found = shard and cached_file(str(source), shard, **hub)
+        if found:
+            with safe_open(found, framework="pt") as file:
+                return file.get_slice(EMBEDDING).get_shape()[0] if EMBEDDING in file.keys() else None  # noqa: SIM118
+    return None
+
+
+def tokenizer_beside(source: str | os.PathLike[str], **hub: Any) -> Any:
+    """The tokenizer in a folder or hub repository, `None` where there is none; arguments as of `vocabulary_size`."""
+    from bilens.loading import TOKENIZER_FILES, load_tokenizer
+
+    found = [cached_file(str(source), n, _raise_exceptions_for_missing_entries=False, **hub) for n in TOKENIZER_FILES]
+    return None if found[0] is None else load_tokenizer(Path(found[0]).parent, None)
+
+
+AutoConfig.register(MODEL_TYPE, BilinearConfig)
+AutoModelForCausalLM.register(BilinearConfig, BilinearForCausalLM)
+register_adapter()
