@@ -35,6 +35,14 @@ DEFAULT_MODEL = "ts-tiny"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+HUB_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    CONFIG_FILE,
+)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # of a file in the index's own folder
 
@@ -239,10 +247,10 @@ def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None
         return None
     published, hub = PUBLISHED_TOKENIZERS.get(name, HubTokenizer(name, None)), hub or HubOptions()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            published.repo, token=hub.token, cache_dir=hub.cache_dir, local_files_only=hub.local_files_only
-        )
-    except OSError as error:
+        # Not AutoTokenizer's own download: without a connection that one tries again for most of a minute.
+        found_at = fetch_from_hub(published.repo, HUB_TOKENIZER_FILES, options=replace(hub, revision=None))
+        tokenizer = AutoTokenizer.from_pretrained(found_at)
+    except (ModelNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"the tokenizer {published.repo} is not to be had, only tokens are: {reason}", stacklevel=2)
         return None

@@ -385,24 +385,25 @@ def test_the_named_tokenizer(
     class Fetched:
         pad_token = None
 
-        def __init__(self, source: str, **hub: Any):
+        def __init__(self, source: Path):
             self.source = source
 
+    monkeypatch.setattr("bilens.loading.fetch_from_hub", lambda repo, files, options: Path(repo))
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Fetched)
     found = load_tokenizer(tmp_path, name)
-    assert (found.source, found.pad_token) == (repo, pad)
+    assert (found.source, found.pad_token) == (Path(repo), pad)
 
 
 def test_a_tokenizer_that_cannot_be_fetched(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model loads without one, for use with tokens, and says so; it says nothing where no tokenizer is named."""
 
     def offline(*args: Any, **kwargs: Any) -> None:
-        raise OSError("no connection")
+        raise ModelNotFoundError("no connection")
 
     (checkpoint / "tokenizer.json").unlink()
     assert load_model(checkpoint).tokenizer is None
     edit_config(checkpoint, tokenizer="gpt2")
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
+    monkeypatch.setattr("bilens.loading.fetch_from_hub", offline)
     with pytest.warns(UserWarning, match="the tokenizer openai-community/gpt2 is not to be had.*no connection"):
         model = load_model(checkpoint)
     assert model.tokenizer is None
