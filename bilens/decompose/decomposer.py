@@ -276,6 +276,18 @@ class Decomposer:
         read = self._read(output)
         return torch.arange(read[..., 0].numel()) if read.is_floating_point() else read.reshape(-1)
 
+    def feature_indices(self, output: Output) -> Int[Tensor, "n"]:
+        """Output features as a tensor of their numbers.
+
+        Raises:
+            ArgumentError: directions instead of features.
+            OutOfRangeError: no such feature.
+        """
+        read = self._read(output)
+        if read.is_floating_point():
+            raise ArgumentError("these are directions; this needs output features, as integers.")
+        return torch.tensor([self.check_feature(feature) for feature in read.reshape(-1).tolist()], dtype=torch.long)
+
     def check_feature(self, feature: SupportsIndex) -> int:
         """An output feature's index as an int; raises `OutOfRangeError` outside the output SAE."""
         return check_index(feature, self.output_view.d_sae, "feature {} is outside the output SAE's {}")

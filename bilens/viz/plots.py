@@ -198,6 +198,25 @@ def scatter(
     return figure
 
 
+def histogram(values: Numbers, title: str = "", *, x_title: str = "", bins: int = 40) -> "go.Figure":
+    """How many values fall where."""
+    import plotly.graph_objects as go
+
+    counts, edges = np.histogram(numbers(values, "values", None), bins=bins)
+    bars_ = go.Bar(
+        x=(edges[:-1] + edges[1:]) / 2,
+        y=counts,
+        width=np.diff(edges),
+        customdata=np.stack([edges[:-1], edges[1:]], -1),
+        marker={"color": POSITIVE, "line": {"width": 0}},
+        hovertemplate="%{customdata[0]:.3g} to %{customdata[1]:.3g}<br><b>%{y}</b><extra></extra>",
+    )
+    figure = _figure(title, x_title, "how many", height=320)
+    figure.add_trace(bars_)
+    figure.update_layout(bargap=0)
+    return figure
+
+
 def line(
     x: Numbers,
     series: Mapping[str, Numbers],

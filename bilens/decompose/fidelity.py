@@ -1,0 +1,240 @@
+"""How well the leading eigencircuits reproduce output features on data.
+
+    1. each interaction matrix Q is truncated to its k leading eigenpairs: q_k(x) = sum_r lambda_r (v_r . x)^2
+    2. the texts run through the model once; per token, x is the layer's input, y its output, f the feature's activation
+    3. running sums give, for every feature and every k at once,
+         correlation           of q_k(x) with f, over the tokens where the feature is active, and over all
+         explained variance    of t = e.y (the layer's read along the feature's encoder direction e) by q_k(x) and the
+                               MLP's bias terms, over the active tokens: 1 - sum (t - t_k)^2 / sum (t - mean t)^2
+
+Correlation asks whether the eigencircuits follow the feature up to scale and offset, explained variance whether they
+give its value. With all d_model eigenpairs the second is 1.
+
+Source: Pearce et al. 2025 (arXiv 2410.08417), section 5.3 and figure 9 (correlation over active tokens).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bilens.decompose.decomposer import Decomposer
+from bilens.decompose.outputs import Output
+from bilens.display import Tabular
+from bilens.errors import OutOfRangeError
+from bilens.sae.texts import text_starts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+PAIRS_AT_ONCE = 2**25  # numbers (token x feature x eigenpair) held at a time: 128 MB in float32
+
+
+@dataclass(frozen=True)
+class Fidelity(Tabular):
+    """How well 1, 2, ..., k eigencircuits reproduce each output feature; NaN where it is active on fewer than 2 tokens.
+
+    Attributes:
+        features: the output features.
+        n_active: tokens each is active on.
+        n_tokens: tokens in all (`[BOS]` left out).
+        correlation: with the feature's activation, over its active tokens; column `r` uses `r + 1` eigenpairs.
+        correlation_all: the same over all tokens.
+        explained_variance: of the layer's read along the feature, over its active tokens.
+    """
+
+    features: Int[Tensor, "n"]
+    n_active: Int[Tensor, "n"]
+    n_tokens: int
+    correlation: Float[Tensor, "n k"] = field(repr=False)
+    correlation_all: Float[Tensor, "n k"] = field(repr=False)
+    explained_variance: Float[Tensor, "n k"] = field(repr=False)
+    names: Sequence[str] | None = field(default=None, repr=False)
+
+    @property
+    def k(self) -> int:
+        """The largest number of eigenpairs."""
+        return self.correlation.shape[1]
+
+    def eligible(self, min_active: int = 20) -> Tensor:
+        """Which features are active on so many tokens: a correlation over fewer says little."""
+        return self.n_active >= min_active
+
+    def to_frame(self, k: int | None = None) -> "pd.DataFrame":
+        """One row per feature: `feature, name, n_active, density, correlation, correlation_all, explained_variance`.
+
+        Args:
+            k: eigenpairs used; `None` is 2, or fewer where there are fewer.
+        """
+        import pandas as pd
+
+        at = self._column(min(2, self.k) if k is None else k)
+        return pd.DataFrame(
+            {
+                "feature": self.features.tolist(),
+                "name": [self.names[i] if self.names else str(i) for i in self.features.tolist()],
+                "n_active": self.n_active.tolist(),
+                "density": (self.n_active / self.n_tokens).tolist(),
+                "correlation": self.correlation[:, at].tolist(),
+                "correlation_all": self.correlation_all[:, at].tolist(),
+                "explained_variance": self.explained_variance[:, at].tolist(),
+            }
+        )
+
+    def shares(self, thresholds: Sequence[float] = (0.5, 0.75, 0.9), *, min_active: int = 20) -> "pd.DataFrame":
+        """Share of features whose correlation over active tokens is above each threshold: one row per k."""
+        import pandas as pd
+
+        kept = self.correlation[self.eligible(min_active)]
+        rows = [
+            {"k": r + 1, "median": _median(kept[:, r])}
+            | {f"> {threshold:g}": (kept[:, r] > threshold).double().mean().item() for threshold in thresholds}
+            for r in range(self.k)
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self, *, min_active: int = 20) -> "go.Figure":
+        """Correlation against k: median and quartiles of the features."""
+        from bilens.viz.plots import line
+
+        kept = self.correlation[self.eligible(min_active)]
+        quantiles = {"upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25}
+        curves = {name: kept.nanquantile(q, dim=0).tolist() for name, q in quantiles.items()}
+        return line(
+            list(range(1, self.k + 1)),
+            curves,
+            x_title="eigenpairs",
+            y_title="correlation over active tokens",
+            log_x=self.k > 10,
+        )
+
+    def histogram(self, k: int = 2, *, min_active: int = 20) -> "go.Figure":
+        """How many features have which correlation, with `k` eigenpairs."""
+        from bilens.viz.plots import histogram
+
+        values = self.correlation[self.eligible(min_active), self._column(k)]
+        return histogram(values[values.isfinite()].tolist(), x_title=f"correlation with {k} eigenpairs")
+
+    def scatter(self, k: int = 2, *, min_active: int = 20) -> "go.Figure":
+        """Correlation against how many tokens each feature is active on."""
+        from bilens.viz.plots import scatter
+
+        frame = self.to_frame(k)[self.eligible(min_active).numpy()].dropna()
+        labels = [f"{row.feature} {row.name_}" for row in frame.rename(columns={"name": "name_"}).itertuples()]
+        figure = scatter(
+            frame.density.tolist(),
+            frame.correlation.tolist(),
+            labels,
+            x_title="share of tokens it is active on",
+            y_title=f"correlation with {k} eigenpairs",
+        )
+        return figure.update_xaxes(type="log")
+
+    def _column(self, k: int) -> int:
+        if not 1 <= k <= self.k:
+            raise OutOfRangeError(f"k is {k}, expected 1 to {self.k}, the eigenpairs measured.")
+        return k - 1
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.features)} features on {self.n_tokens} tokens, those active on at least 20:\n"
+            f"{self.shares().round(3).to_string(index=False)}"
+        )
+
+
+@torch.no_grad()
+def fidelity(
+    decomposer: Decomposer, texts: Sequence[str], *, output: Output | None = None, k: int = 10, batch_size: int = 16
+) -> Fidelity:
+    """How well the `k` leading eigencircuits, and every smaller number of them, reproduce output features on texts.
+
+    Args:
+        decomposer: with an output SAE.
+        texts: each is run from its `[BOS]`, cut to the context.
+        output: output features; `None` is all of them.
+        k: the largest number of eigenpairs.
+        batch_size: texts at a time.
+
+    Raises:
+        EmptyTextError: no texts, or one with nothing in it.
+        MissingSAEError: no output SAE.
+        OutOfRangeError: no such feature, or more eigenpairs than `d_model`.
+    """
+    view, model = decomposer.output_view, decomposer.model
+    features = torch.arange(view.d_sae) if output is None else decomposer.feature_indices(output)
+    e = decomposer.directions(features)
+    eigen = decomposer.eigen(features, k=k)
+    linear, constant = decomposer.linear(features), decomposer.constant(features)
+    sums = _Sums(len(features), k, e.device)
+    tokens, mask = text_starts(model, texts)
+    hooks = [decomposer.normalized_hook, decomposer.out_hook]
+    for at in tqdm(range(0, len(tokens), batch_size), desc="fidelity", unit="batch"):
+        rows = tokens[at : at + batch_size].to(model.cfg.device)
+        kept = mask[at : at + batch_size].bool().to(rows.device)
+        kept[:, 0] = False
+        _, cache = model.run_with_cache(
+            rows, names_filter=hooks, stop_at_layer=decomposer.layer + 1, return_cache_object=False
+        )
+        x, y = (cache[hook][kept].to(e) for hook in hooks)
+        for part in torch.arange(len(x)).split(max(1, PAIRS_AT_ONCE // (len(features) * k))):
+            f = view.activations(y[part])[:, features].to(e)
+            q = eigen.activations(x[part]).cumsum(-1)
+            target = y[part] @ e.T - x[part] @ linear.T - constant
+            sums.add(q, f, target)
+    return sums.result(features, decomposer.output_names)
+
+
+class _Sums:
+    """Running sums over tokens, in float64; `active` ones over the tokens where the feature is active."""
+
+    def __init__(self, n: int, k: int, device: torch.device):
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.n_tokens = 0
+        self.active = {name: zeros(n, 1) for name in ("1", "f", "ff", "t", "tt")}
+        self.active |= {name: zeros(n, k) for name in ("q", "qq", "qf", "residual")}
+        self.all = {name: zeros(n, k) for name in ("q", "qq")}
+
+    def add(self, q: Float[Tensor, "p n k"], f: Float[Tensor, "p n"], t: Float[Tensor, "p n"]) -> None:
+        self.n_tokens += len(q)
+        self.all["q"] += q.sum(0, dtype=torch.float64)
+        self.all["qq"] += q.square().sum(0, dtype=torch.float64)
+        token, feature = (f != 0).nonzero(as_tuple=True)
+        q, f, t = q[token, feature].double(), f[token, feature, None].double(), t[token, feature, None].double()
+        new = {"1": torch.ones_like(f), "f": f, "ff": f * f, "t": t, "tt": t * t}
+        new |= {"q": q, "qq": q * q, "qf": q * f, "residual": (t - q) ** 2}
+        for name, value in new.items():
+            self.active[name].index_add_(0, feature, value)
+
+    def result(self, features: Int[Tensor, "n"], names: Sequence[str] | None) -> Fidelity:
+        a, n_active = self.active, self.active["1"]
+        over_active = _correlation(n_active, a["f"], a["ff"], a["q"], a["qq"], a["qf"])
+        n_tokens = torch.full_like(n_active, self.n_tokens)
+        over_all = _correlation(n_tokens, a["f"], a["ff"], self.all["q"], self.all["qq"], a["qf"])
+        variance = a["tt"] - a["t"] ** 2 / n_active
+        enough = n_active >= 2
+        return Fidelity(
+            features=features.cpu(),
+            n_active=n_active[:, 0].long().cpu(),
+            n_tokens=self.n_tokens,
+            correlation=over_active.where(enough, torch.nan).float().cpu(),
+            correlation_all=over_all.where(enough, torch.nan).float().cpu(),
+            explained_variance=(1 - a["residual"] / variance).where(enough, torch.nan).float().cpu(),
+            names=names,
+        )
+
+
+def _correlation(n: Tensor, f: Tensor, ff: Tensor, q: Tensor, qq: Tensor, qf: Tensor) -> Tensor:
+    """Pearson's, from sums."""
+    covariance = qf - q * f / n
+    return covariance / ((ff - f**2 / n) * (qq - q**2 / n)).clamp_min(0).sqrt()
+
+
+def _median(values: Tensor) -> Any:
+    return values.nanmedian().item()
