@@ -78,23 +78,50 @@ def train_lm(
 def train_sae(
     model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
     data: Annotated[str, typer.Argument(help="Texts, as for train-lm.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the SAE folders.")],
-    hook: Annotated[list[str] | None, typer.Option(help="Repeatable; without, every MLP's input and output.")] = None,
+    out: Annotated[Path, typer.Argument(help="Folder of the SAE folders; run again to go on after an interruption.")],
+    hook: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable; READ:WRITE is a transcoder; without, every MLP's input and output."),
+    ] = None,
+    architecture: Annotated[
+        str, typer.Option(help="topk, batchtopk, matryoshka_batchtopk, jumprelu, standard, gated or scope.")
+    ] = "topk",
     expansion: Annotated[int, typer.Option(help="Features per dimension.")] = 8,
-    k: Annotated[int, typer.Option(help="Active features per token.")] = 32,
-    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 4_000_000,
+    k: Annotated[int, typer.Option(help="Active features per token; jumprelu aims at it.")] = 32,
+    l1: Annotated[float, typer.Option(help="Sparsity of standard and gated, in place of k.")] = 5.0,
+    bilinear_encoder: Annotated[bool, typer.Option(help="Of scope.")] = False,
+    encoder_bias: Annotated[bool, typer.Option(help="Of scope.")] = False,
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 1_200_000,
     batch_size: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
     column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Of a hub dataset.")] = "train",
+    streaming: Annotated[bool, typer.Option(help="Read texts as they are needed: data larger than memory.")] = False,
     seed: int = 0,
 ) -> None:
-    """Train top-k SAEs with SAELens, all hooks from one pass over the model."""
+    """Train SAEs or transcoders with SAELens, all hooks from one pass over the model."""
     from bilens.loading import load_model
     from bilens.sae.training import SAETrainConfig, train_saes
 
-    config = SAETrainConfig(expansion=expansion, k=k, tokens=tokens, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed)
-    trained = train_saes(load_model(model), data, out, config, hooks=hook, column=column)
+    config = SAETrainConfig(
+        architecture=architecture,
+        expansion=expansion,
+        k=k,
+        l1=l1,
+        bilinear_encoder=bilinear_encoder,
+        encoder_bias=encoder_bias,
+        tokens=tokens,
+        batch_size=batch_size,
+        lr=lr,
+        bf16=bf16,
+        seed=seed,
+    )
+    pairs = [name.partition(":") for name in hook or []]
+    hooks = [(read, write) if write else read for read, _, write in pairs] or None
+    trained = train_saes(
+        load_model(model), data, out, config, hooks=hooks, column=column, split=split, streaming=streaming
+    )
     typer.echo(f"{len(trained)} SAEs written to {out}: {', '.join(trained)}")
 
 
@@ -139,6 +166,90 @@ def evaluate(
     typer.echo(str(card))
     if out is not None:
         card.save(out)
+
+
+@app.command()
+def sweep(
+    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the sweep; run again to go on after an interruption.")],
+    layer: Annotated[list[int] | None, typer.Option(help="Repeatable; without, every layer.")] = None,
+    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
+    expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
+    sparsity: Annotated[int | None, typer.Option(help="The k of the SAEs, where there are several.")] = None,
+    k: Annotated[int, typer.Option(help="Leading eigenpairs of every output feature.")] = 2,
+    full: Annotated[bool, typer.Option(help="Effective ranks too, from all eigenvalues.")] = False,
+    memory: Annotated[float, typer.Option(help="GB to use besides the model.")] = 1.0,
+) -> None:
+    """Spectra of all output features of a whole model; under torchrun, its processes share the work."""
+    from bilens.loading import load_model
+    from bilens.reporting import layer_decomposers
+    from bilens.decompose.sweep import sweep as write
+
+    loaded = load_model(model)
+    decomposers = layer_decomposers(loaded, layer, saes, expansion, sparsity)
+    typer.echo(str(write(decomposers, out, k=k, full=full, memory=round(memory * 2**30))))
+
+
+@app.command()
+def features(
+    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
+    data: Annotated[str, typer.Argument(help="Texts, as for train-lm; streamed, so of any size.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the store; run again to go on after an interruption.")],
+    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
+    sae: Annotated[
+        list[str] | None, typer.Option(help="Repeatable: an SAE's folder, such as 1-mlp-out-x8-k32; without, all.")
+    ] = None,
+    max_texts: Annotated[int | None, typer.Option(help="At most this many texts.")] = None,
+    n_top: Annotated[int, typer.Option(help="Strongest contexts kept of each feature.")] = 12,
+    split: Annotated[str, typer.Option(help="Of a hub dataset.")] = "train",
+    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Of the random contexts.")] = 0,
+) -> None:
+    """Store what every SAE feature fires on over a corpus; several processes share it under torchrun."""
+    from bilens import parallel
+    from bilens.errors import ArgumentError
+    from bilens.loading import load_model
+    from bilens.reporting import sae_source
+    from bilens.sae.loading import list_saes, load_sae
+    from bilens.sae.store import FeatureStoreConfig, build_feature_store
+
+    with parallel.processes():
+        device = parallel.local_device()
+        loaded = load_model(model, device=device)
+        place = saes or sae_source(loaded.cfg.model_name)
+        entries = {entry.folder: entry for entry in list_saes(place)}
+        if unknown := [name for name in sae or () if name not in entries]:
+            raise ArgumentError(f"{place} has no SAE {unknown[0]!r}; it has {', '.join(entries)}.")
+        found = {
+            name: load_sae(
+                place, e.point, e.layer, e.expansion, e.k, e.tag or "", device=device, n_layers=loaded.cfg.n_layers
+            )
+            for name, e in entries.items()
+            if not sae or name in sae
+        }
+        config = FeatureStoreConfig(max_texts=max_texts, n_top=n_top, seed=seed)
+        store = build_feature_store(loaded, found, data, out, config=config, split=split, column=column)
+        if parallel.is_main():
+            typer.echo(f"{store}\nwritten to {out}")
+
+
+@app.command()
+def dashboard(
+    store: Annotated[Path, typer.Argument(help="Folder that `bilens features` wrote.")],
+    sae: Annotated[str, typer.Option(help="Which SAE, such as 1-mlp-out-x8-k32.")],
+    feature: Annotated[list[int], typer.Option(help="Repeatable: the features to show.")],
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_features.html"),
+) -> None:
+    """Write what features fire on to one self-contained HTML file."""
+    from bilens.sae.store import FeatureStore
+    from bilens.viz.dashboard import FeatureDashboard
+
+    features = FeatureStore.load(store)[sae]
+    records = [features.feature(index) for index in feature]
+    FeatureDashboard(records).save(out)
+    for record in records:
+        typer.echo(f"{record}\n")
+    typer.echo(f"{out.resolve()} written ({out.stat().st_size / 1e6:.1f} MB): open it in a browser.")
 
 
 @app.command()

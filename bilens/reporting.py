@@ -104,6 +104,28 @@ def interesting_circuits(
     return circuits
 
 
+def layer_decomposers(
+    model: HookedBilinearTransformer,
+    layers: Sequence[int] | None = None,
+    saes: str | os.PathLike[str] | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+) -> list[Decomposer]:
+    """A `Decomposer` of each layer with the SAEs on its MLP's input and output.
+
+    Args:
+        model: a bilinear model.
+        layers: `None` is all of them.
+        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion, k: which SAEs, where there are several.
+    """
+    place = saes if saes is not None else sae_source(model.cfg.model_name)
+    return [
+        Decomposer(model, layer, *(load_sae(place, point, layer, expansion, k) for point in ("mlp-in", "mlp-out")))
+        for layer in (range(model.cfg.n_layers) if layers is None else layers)
+    ]
+
+
 @torch.no_grad()
 def active_features(decomposer: Decomposer, text: str) -> list[int]:
     """Output features that fire on a text (`[BOS]` left out), the strongest first."""

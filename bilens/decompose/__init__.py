@@ -1,6 +1,18 @@
 """Interaction tensors, eigencircuits, and the `Decomposer` over them."""
 
 from bilens.decompose.decomposer import Decomposer
+from bilens.decompose.inner import LayerSimilarity, layer_similarity
+from bilens.decompose.replacing import replace_mlp
 from bilens.decompose.results import Attribution, Eigencircuits, TopInteractions
+from bilens.decompose.topn import strongest_interactions
 
-__all__ = ["Attribution", "Decomposer", "Eigencircuits", "TopInteractions"]
+__all__ = [
+    "Attribution",
+    "Decomposer",
+    "Eigencircuits",
+    "LayerSimilarity",
+    "TopInteractions",
+    "layer_similarity",
+    "replace_mlp",
+    "strongest_interactions",
+]

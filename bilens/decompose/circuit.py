@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.decompose.decomposer import Decomposer
+from bilens.decompose.eigensweep import top_eigenpairs
 from bilens.decompose.results import Attribution, Eigencircuits
 from bilens.decompose.tensors import interaction_matrix
 from bilens.display import Tabular
@@ -228,7 +229,6 @@ def rank_features(
     k: int = 2,
     density: tuple[float, float] = (5e-4, 0.05),
     min_active: int = 20,
-    batch_size: int = 64,
 ) -> RankedFeatures:
     """Rank output features by how well `k` eigencircuits reproduce them and how much they combine different inputs.
 
@@ -243,7 +243,6 @@ def rank_features(
         k: eigencircuits used.
         density: of the features considered: the rare and the dense tell little.
         min_active: tokens a feature must fire on.
-        batch_size: features at a time.
     """
     view_in = decomposer.input_view
     counts, densities = outputs.offsets.diff(), outputs.density()
@@ -256,14 +255,14 @@ def rank_features(
         return RankedFeatures(candidates, empty, empty, empty, decomposer.output_names)
     x = layer_inputs(decomposer, outputs.tokens)
     correlations, shares = [], []
-    for chunk in candidates.split(batch_size):
-        eigen = decomposer.eigen(chunk, k=k)
-        for row, feature in enumerate(chunk.tolist()):
-            at = outputs.entries(feature)
-            active = x[outputs.rows[at], outputs.positions[at]].to(eigen.vectors)
-            correlations.append(_correlation(eigen[row].activations(active).sum(-1), outputs.values[at]))
-            strongest = active[outputs.values[at].argsort(descending=True)[:16]]
-            shares.append(_cross_share(decomposer, view_in.activations(strongest), feature))
+    eigen = top_eigenpairs(decomposer.weights, decomposer.directions(candidates), k, progress=False)
+    for row, feature in enumerate(candidates.tolist()):
+        at = outputs.entries(feature)
+        active = x[outputs.rows[at], outputs.positions[at]].to(eigen.vectors)
+        reproduced = (eigen.values[row] * (active @ eigen.vectors[row].T) ** 2).sum(-1)
+        correlations.append(_correlation(reproduced, outputs.values[at]))
+        strongest = active[outputs.values[at].argsort(descending=True)[:16]]
+        shares.append(_cross_share(decomposer, view_in.activations(strongest), feature))
     result = RankedFeatures(
         candidates, torch.tensor(correlations), torch.tensor(shares), densities[candidates], decomposer.output_names
     )

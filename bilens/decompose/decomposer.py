@@ -13,6 +13,7 @@ Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; DESIGN section 
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -20,9 +21,25 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
+from bilens.decompose.between import PairInteractions, top_pairs
+from bilens.decompose.cp import CPCurve, CPDecomposition, cp_decompose
 from bilens.decompose.eigen import sorted_eigenpairs
+from bilens.decompose.hosvd import HOSVD, input_gram, output_gram, singular
+from bilens.decompose.inner import double, inner_products
+from bilens.decompose.motifs import Motifs, find_motifs
+from bilens.decompose.neighbours import (
+    FeatureClusters,
+    FeatureCosines,
+    Linkage,
+    Neighbours,
+    cluster,
+    feature_cosines,
+    nearest_others,
+)
 from bilens.decompose.outputs import Output, check_index, read_output
+from bilens.decompose.reading import Lexicon
 from bilens.decompose.results import Attribution, Eigencircuits, TopInteractions
+from bilens.decompose.sparsity import Outliers, Sparsity, outliers, sparsity
 from bilens.decompose.tensors import (
     BilinearLayer,
     constant_term,
@@ -31,6 +48,7 @@ from bilens.decompose.tensors import (
     linear_term,
     source_products,
 )
+from bilens.decompose.topn import StrongestInteractions, strongest_interactions
 from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError, SAEMismatchError
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.view import SAEView
@@ -125,7 +143,7 @@ class Decomposer:
                 encoder side of an SAE that has no encoder directions.
         """
         matrix = interaction_matrix(self.weights, self.directions(output, side))
-        return matrix if basis == "residual" else in_basis(matrix, self._input_directions())
+        return matrix if basis == "residual" else in_basis(matrix, self.input_directions())
 
     @typed
     def linear(self, output: Output, side: Side = "encoder") -> Float[Tensor, "*n d_model"]:
@@ -148,7 +166,7 @@ class Decomposer:
         """
         values, vectors = sorted_eigenpairs(self.interaction(output, side=side), k)
         decoder = None if self._input is None else self._input.decoder.to(vectors)
-        return Eigencircuits(values, vectors, self._output_indices(output), decoder, self.input_names)
+        return Eigencircuits(values, vectors, self.output_indices(output), decoder, self.input_names)
 
     @typed
     def top_interactions(self, output: Output, k: int = 50, side: Side = "encoder") -> TopInteractions:
@@ -170,15 +188,305 @@ class Decomposer:
         i, j = columns[top], rows[top]
         features = torch.cat([i.flatten(), j.flatten()]).unique()
         return TopInteractions(
-            outputs=self._output_indices(output),
+            outputs=self.output_indices(output),
             i=i,
             j=j,
             coefficients=coefficients.gather(-1, top),
             features=features,
             submatrix=matrix[..., features, :][..., :, features],
             input_names=self.input_names,
-            output_names=None if self._read(output).is_floating_point() else self.output_names,
+            output_names=self.output_names_of(output),
         )
+
+    @typed
+    def between(
+        self,
+        output: Output,
+        left: Float[Tensor, "n _"],
+        right: Float[Tensor, "m _"] | None = None,
+        k: int = 50,
+        side: Side = "encoder",
+        *,
+        left_names: Sequence[str] | None = None,
+        right_names: Sequence[str] | None = None,
+    ) -> PairInteractions:
+        """The `k` largest interactions of each output between any two sets of input directions.
+
+        Such as tokens with tokens, or with what a head moves here: `bilens.decompose.directions`. The matrix of all
+        pairs is never held whole, so both sets may be a vocabulary.
+
+        Args:
+            output: as for `interaction`.
+            left: directions in the layer's input.
+            right: of the other set; `None` is pairs within `left`.
+            k: at most the number of pairs.
+            side: as for `interaction`.
+            left_names, right_names: one each, for tables and plots.
+
+        Raises:
+            ArgumentError: as many names as directions are needed.
+            OutOfRangeError: fewer than `k` pairs.
+            SAEMismatchError: directions of another width.
+        """
+        sides = {"left": (left, left_names), "right": (right, right_names)}
+        for name, (rows, names) in sides.items():
+            if rows is not None and rows.shape[1] != self.model.cfg.d_model:
+                raise SAEMismatchError(
+                    f"{name} directions of shape {tuple(rows.shape)}: the layer reads {self.model.cfg.d_model} "
+                    "dimensions."
+                )
+            if names is not None and len(names) != (0 if rows is None else len(rows)):
+                raise ArgumentError(
+                    f"{len(names)} {name}_names for {0 if rows is None else len(rows)} {name} directions."
+                )
+        like = self.weights.W_out
+        rows = left.to(like)
+        columns = None if right is None else right.to(like)
+        found = [
+            top_pairs(self.weights, u, rows, columns, k) for u in self.directions(output, side).view(-1, len(rows.T))
+        ]
+        i, j, coefficients = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return PairInteractions(
+            outputs=self.output_indices(output),
+            i=i,
+            j=j,
+            coefficients=coefficients,
+            left_names=left_names,
+            right_names=left_names if right is None else right_names,
+            output_names=self.output_names_of(output),
+        )
+
+    # --- sparse structure ---------------------------------------------------------------------------------------------
+
+    @typed
+    def strongest_interactions(
+        self,
+        n: int = 1000,
+        output: Output | None = None,
+        side: Side = "encoder",
+        *,
+        inputs: Output | None = None,
+        weights: Float[Tensor, "d_sae d_sae"] | None = None,
+        memory: int = 2**30,
+        progress: bool = True,
+    ) -> StrongestInteractions:
+        """The `n` largest interactions over all (output, input, input) triples of the layer, exactly.
+
+        Of several layers: `bilens.decompose.strongest_interactions`.
+
+        Args:
+            n: how many.
+            output: as for `interaction`; `None` is every output feature.
+            side: as for `interaction`.
+            inputs: between these input features only.
+            weights: of every pair of input features, such as `bilens.decompose.topn.cofiring` of their activations:
+                ranks by `|coefficient * weight|`.
+            memory: bytes to use besides the weights.
+            progress: show a bar.
+        """
+        return strongest_interactions(
+            [self], n, output, side, inputs=inputs, weights=weights, memory=memory, progress=progress
+        )
+
+    @typed
+    def sparsity(
+        self, output: Output | None = None, side: Side = "encoder", *, fence: float = 1.5, progress: bool = True
+    ) -> Sparsity:
+        """Outlier counts, quartiles and excess kurtosis of each output's interactions between input features.
+
+        Args:
+            output: as for `interaction`; `None` is every output feature.
+            side: as for `interaction`.
+            fence: outliers are beyond `q1 - fence iqr` or `q3 + fence iqr`.
+            progress: show a bar.
+        """
+        output = self.every_output(output)
+        u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
+        found = sparsity(self.weights, u, inputs, fence=fence, progress=progress)
+        return replace(found, outputs=self.output_indices(output), output_names=self.output_names_of(output))
+
+    @typed
+    def outliers(
+        self, output: Output, k: int | None = 1000, side: Side = "encoder", *, fence: float = 1.5, progress: bool = True
+    ) -> Outliers:
+        """The outlier interactions of each output, at most `k` of each (`None` is all), the largest first.
+
+        Args:
+            output: as for `interaction`.
+            k: of each output.
+            side: as for `interaction`.
+            fence: as for `sparsity`.
+            progress: show a bar.
+        """
+        u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
+        found = outliers(self.weights, u, inputs, fence=fence, k=k, progress=progress)
+        names = {"input_names": self.input_names, "output_names": self.output_names_of(output)}
+        return replace(found, outputs=self.output_indices(output)[found.outputs.cpu()], **names)  # type: ignore[arg-type]
+
+    @typed
+    def motifs(
+        self,
+        output: Output | None = None,
+        kind: str | None = None,
+        n: int = 100,
+        side: Side = "encoder",
+        *,
+        activations: Float[Tensor, "d_sae"] | None = None,
+        fence: float = 1.5,
+        progress: bool = True,
+    ) -> Motifs:
+        """The strongest AND, XOR, negation and inhibition motifs among the outlier pairs (`bilens.decompose.motifs`).
+
+        Args:
+            output: as for `interaction`; `None` is every output feature.
+            kind: one of them alone: `"and"`, `"xor"`, `"negation"` or `"inhibition"`.
+            n: how many, over all outputs.
+            side: as for `interaction`.
+            activations: typical activation of each input feature, such as `typical_activations` of `motifs`.
+            fence: as for `sparsity`.
+            progress: show a bar.
+        """
+        output = self.every_output(output)
+        u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
+        found = find_motifs(
+            self.weights, u, inputs, n, kind=kind, activations=activations, fence=fence, progress=progress
+        )
+        names = {"input_names": self.input_names, "output_names": self.output_names_of(output)}
+        return replace(found, outputs=self.output_indices(output)[found.outputs.cpu()], **names)  # type: ignore[arg-type]
+
+    # --- between outputs ----------------------------------------------------------------------------------------------
+
+    @typed
+    def inner_products(self, output: Output, basis: Basis = "residual", side: Side = "encoder") -> Float[Tensor, "n n"]:
+        """`<Q_u, Q_w>` of every two outputs, exact from the factors, in float64.
+
+        Of two layers or models: `bilens.decompose.inner`.
+
+        Args:
+            output: as for `interaction`.
+            basis: whose entries are multiplied: `"residual"`, or `"features"` for `D Q D^T`.
+            side: as for `interaction`.
+        """
+        u = torch.atleast_2d(self.directions(output, side))
+        return inner_products(self.weights, u, metric=self._metric(basis))
+
+    @typed
+    def neighbours(
+        self,
+        output: Output | None = None,
+        k: int = 8,
+        basis: Basis = "residual",
+        side: Side = "encoder",
+        against: Side | None = None,
+    ) -> Neighbours:
+        """The features nearest to each output feature by interaction matrix, and those nearest by direction.
+
+        Args:
+            output: features; `None` is all. Their neighbours are sought among all.
+            k: neighbours of each.
+            basis: in which interaction matrices are compared.
+            side: whose interaction matrices.
+            against: whose directions are compared; `None` is `side`.
+
+        Raises:
+            ArgumentError: directions instead of features.
+            MissingSAEError: no output SAE.
+            OutOfRangeError: no such feature, or fewer than `k` others.
+        """
+        everything = torch.arange(self.output_view.d_sae)
+        chosen = everything if output is None else self.feature_indices(output)
+        both = self._feature_cosines(everything, basis, side, against)
+        return Neighbours(
+            outputs=chosen,
+            by_interaction=nearest_others(both.interaction, chosen, k),
+            by_direction=nearest_others(both.direction, chosen, k),
+            cosines=both,
+            features=everything,
+            names=self.output_names,
+        )
+
+    @typed
+    def clusters(
+        self,
+        output: Output | None = None,
+        threshold: float | int = 0.3,
+        basis: Basis = "residual",
+        side: Side = "encoder",
+        against: Side | None = None,
+        linkage: Linkage = "average",
+    ) -> FeatureClusters:
+        """Output features that do alike with their inputs: clusters of their interaction matrices.
+
+        Args:
+            output: features; `None` is all.
+            threshold: the cosine of interaction matrices at which clusters are cut.
+            basis, side, against: as for `neighbours`.
+            linkage: what the cosine of two clusters is: of their `"average"` pair, their least (`"complete"`) or most
+                (`"single"`) similar one.
+
+        Raises:
+            ArgumentError: directions instead of features.
+            MissingSAEError: no output SAE.
+            OutOfRangeError: no such feature, or a threshold outside -1..1.
+        """
+        if not -1 <= threshold <= 1:
+            raise OutOfRangeError(f"threshold is {threshold}, expected a cosine, -1 to 1.")
+        features = torch.arange(self.output_view.d_sae) if output is None else self.feature_indices(output)
+        both = self._feature_cosines(features, basis, side, against)
+        return FeatureClusters(
+            features, cluster(both.interaction, threshold, linkage), threshold, both, self.output_names
+        )
+
+    # --- without an output --------------------------------------------------------------------------------------------
+
+    @typed
+    def hosvd(self, k: int = 16) -> HOSVD:
+        """The layer's output and input directions by importance, and what the first `k` read.
+
+        Args:
+            k: output directions whose eigencircuits are computed.
+
+        Raises:
+            OutOfRangeError: `k` is not in 1..d_model.
+        """
+        d_model = self.model.cfg.d_model
+        if not 1 <= k <= d_model:
+            raise OutOfRangeError(f"k is {k}, expected 1 to {d_model} directions.")
+        output_values, output_directions = singular(output_gram(self.weights))
+        input_values, input_directions = singular(input_gram(self.weights))
+        return HOSVD(
+            output_values=output_values,
+            output_directions=output_directions,
+            input_values=input_values,
+            input_directions=input_directions,
+            layer=self.weights,
+            circuits=self.eigen(output_directions[:k].to(self.weights.W_out)),
+            outputs=self.lexicon("output"),
+            inputs=self.lexicon("input"),
+        )
+
+    @typed
+    def cp(
+        self,
+        rank: int,
+        start: BilinearLayer | int | None = None,
+        *,
+        max_sweeps: int = 200,
+        tolerance: float | int = 1e-5,
+        progress: bool = True,
+    ) -> CPDecomposition:
+        """The layer as `rank` hidden units that all outputs share; see `bilens.decompose.cp.cp_decompose`."""
+        fit = cp_decompose(self.weights, rank, start, max_sweeps=max_sweeps, tolerance=tolerance, progress=progress)
+        return replace(fit, outputs=self.lexicon("output"), inputs=self.lexicon("input"))
+
+    @typed
+    def cp_curve(
+        self, ranks: Sequence[int], *, max_sweeps: int = 200, tolerance: float | int = 1e-5, progress: bool = True
+    ) -> CPCurve:
+        """`cp` at several ranks: how the fit grows with the number of hidden units."""
+        if not ranks:
+            raise ArgumentError("ranks is empty, expected numbers of hidden units.")
+        return CPCurve([self.cp(rank, max_sweeps=max_sweeps, tolerance=tolerance, progress=progress) for rank in ranks])
 
     # --- on a text ----------------------------------------------------------------------------------------------------
 
@@ -271,10 +579,18 @@ class Decomposer:
     def _read(self, output: Output) -> Tensor:
         return read_output(output, self.model.cfg.d_model)
 
-    def _output_indices(self, output: Output) -> Int[Tensor, "n"]:
+    def output_indices(self, output: Output) -> Int[Tensor, "n"]:
         """What to call the outputs: features by their numbers, directions by their places."""
         read = self._read(output)
         return torch.arange(read[..., 0].numel()) if read.is_floating_point() else read.reshape(-1)
+
+    def every_output(self, output: Output | None) -> Output:
+        """`output` itself, or every output feature for `None`."""
+        return torch.arange(self.output_view.d_sae) if output is None else output
+
+    def output_names_of(self, output: Output) -> Sequence[str] | None:
+        """The names that `output_indices` are numbers of; `None` for directions, and where there are none."""
+        return None if self._read(output).is_floating_point() else self.output_names
 
     def feature_indices(self, output: Output) -> Int[Tensor, "n"]:
         """Output features as a tensor of their numbers.
@@ -288,11 +604,24 @@ class Decomposer:
             raise ArgumentError("these are directions; this needs output features, as integers.")
         return torch.tensor([self.check_feature(feature) for feature in read.reshape(-1).tolist()], dtype=torch.long)
 
+    def input_indices(self, inputs: Output) -> Int[Tensor, "n"]:
+        """Input features as a tensor of their numbers; raises as `feature_indices` does."""
+        read, n = self._read(inputs), self.input_view.d_sae
+        if read.is_floating_point():
+            raise ArgumentError("these are directions; this needs input features, as integers.")
+        what = "feature {} is outside the input SAE's {}"
+        return torch.tensor([check_index(feature, n, what) for feature in read.reshape(-1).tolist()], dtype=torch.long)
+
     def check_feature(self, feature: SupportsIndex) -> int:
         """An output feature's index as an int; raises `OutOfRangeError` outside the output SAE."""
         return check_index(feature, self.output_view.d_sae, "feature {} is outside the output SAE's {}")
 
-    def _input_directions(self) -> Float[Tensor, "d_sae d_model"]:
+    @property
+    def reads_layer_input(self) -> bool:
+        """Whether there is an input SAE, and on what the layer reads: then features have fixed interactions."""
+        return self._input is not None and not self._on_resid_mid(self._input)
+
+    def input_directions(self) -> Float[Tensor, "d_sae d_model"]:
         view = self.input_view
         if self._on_resid_mid(view):
             raise SAEMismatchError(
@@ -301,6 +630,28 @@ class Decomposer:
                 "`attribute`, which takes the scale of its token."
             )
         return view.decoder.to(self.weights.W_out)
+
+    def _metric(self, basis: Basis) -> Float[Tensor, "d_model d_model"] | None:
+        """`D^T D` of the input features, in float64: what makes inner products those of the feature basis."""
+        if basis == "residual":
+            return None
+        decoder = double(self.input_directions())
+        return decoder.T @ decoder
+
+    def _feature_cosines(
+        self, features: Int[Tensor, "n"], basis: Basis, side: Side, against: Side | None
+    ) -> FeatureCosines:
+        u, other = self.directions(features, side), self.directions(features, against or side)
+        return feature_cosines(self.weights, u, other, self._metric(basis))
+
+    def lexicon(self, which: Literal["input", "output"]) -> Lexicon:
+        """What directions on one side of the layer are named after: the SAE's features, or tokens without an SAE."""
+        view, names = (self._input, self.input_names) if which == "input" else (self._output, self.output_names)
+        if view is not None:
+            return Lexicon("feature", view.decoder.to(self.weights.W_out), names)
+        rows = (self.model.W_E if which == "input" else self.model.W_U.T).detach().to(self.weights.W_out)
+        strings = None if self.model.tokenizer is None else self.token_strings(torch.arange(len(rows)))
+        return Lexicon("token", rows, strings)
 
     def token_strings(self, tokens: Int[Tensor, "p"]) -> list[str]:
         """Each token as a string; its number where the model has no tokenizer."""

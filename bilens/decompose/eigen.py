@@ -1,7 +1,7 @@
 """Eigenpairs of symmetric matrices in the order and sign that a reader expects."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.errors import OutOfRangeError
@@ -26,19 +26,24 @@ def sorted_eigenpairs(
     if k is not None and not 1 <= k <= d:
         raise OutOfRangeError(f"k is {k}, expected 1 to {d} (or None for all).")
     values, columns = torch.linalg.eigh(matrix)
-    order = _by_magnitude(values)[..., :k]
+    order = by_magnitude(values)[..., :k]
     values = values.gather(-1, order)
     vectors = columns.mT.gather(-2, order[..., None].expand(*order.shape, d))
+    return values, signed(vectors)
+
+
+def signed(vectors: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    """Every vector or its opposite, whichever has its entry of largest absolute value positive."""
     largest = vectors.abs().argmax(-1, keepdim=True)
-    return values, vectors * vectors.gather(-1, largest).sign()
+    return vectors * vectors.gather(-1, largest).sign()
 
 
-def _by_magnitude(values: Float[Tensor, "*n d"]) -> Tensor:
-    """Indices by falling `|value|`, positive first among those equal up to rounding."""
+def by_magnitude(values: Float[Tensor, "*n d"], units: int = 16) -> Int[Tensor, "*n d"]:
+    """Indices by falling `|value|`, positive first among those equal up to `units` of rounding of the largest."""
     order = values.abs().argsort(-1, descending=True)
     ranked = values.gather(-1, order)
     # eigh is backward stable: each value is off by a few units of rounding of the largest one.
-    rounding = 16 * torch.finfo(values.dtype).eps * ranked[..., :1].abs()
+    rounding = units * torch.finfo(values.dtype).eps * ranked[..., :1].abs()
     gaps = ranked.abs().diff(dim=-1, prepend=ranked[..., :1].abs()).abs() > rounding
     cluster = gaps.cumsum(-1)
     return order.gather(-1, (2 * cluster + (ranked < 0)).argsort(dim=-1, stable=True))

@@ -1,0 +1,202 @@
+"""Directions to ask a layer about, and directions to ask it with.
+
+Output directions (`u` of `Q_u`: wherever a `Decomposer` method takes an `output`):
+
+- a token's logit: `unembedding`
+- what a head of a later layer reads: `through_ov`
+- what a later MLP reads (an eigenvector of its interaction matrix, a feature of its input SAE): `through_mlp_input`
+- differences and sums are plain arithmetic: `unembedding(model, "he") - unembedding(model, "she")`
+
+Input directions (rows `left` and `right` of `Decomposer.between`):
+
+- token embeddings, as they reach the layer along the direct path: `token_basis`
+- features of an earlier residual stream, or tokens, as a head moves them to a later position: `head_basis`
+
+Between a place in the residual stream and what is computed from it stands a norm, which divides by a number of each
+token. As a direction nothing changes; to get exact numbers on a token, give its `scale` (`ln1.hook_scale`,
+`ln2.hook_scale`, `ln_final.hook_scale`), or multiply the result by what is known later. Attention adds the pattern's
+weight as a second such number: token `s`, moved by head `h` to position `p`, enters the MLP of the same layer as
+
+    pattern[h, p, s] / (ln1.hook_scale[s] ln2.hook_scale[p]) * (x_s W_V W_O)
+"""
+
+from collections.abc import Sequence
+from typing import Any, SupportsIndex, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens.decompose.outputs import check_index
+from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
+from bilens.model import HookedBilinearTransformer
+from bilens.typing import typed
+
+Tokens: TypeAlias = str | SupportsIndex | Sequence[str] | Sequence[int] | Int[Tensor, "*n"]
+Scale: TypeAlias = float | int | Float[Tensor, ""] | Float[Tensor, "1"] | None
+
+
+# --- output directions ------------------------------------------------------------------------------------------------
+
+
+@typed
+@torch.no_grad()
+def unembedding(
+    model: HookedBilinearTransformer, tokens: Tokens, *, centred: bool = False, scale: Scale = None
+) -> Float[Tensor, "*n d_model"]:
+    """What the final residual stream is dotted with for the logit of each token.
+
+    Args:
+        model: the model.
+        tokens: a token or several, as strings (each must be a single token) or ids.
+        centred: less the mean over the vocabulary: what moves the log-probabilities, which do not change when every
+            logit moves alike.
+        scale: the final norm's divisor at a position (`ln_final.hook_scale`), to read in logits; `None` leaves it out.
+
+    Raises:
+        OutOfRangeError: an id outside the vocabulary.
+        TokenizationError: a string that is not one token.
+    """
+    if isinstance(tokens, str):
+        ids = torch.tensor(model.to_single_token(tokens))
+    elif isinstance(tokens, Tensor):
+        ids = tokens
+    elif isinstance(tokens, SupportsIndex):
+        ids = torch.tensor(int(tokens))
+    else:
+        ids = torch.tensor([model.to_single_token(t) if isinstance(t, str) else int(t) for t in tokens]).long()
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < model.cfg.d_vocab:
+        raise OutOfRangeError(f"tokens {tokens} are not all in the vocabulary, 0 to {model.cfg.d_vocab - 1}.")
+    rows = model.W_U.T
+    directions = rows[ids.to(rows.device)]
+    return _divided(directions - rows.mean(0) if centred else directions, scale)
+
+
+@typed
+@torch.no_grad()
+def through_ov(
+    model: HookedBilinearTransformer,
+    layer: SupportsIndex,
+    head: SupportsIndex | None,
+    u: Float[Tensor, "*n d_model"],
+    *,
+    scale: Scale = None,
+) -> Float[Tensor, "*n d_model"] | Float[Tensor, "head *n d_model"]:
+    """What a head reads of the residual stream at the source position, to write along `u` at the destination.
+
+    `(x W_V W_O) . u = x . (W_V W_O u)`: of a normalised `x`, and times the pattern's weight.
+
+    Args:
+        model: the model.
+        layer: of the head; negative counts from the end.
+        head: which; `None` gives all, in front.
+        u: directions after the head.
+        scale: the divisor of the norm before the head at the source position (`ln1.hook_scale`); `None` leaves it out.
+
+    Raises:
+        ArgumentError, OutOfRangeError: no such layer or head.
+        SAEMismatchError: directions of another width.
+    """
+    W_V, W_O = _ov(model, layer, head, u)
+    rows = u.to(W_O).reshape(-1, u.shape[-1])
+    return _divided((rows @ W_O.mT) @ W_V.mT, scale).reshape(*W_V.shape[:-2], *u.shape)
+
+
+@typed
+def through_mlp_input(
+    model: HookedBilinearTransformer, layer: SupportsIndex, v: Float[Tensor, "*n d_model"], *, scale: Scale = None
+) -> Float[Tensor, "*n d_model"]:
+    """What the residual stream before a layer's MLP is dotted with, to read `v` of the MLP's input.
+
+    The norm between them divides by a number of each token, so this is `v` itself, over that number where it is given:
+    an eigenvector of a later layer is an output direction of an earlier one as it is.
+
+    Args:
+        model: the model.
+        layer: of the MLP; negative counts from the end.
+        v: directions in its input, such as `decomposer.eigen(feature).vectors`.
+        scale: the norm's divisor at a position (`ln2.hook_scale`); `None` leaves it out.
+
+    Raises:
+        ArgumentError, OutOfRangeError: no such layer.
+        SAEMismatchError: directions of another width.
+    """
+    _check_layer(model, layer)
+    _check_width(model, v)
+    return _divided(v, scale)
+
+
+# --- input directions -------------------------------------------------------------------------------------------------
+
+
+@typed
+@torch.no_grad()
+def token_basis(model: HookedBilinearTransformer, normalised: bool = True) -> Float[Tensor, "d_vocab d_model"]:
+    """The token embeddings as input directions: what reaches a layer along the direct path.
+
+    Args:
+        model: the model.
+        normalised: each as the norm makes it alone, without what attention and MLPs add to the stream. Of a model
+            without normalisation the embeddings are what they are.
+    """
+    W_E = model.W_E
+    return model.ln_final(W_E[None])[0] if normalised and model.cfg.normalization_type is not None else W_E.clone()
+
+
+@typed
+@torch.no_grad()
+def head_basis(
+    model: HookedBilinearTransformer,
+    layer: SupportsIndex,
+    head: SupportsIndex,
+    directions: Float[Tensor, "n d_model"],
+) -> Float[Tensor, "n d_model"]:
+    """Directions of the residual stream at a source position as a head adds them at the destination: `d_i W_V W_O`.
+
+    With the decoder of an earlier residual-stream SAE these are its features seen from later positions ("virtual"
+    interactions); with `token_basis`, earlier tokens (trigrams). Times the pattern's weight, over the norms' divisors.
+
+    Args:
+        model: the model.
+        layer: of the head; negative counts from the end.
+        head: which.
+        directions: in the residual stream before the head.
+
+    Raises:
+        ArgumentError, OutOfRangeError: no such layer or head.
+        SAEMismatchError: directions of another width.
+    """
+    W_V, W_O = _ov(model, layer, head, directions)
+    return (directions.to(W_V) @ W_V) @ W_O
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _ov(model: HookedBilinearTransformer, layer: Any, head: Any, directions: Tensor) -> tuple[Tensor, Tensor]:
+    layer = _check_layer(model, layer)
+    _check_width(model, directions)
+    attn = model.blocks[layer].attn
+    if head is None:
+        return attn.W_V, attn.W_O
+    head = check_index(head, model.cfg.n_heads, f"head {{}} is outside layer {layer}'s {{}} heads")
+    return attn.W_V[head], attn.W_O[head]
+
+
+def _check_layer(model: HookedBilinearTransformer, layer: Any) -> int:
+    return check_index(layer, model.cfg.n_layers, "layer {} is outside the model's {} layers", negative=True)
+
+
+def _check_width(model: HookedBilinearTransformer, directions: Tensor) -> None:
+    if directions.shape[-1] != model.cfg.d_model:
+        raise SAEMismatchError(
+            f"directions of shape {tuple(directions.shape)}: the residual stream has {model.cfg.d_model} dimensions."
+        )
+
+
+def _divided(directions: Tensor, scale: Any) -> Tensor:
+    if scale is None:
+        return directions
+    if not (torch.as_tensor(scale) > 0).all():
+        raise ArgumentError(f"scale is {scale}, expected a norm's divisor, above zero.")
+    return directions / scale

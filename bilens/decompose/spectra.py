@@ -1,0 +1,164 @@
+"""The spectra of a whole layer's outputs in numbers: what is low-rank, what is large, what is an interaction of two.
+
+For each output's interaction matrix Q, in the residual basis and (with an input SAE) in the feature basis D Q D^T:
+
+    values          the k eigenvalues of largest absolute value, by the fast sweep (`eigensweep`)
+    share           sum of their squares / ||Q||_F^2: how much of Q they are
+    effective rank  (sum |l|)^2 / sum l^2, over all eigenvalues; between 1 and d_model
+    trace           sum l
+    cross share     sum over i != j of (D Q D^T)_ij^2 / ||D Q D^T||_F^2: how much of it joins two different features
+
+Norms, traces and shares come from the factors; only the effective rank needs every eigenvalue, so it is asked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens.decompose.decomposer import Decomposer, Side
+from bilens.decompose.eigensweep import EigenSweep, Method, top_eigenpairs
+from bilens.decompose.inner import double, norms
+from bilens.decompose.outputs import Output
+from bilens.decompose.tensors import BilinearLayer, hidden_coefficients, interaction_matrix
+from bilens.display import Tabular
+from bilens.errors import ArgumentError, nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Criterion = Literal["share", "norm", "trace", "cross_share", "effective_rank", "eigenvalue_1"]
+BLOCK = 2**26  # numbers held at a time where every Q is formed, or every diagonal
+
+
+@dataclass(frozen=True)
+class Spectra(Tabular):
+    """Spectra of `n` outputs; see the module for what the numbers are.
+
+    Attributes:
+        outputs: output features, or 0..n-1 for directions.
+        eigen: the leading eigenpairs, with how each is certified.
+        cross_share: `None` without an input SAE on what the layer reads.
+        effective_rank: `None` where it was not asked for.
+    """
+
+    outputs: Int[Tensor, "n"]
+    eigen: EigenSweep
+    cross_share: Float[Tensor, "n"] | None = field(default=None, repr=False)
+    effective_rank: Float[Tensor, "n"] | None = field(default=None, repr=False)
+    names: Sequence[str] | None = field(default=None, repr=False)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per output: `output, name`, the columns of `EigenSweep`, `cross_share, effective_rank`."""
+        frame = self.eigen.to_frame()
+        frame["output"] = self.outputs.tolist()
+        frame.insert(1, "name", [self.names[i] if self.names else str(i) for i in self.outputs.tolist()])
+        for column in ("cross_share", "effective_rank"):
+            values = getattr(self, column)
+            if values is not None:
+                frame[column] = values.tolist()
+        return frame
+
+    def ranked(self, by: Criterion = "share", *, ascending: bool = False) -> "pd.DataFrame":
+        """The table in the order of one column, by falling absolute value.
+
+        Args:
+            by: such as `"share"` (the most low-rank first), `"cross_share"`, `"norm"`.
+            ascending: the other way round.
+
+        Raises:
+            ArgumentError: no such column, or one that was not computed.
+        """
+        frame = self.to_frame()
+        if by not in frame or by not in get_args(Criterion):
+            there = [name for name in get_args(Criterion) if name in frame]
+            raise ArgumentError(f"there is no {by!r} to rank by; there are {', '.join(there)}." + nearest(by, there))
+        return frame.sort_values(by, key=abs, ascending=ascending, ignore_index=True)
+
+    def plot(self) -> "go.Figure":
+        """How much the leading eigenpairs are of each interaction matrix, against how large it is."""
+        from bilens.viz.plots import scatter
+
+        k = self.eigen.values.shape[1]
+        labels = [self.names[i] if self.names else str(i) for i in self.outputs.tolist()]
+        norms_, shares = self.eigen.norms.tolist(), self.eigen.shares.tolist()
+        return scatter(norms_, shares, labels, x_title="Frobenius norm", y_title=f"share of {k} eigenpairs")
+
+    def __str__(self) -> str:
+        return f"{self.eigen!r}\n{self.ranked().head(10).to_string(index=False)}"
+
+
+def spectra(
+    decomposer: Decomposer,
+    output: Output | None = None,
+    k: int = 2,
+    side: Side = "encoder",
+    *,
+    full: bool = False,
+    memory: int = 2**30,
+    method: Method = "auto",
+    progress: bool = True,
+) -> Spectra:
+    """Spectra of a layer's outputs, all output features at once by default.
+
+    Args:
+        decomposer: of the layer.
+        output: features or directions; `None` is every output feature.
+        k: leading eigenpairs of each.
+        side: the encoder or decoder direction of features.
+        full: also the effective rank, from all eigenvalues of every output: the cost of forming and solving each `Q`.
+        memory: bytes to use besides the layer and the result.
+        method: how the leading pairs are found; see `top_eigenpairs`.
+        progress: show a bar.
+
+    Raises:
+        MissingSAEError: features, or all of them, without an output SAE.
+        OutOfRangeError: no such feature, or `k` is not in 1..d_model.
+    """
+    if output is None:
+        output = torch.arange(decomposer.output_view.d_sae)
+    u = torch.atleast_2d(decomposer.directions(output, side))
+    eigen = top_eigenpairs(decomposer.weights, u, k, memory=memory, method=method, progress=progress)
+    inputs = decomposer.input_directions() if decomposer.reads_layer_input else None
+    return Spectra(
+        outputs=decomposer.output_indices(output),
+        eigen=eigen,
+        cross_share=None if inputs is None else cross_shares(decomposer.weights, u, inputs),
+        effective_rank=effective_ranks(decomposer.weights, u) if full else None,
+        names=decomposer.output_names_of(output),
+    )
+
+
+@torch.no_grad()
+def cross_shares(
+    layer: BilinearLayer, u: Float[Tensor, "n d_model"], directions: Float[Tensor, "d_sae d_model"]
+) -> Float[Tensor, "n"]:
+    """Share of `||D Q_u D^T||_F^2` off the diagonal, in float64; 0 where there is nothing.
+
+    The whole comes from the factors and `D^T D`; the diagonal is `sum_m c_m (l_m . d_i) (r_m . d_i)`, one product for
+    all outputs.
+    """
+    wide = double(directions)
+    whole = norms(layer, u, wide.T @ wide) ** 2
+    c = double(hidden_coefficients(layer, u))
+    own = torch.zeros_like(whole)
+    for rows in wide.split(max(1, BLOCK // max(c.shape))):
+        products = (rows @ double(layer.W_gate)) * (rows @ double(layer.W_in))
+        own += (c @ products.T).square().sum(-1)
+    return torch.where(whole > 0, 1 - own / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0.0).clamp(0, 1)
+
+
+@torch.no_grad()
+def effective_ranks(layer: BilinearLayer, u: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
+    """`(sum |l|)^2 / sum l^2` of every `Q_u`, from all its eigenvalues; 0 for a zero matrix."""
+    parts = []
+    for rows in u.split(max(1, BLOCK // u.shape[1] ** 2)):
+        values = torch.linalg.eigvalsh(interaction_matrix(layer, rows)).double()
+        squares = (values**2).sum(-1)
+        ranks = values.abs().sum(-1) ** 2 / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+        parts.append(torch.where(squares > 0, ranks, 0.0))
+    return torch.cat(parts)

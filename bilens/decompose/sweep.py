@@ -1,0 +1,225 @@
+"""A whole model's spectra, written to a folder: what `bilens sweep` does.
+
+    1. a sweep is known by a fingerprint of the model, its SAEs and the settings; a folder of another one is refused
+    2. every layer's output features in blocks of 512, shared among the processes of `torchrun` (block b is process
+       b mod N's); each block is a file, so that a run that was stopped goes on with the blocks that are missing
+    3. process 0 puts a layer's blocks together into one file and deletes them
+
+The same blocks are computed the same way by however many processes, so N of them write the file that one writes.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bilens import parallel
+from bilens.decompose.decomposer import Decomposer, Side
+from bilens.decompose.eigensweep import EigenSweep, Method
+from bilens.decompose.spectra import Spectra, spectra
+from bilens.display import Tabular
+from bilens.errors import CheckpointError, MissingSAEError, OutOfRangeError
+from bilens.files import write_atomically
+from bilens.fingerprint import fingerprint, model_fingerprint, sae_fingerprint
+from bilens.loading import read_config, read_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MANIFEST = "sweep.json"
+BLOCK = 512  # output features
+TENSORS = ("values", "vectors", "errors", "residuals", "norms", "traces", "status", "steps")
+OPTIONAL = ("cross_share", "effective_rank")
+
+
+@dataclass(frozen=True)
+class Sweep(Tabular):
+    """The spectra of every layer that was swept, read from the folder as they are asked for.
+
+    Attributes:
+        folder: where they are.
+        facts: the manifest: fingerprint and settings.
+        names: labels of each layer's output features, for tables.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+    names: Mapping[int, Sequence[str]] | None = None
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], names: Mapping[int, Sequence[str]] | None = None) -> "Sweep":
+        """Open a folder that `sweep` wrote.
+
+        Raises:
+            CheckpointError: no sweep there, or a damaged one.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise CheckpointError(f"{folder} holds no sweep: there is no {MANIFEST}. `bilens sweep` writes one.")
+        return cls(Path(folder), read_config(path), names)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are finished."""
+        return sorted(int(layer) for layer in self.facts["layers"] if _layer_file(self.folder, int(layer)).is_file())
+
+    def __getitem__(self, layer: int) -> Spectra:
+        """One layer's spectra."""
+        if layer not in self.layers:
+            raise OutOfRangeError(f"layer {layer} is not in {self.folder}; there are {self.layers}.")
+        tensors = read_tensors(_layer_file(self.folder, layer))
+        eigen = EigenSweep(**{name: tensors[name] for name in TENSORS}, method=self.facts["method"])
+        return Spectra(
+            outputs=torch.arange(len(eigen.values)),
+            eigen=eigen,
+            **{name: tensors.get(name) for name in OPTIONAL},
+            names=None if self.names is None else self.names.get(layer),
+        )
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per layer and output feature: `layer`, then the columns of `Spectra`."""
+        import pandas as pd
+
+        frames = []
+        for layer in self.layers:
+            frame = self[layer].to_frame()
+            frame.insert(0, "layer", layer)
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    def __str__(self) -> str:
+        frame = self.to_frame()
+        if frame.empty:
+            return f"{self.folder}: no layer is finished."
+        columns = [name for name in ("share", "norm", "cross_share", "effective_rank") if name in frame]
+        return f"{self.folder}: medians over output features\n{frame.groupby('layer')[columns].median().round(4)}"
+
+
+def sweep(
+    decomposers: Sequence[Decomposer],
+    out: str | os.PathLike[str],
+    *,
+    k: int = 2,
+    side: Side = "encoder",
+    full: bool = False,
+    method: Method = "auto",
+    memory: int = 2**30,
+) -> Sweep:
+    """Spectra of all output features of several layers, into a folder; run again, it goes on where it stopped.
+
+    Args:
+        decomposers: one per layer, of one model.
+        out: the folder.
+        k: leading eigenpairs of every feature.
+        side: the encoder or decoder direction.
+        full: also effective ranks; see `spectra`.
+        method: see `top_eigenpairs`; what `"auto"` chooses for the first block holds for all.
+        memory: bytes to use besides the layer and the result.
+
+    Raises:
+        MissingSAEError: a layer without an output SAE.
+        CheckpointError: the folder holds the sweep of another model, other SAEs or settings.
+    """
+    if not decomposers:
+        raise MissingSAEError("there are no layers to sweep; give the Decomposer of at least one.")
+    folder = Path(out)
+    blocks = {d.layer: torch.arange(d.output_view.d_sae).split(BLOCK) for d in decomposers}
+    with parallel.processes():
+        facts = _agree(decomposers, folder, {"k": k, "side": side, "full": full}, method, memory)
+        todo = [
+            (decomposer, number, block)
+            for decomposer in decomposers
+            if not _layer_file(folder, decomposer.layer).is_file()
+            for number, block in enumerate(blocks[decomposer.layer])
+            if not _block_file(folder, decomposer.layer, number).is_file()
+        ]
+        bar = tqdm(
+            total=sum(len(block) for *_, block in todo), unit="output", desc="sweep", disable=not parallel.is_main()
+        )
+        for place, (decomposer, number, block) in enumerate(todo):
+            if place % parallel.world_size() == parallel.rank():
+                found = spectra(
+                    decomposer, block, k, side, full=full, memory=memory, method=facts["solver"], progress=False
+                )
+                _write(_block_file(folder, decomposer.layer, number), found)
+            bar.update(len(block))
+        bar.close()
+        parallel.barrier()
+        if parallel.is_main():
+            for layer, parts in blocks.items():
+                _put_together(folder, layer, len(parts))
+        parallel.barrier()
+    return Sweep(folder, facts)
+
+
+def _agree(
+    decomposers: Sequence[Decomposer], folder: Path, settings: dict[str, Any], method: Method, memory: int
+) -> dict[str, Any]:
+    """The manifest: written by process 0, or found there and compared."""
+    identity = {
+        "fingerprint": fingerprint(
+            {},
+            {"model": model_fingerprint(decomposers[0].model)}
+            | {f"output {d.layer}": sae_fingerprint(d.output_sae) for d in decomposers}
+            | {f"input {d.layer}": sae_fingerprint(d.input_sae) if d.input_sae else None for d in decomposers},
+        ),
+        "model": decomposers[0].model.cfg.model_name,
+        "layers": [d.layer for d in decomposers],
+    } | settings
+    path = folder / MANIFEST
+    if parallel.is_main() and not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        first = spectra(
+            decomposers[0],
+            torch.arange(1),
+            settings["k"],
+            settings["side"],
+            memory=memory,
+            method=method,
+            progress=False,
+        )
+        # What "auto" chose is measured, so it may differ between processes and days: it is chosen once.
+        solver = method if method != "auto" else first.eigen.method.split(",")[0].split(";")[0]
+        facts = identity | {"solver": solver, "method": first.eigen.method}
+        write_atomically(path, lambda beside: beside.write_text(json.dumps(facts, indent=1)))
+    parallel.barrier()
+    found = read_config(path)
+    differ = {key: (found.get(key), here) for key, here in identity.items() if found.get(key) != here}
+    if differ:
+        raise CheckpointError(
+            f"{folder} holds another sweep; (there, here): {differ}. Use another folder, or delete it."
+        )
+    return found
+
+
+def _write(path: Path, found: Spectra) -> None:
+    tensors = {name: getattr(found.eigen, name) for name in TENSORS}
+    tensors |= {name: value for name in OPTIONAL if (value := getattr(found, name)) is not None}
+    stored: dict[str, Tensor] = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda beside: save_file(stored, beside))
+
+
+def _put_together(folder: Path, layer: int, n_blocks: int) -> None:
+    path = _layer_file(folder, layer)
+    files = [_block_file(folder, layer, number) for number in range(n_blocks)]
+    if not path.is_file():
+        parts = [read_tensors(file) for file in files]
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        write_atomically(path, lambda beside: save_file(whole, beside))
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def _layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer}.safetensors"
+
+
+def _block_file(folder: Path, layer: int, number: int) -> Path:
+    return folder / f".layer-{layer}-{number}.safetensors"
