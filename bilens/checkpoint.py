@@ -26,14 +26,14 @@ def save_checkpoint(
 
     Args:
         path: of the file; its folder must exist.
-        weights: the parameters by name.
+        weights: the parameters by name, and what other tensors change in training.
         optimizer: of Adam's kind: its state is tensors by parameter.
         facts: step, configuration, history, ...
     """
     tensors = {}
     for name, weight in weights.items():
         tensors[f"{WEIGHT}:{name}"] = weight.detach()
-        tensors |= {f"{key}:{name}": value for key, value in optimizer.state[weight].items()}
+        tensors |= {f"{key}:{name}": value for key, value in optimizer.state.get(weight, {}).items()}
     # A copy where a tensor is a view of another's memory: safetensors refuses shared storage.
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {key: json.dumps(value) for key, value in facts.items()}

@@ -101,6 +101,7 @@ def train_sae(
     seed: int = 0,
 ) -> None:
     """Train SAEs or transcoders with SAELens, all hooks from one pass over the model."""
+    from bilens import parallel
     from bilens.loading import load_model
     from bilens.sae.training import SAETrainConfig, train_saes
 
@@ -119,10 +120,12 @@ def train_sae(
     )
     pairs = [name.partition(":") for name in hook or []]
     hooks = [(read, write) if write else read for read, _, write in pairs] or None
-    trained = train_saes(
-        load_model(model), data, out, config, hooks=hooks, column=column, split=split, streaming=streaming
-    )
-    typer.echo(f"{len(trained)} SAEs written to {out}: {', '.join(trained)}")
+    with parallel.processes():
+        trained = train_saes(
+            load_model(model), data, out, config, hooks=hooks, column=column, split=split, streaming=streaming
+        )
+        if parallel.is_main():
+            typer.echo(f"{len(trained)} SAEs written to {out}: {', '.join(trained)}")
 
 
 @app.command("finetune-sae")
@@ -181,9 +184,9 @@ def sweep(
     memory: Annotated[float, typer.Option(help="GB to use besides the model.")] = 1.0,
 ) -> None:
     """Spectra of all output features of a whole model; under torchrun, its processes share the work."""
+    from bilens.decompose.sweep import sweep as write
     from bilens.loading import load_model
     from bilens.reporting import layer_decomposers
-    from bilens.decompose.sweep import sweep as write
 
     loaded = load_model(model)
     decomposers = layer_decomposers(loaded, layer, saes, expansion, sparsity)

@@ -1,7 +1,7 @@
 """Texts through `datasets`, a WordPiece tokenizer through `tokenizers`, and packing into full contexts."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,28 +28,7 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", column: str
         TrainingError: no such file, one that cannot be read, no such column, or a column of something else than text.
         EmptyTextError: nothing but empty texts, or nothing at all.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    path = Path(source).expanduser()
-    suffixes = [s for s in path.suffixes if s not in (".gz", ".zst", ".xz")]
-    kind = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}.get(
-        suffixes[-1] if suffixes else ""
-    )
-    if path.exists() and kind is not None:
-        options = {"sample_by": "paragraph"} if kind == "text" else {}
-        try:
-            data = load_dataset(kind, data_files=str(path.resolve()), split="train", **options)
-        except StopIteration as error:  # datasets' answer to a file without a row
-            raise EmptyTextError(f"{source}: the file is empty.") from error
-        except DatasetGenerationError as error:
-            raise TrainingError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
-    elif kind is not None:
-        raise TrainingError(f"no file {path} (in {Path.cwd()}).")
-    elif path.exists():
-        raise TrainingError(f"{path}: a data file must end in .jsonl, .json, .txt or .parquet (.gz may follow).")
-    else:
-        data = load_dataset(str(source), split=split)
+    data = open_dataset(source, split)
     if column not in data.column_names:
         raise TrainingError(f"{source} has no column {column!r}; it has {data.column_names}.")
     other = next((text for text in data[column] if not isinstance(text, str | None)), None)
@@ -59,6 +38,76 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", column: str
     if not texts:
         raise EmptyTextError(f"{source}: every text is empty.")
     return texts
+
+
+def open_dataset(source: str | os.PathLike[str], split: str = "train", *, streaming: bool = False) -> Any:
+    """A file or a hub dataset as `datasets` gives it: a `Dataset`, or with `streaming` an `IterableDataset`.
+
+    Args:
+        source, split: as for `load_texts`.
+        streaming: read it piece by piece; what cannot be read shows when the stream comes to it.
+
+    Raises:
+        TrainingError: no such file, one of no known kind, or one that cannot be read.
+        EmptyTextError: a file without a row.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    path, kind = Path(source).expanduser(), _kind(source)
+    if path.exists() and kind is not None:
+        options = {"sample_by": "paragraph"} if kind == "text" else {}
+        try:
+            return load_dataset(kind, data_files=str(path.resolve()), split="train", streaming=streaming, **options)
+        except StopIteration as error:  # datasets' answer to a file without a row
+            raise EmptyTextError(f"{source}: the file is empty.") from error
+        except DatasetGenerationError as error:
+            raise TrainingError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
+        except (OSError, ValueError) as error:  # of the format's reader, where nothing is generated first
+            raise TrainingError(f"{source} cannot be read as {kind}: {error}") from error
+    if kind is not None:
+        raise TrainingError(f"no file {path} (in {Path.cwd()}).")
+    if path.exists():
+        raise TrainingError(f"{path}: a data file must end in .jsonl, .json, .txt or .parquet (.gz may follow).")
+    return load_dataset(str(source), split=split, streaming=streaming)
+
+
+def stream_texts(source: str | os.PathLike[str], split: str = "train", column: str = "text") -> Iterator[str]:
+    """The texts of `load_texts`, in its order, one after another: nothing is kept in memory or in a cache.
+
+    Args:
+        source, split, column: as for `load_texts`.
+
+    Raises:
+        TrainingError: as `load_texts` does; what cannot be read shows when the stream comes to it.
+        EmptyTextError: nothing but empty texts, or nothing at all.
+    """
+    rows = iter(open_dataset(source, split, streaming=True))
+    empty = True
+    while True:
+        try:
+            row = next(rows, None)
+        except (OSError, ValueError) as error:  # what the readers of the formats raise
+            raise TrainingError(f"{source} cannot be read as {_kind(source) or 'a dataset'}: {error}") from error
+        if row is None:
+            break
+        if column not in row:
+            raise TrainingError(f"{source} has no column {column!r}; it has {list(row)}.")
+        text = row[column]
+        if not isinstance(text, str | None):
+            raise TrainingError(f"{source}: column {column!r} holds {text!r}, expected text.")
+        if text and text.strip():
+            empty = False
+            yield text
+    if empty:
+        raise EmptyTextError(f"{source}: every text is empty.")
+
+
+def _kind(source: str | os.PathLike[str]) -> str | None:
+    """What `datasets` calls a data file of this name; `None` for anything else."""
+    suffixes = [s for s in Path(source).suffixes if s not in (".gz", ".zst", ".xz")]
+    kinds = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+    return kinds.get(suffixes[-1] if suffixes else "")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, n_ctx: int = 256) -> Any:

@@ -5,13 +5,17 @@ from bilens.sae.examples import Example, FeatureActivations, FeatureSummary, fea
 from bilens.sae.finetuning import FinetuneConfig, finetune_saes
 from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae
 from bilens.sae.pushing import push_saes
-from bilens.sae.scope import ScopeSAE, ScopeSAEConfig
+from bilens.sae.scope import ScopeSAE, ScopeSAEConfig, ScopeTrainingSAE, ScopeTrainingSAEConfig
+from bilens.sae.store import FeatureRecord, FeatureStore, FeatureStoreConfig, build_feature_store
 from bilens.sae.training import SAETrainConfig, train_saes
 from bilens.sae.view import SAEView
 
 __all__ = [
     "Example",
     "FeatureActivations",
+    "FeatureRecord",
+    "FeatureStore",
+    "FeatureStoreConfig",
     "FeatureSummary",
     "FinetuneConfig",
     "SAEEntry",
@@ -22,6 +26,9 @@ __all__ = [
     "SAEView",
     "ScopeSAE",
     "ScopeSAEConfig",
+    "ScopeTrainingSAE",
+    "ScopeTrainingSAEConfig",
+    "build_feature_store",
     "evaluate_saes",
     "feature_activations",
     "finetune_saes",

@@ -1,6 +1,7 @@
 """SAEs in: published repositories (`<model>-scope`), SAELens folders, and those bundled with bilens.
 
-A source holds one folder per SAE, named `{layer}-{point}-x{expansion}-k{k}[-{tag}]`, in one of two formats:
+A source holds one folder per SAE, named `{layer}-{point}-x{expansion}-k{k}[-{tag}]` (without `-k{k}` where the SAE has
+none; the point of a hook that has no published name is the rest of the hook's), in one of two formats:
 
     published    config.json + model.safetensors        read as a `ScopeSAE`
     saelens      cfg.json + sae_weights.safetensors     read by `SAE.load_from_disk`
@@ -53,7 +54,8 @@ FORMATS = {
     "published": (CONFIG_FILE, WEIGHTS_FILE),
     "saelens": (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME),
 }
-FOLDER_NAME = re.compile(rf"(\d+)-({'|'.join(POINT_TO_HOOK)})-x(\d+)-k(\d+)(?:-([\w.+-]+))?")
+OTHER_POINT = r"(?:\w+\.)*hook_\w+"
+FOLDER_NAME = re.compile(rf"(\d+)-({'|'.join(POINT_TO_HOOK)}|{OTHER_POINT})-x(\d+)(?:-k(\d+))?(?:-([\w.+-]+))?")
 EXPECTED = "expected the name {layer}-{point}-x{expansion}-k{k}[-{tag}], and in it " + " or ".join(
     f"{config} + {weights}" for config, weights in FORMATS.values()
 )
@@ -62,9 +64,13 @@ EXPECTED = "expected the name {layer}-{point}-x{expansion}-k{k}[-{tag}], and in 
 def hook_of(point: str, layer: int) -> str:
     """The TransformerLens hook of a published point: `("mlp-in", 3)` is `blocks.3.ln2.hook_normalized`.
 
+    Any other hook of a block is its own point: `("mlp.hook_post", 3)` is `blocks.3.mlp.hook_post`.
+
     Raises:
         SAEMismatchError: no such point (with the nearest).
     """
+    if re.fullmatch(OTHER_POINT, point):
+        return f"blocks.{layer}.{point}"
     if point not in POINT_TO_HOOK:
         raise SAEMismatchError(
             f"point {point!r} is not one of {', '.join(POINT_TO_HOOK)}." + nearest(point, POINT_TO_HOOK)
@@ -88,20 +94,21 @@ def point_of(hook_name: str) -> tuple[str, int]:
     return HOOK_TO_POINT[match[2]], int(match[1])
 
 
-def folder_name(point: str, layer: int, expansion: int, k: int, tag: str | None = None) -> str:
-    """What the folder of an SAE is called: `3-mlp-in-x4-k30`, or `3-mlp-in-x4-k30-tag`."""
-    return f"{layer}-{point}-x{expansion}-k{k}" + (f"-{tag}" if tag else "")
+def folder_name(point: str, layer: int, expansion: int, k: int | None, tag: str | None = None) -> str:
+    """What the folder of an SAE is called: `3-mlp-in-x4-k30`, or `3-mlp-in-x4-k30-tag`; without a k, `3-mlp-in-x4`."""
+    parts = (f"{layer}-{point}-x{expansion}", None if k is None else f"k{k}", tag)
+    return "-".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
 class SAEEntry:
-    """One SAE of a source, by its folder's name; `format` is `published` or `saelens`."""
+    """One SAE of a source, by its folder's name; `k` is `None` where it has none, `format` `published` or `saelens`."""
 
     folder: str
     point: str
     layer: int
     expansion: int
-    k: int
+    k: int | None
     tag: str | None
     hook_name: str
     format: str
@@ -231,8 +238,8 @@ def _entries(source: str | os.PathLike[str], pattern: str, hub: HubOptions) -> S
     """The SAEs whose folders' names match a glob pattern."""
     root = _root(source, [f"{pattern}/{config}" for config, _ in FORMATS.values()], hub)
     entries = [entry for folder in root.glob(pattern) if (entry := _read_entry(folder))]
-    points = list(POINT_TO_HOOK)
-    return SAEList(sorted(entries, key=lambda e: (e.layer, points.index(e.point), e.expansion, e.k, e.folder)))
+    points = [*POINT_TO_HOOK, *sorted({e.point for e in entries} - set(POINT_TO_HOOK))]
+    return SAEList(sorted(entries, key=lambda e: (e.layer, points.index(e.point), e.expansion, e.k or 0, e.folder)))
 
 
 def _read_entry(folder: Path) -> SAEEntry | None:
@@ -243,7 +250,7 @@ def _read_entry(folder: Path) -> SAEEntry | None:
         return None
     layer, point, expansion, k, tag = match.groups()
     hook = hook_of(point, int(layer))
-    return SAEEntry(folder.name, point, int(layer), int(expansion), int(k), tag, hook, formats[0])
+    return SAEEntry(folder.name, point, int(layer), int(expansion), int(k) if k else None, tag, hook, formats[0])
 
 
 def _select(
