@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from bilens.attribute import Circuit
     from bilens.config import BilinearTransformerConfig
     from bilens.decompose import Decomposer
     from bilens.errors import BilensError
@@ -17,17 +18,31 @@ if TYPE_CHECKING:
     from bilens.loading import list_models, load_model
     from bilens.model import HookedBilinearTransformer
     from bilens.reporting import report
-    from bilens.sae import evaluate_saes, finetune_saes, list_saes, load_sae, push_saes, train_saes
+    from bilens.sae import (
+        FeatureStore,
+        build_feature_store,
+        evaluate_saes,
+        finetune_saes,
+        list_saes,
+        load_sae,
+        push_saes,
+        train_saes,
+    )
     from bilens.training import TrainConfig, train_lm
+    from bilens.viz.dashboard import FeatureDashboard
 
 _HOME = {
     "BilensError": "bilens.errors",
     "BilinearConfig": "bilens.hf",
     "BilinearForCausalLM": "bilens.hf",
     "BilinearTransformerConfig": "bilens.config",
+    "Circuit": "bilens.attribute",
     "Decomposer": "bilens.decompose",
+    "FeatureDashboard": "bilens.viz.dashboard",
+    "FeatureStore": "bilens.sae",
     "HookedBilinearTransformer": "bilens.model",
     "TrainConfig": "bilens.training",
+    "build_feature_store": "bilens.sae",
     "evaluate_saes": "bilens.sae",
     "finetune_saes": "bilens.sae",
     "list_models": "bilens.loading",
@@ -45,10 +60,14 @@ __all__ = [
     "BilinearConfig",
     "BilinearForCausalLM",
     "BilinearTransformerConfig",
+    "Circuit",
     "Decomposer",
+    "FeatureDashboard",
+    "FeatureStore",
     "HookedBilinearTransformer",
     "TrainConfig",
     "__version__",
+    "build_feature_store",
     "evaluate_saes",
     "finetune_saes",
     "list_models",

@@ -332,6 +332,7 @@ class Decomposer:
         side: Side = "encoder",
         *,
         activations: Float[Tensor, "d_sae"] | None = None,
+        together: Float[Tensor, "d_sae d_sae"] | None = None,
         fence: float = 1.5,
         progress: bool = True,
     ) -> Motifs:
@@ -343,13 +344,22 @@ class Decomposer:
             n: how many, over all outputs.
             side: as for `interaction`.
             activations: typical activation of each input feature, such as `typical_activations` of `motifs`.
+            together: only pairs where this is not zero, such as `bilens.decompose.topn.cofiring`.
             fence: as for `sparsity`.
             progress: show a bar.
         """
         output = self.every_output(output)
         u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
         found = find_motifs(
-            self.weights, u, inputs, n, kind=kind, activations=activations, fence=fence, progress=progress
+            self.weights,
+            u,
+            inputs,
+            n,
+            kind=kind,
+            activations=activations,
+            together=together,
+            fence=fence,
+            progress=progress,
         )
         names = {"input_names": self.input_names, "output_names": self.output_names_of(output)}
         return replace(found, outputs=self.output_indices(output)[found.outputs.cpu()], **names)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from bilens.decompose.cost import estimate
 from bilens.decompose.eigen import by_magnitude, signed, sorted_eigenpairs
-from bilens.decompose.lanczos import TIED_UNITS, InteractionOperator, Leading, leading_eigenpairs
+from bilens.decompose.lanczos import InteractionOperator, Leading, leading_eigenpairs, tied_units
 from bilens.decompose.tensors import BilinearLayer, hidden_coefficients
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError, nearest
@@ -44,7 +44,7 @@ class EigenSweep(Tabular):
     """The leading eigenpairs of `n` interaction matrices.
 
     Attributes:
-        values: by falling absolute value, the positive one first among those equal up to rounding.
+        values: by falling absolute value, the positive one first among those as large up to their errors.
         vectors: unit eigenvectors as rows, largest entry positive.
         errors: estimated absolute error of each value.
         residuals: `||Q v - lambda v||`.
@@ -117,7 +117,7 @@ def top_eigenpairs(
     outputs: Float[Tensor, "n d_model"],
     k: int = 2,
     *,
-    tolerance: float = 3e-5,
+    tolerance: float = 1e-4,
     memory: int = 2**30,
     method: Method = "auto",
     seed: int = 0,
@@ -129,7 +129,7 @@ def top_eigenpairs(
         layer: its weights; the results have their dtype and device.
         outputs: directions.
         k: small against d_model for Lanczos to pay; all `d_model` for whole spectra (`method="dense"`).
-        tolerance: estimated relative error of the eigenvalues; the estimate is a cautious one. Ignored by `"dense"`.
+        tolerance: relative error of the eigenvalues, as estimated, which is cautiously. Ignored by `"dense"`.
         memory: bytes to use besides the layer and the result.
         method: `"lanczos"` never forms a `Q`; `"dense"` forms and solves all; `"auto"` takes what is faster here.
         seed: of the start vectors. Same seed and method, same result, whatever the other outputs, to the tolerance.
@@ -165,7 +165,7 @@ def top_eigenpairs(
             else:
                 found = Leading.empty(len(c), k, u)
             _solve_whole(layer, operator, c, found, memory)
-            _put_in_order(found, scale)
+            _put_in_order(found, scale, tolerance)
             for name, values in vars(found).items():
                 getattr(result, name)[rows] = values
             bar.update(len(c))
@@ -215,7 +215,7 @@ def _check_arguments(outputs: Tensor, d_model: int, k: int, tolerance: float, me
     if not 1 <= k <= d_model:
         raise OutOfRangeError(f"k is {k}, expected 1 to {d_model}.")
     if not 0 < tolerance < 1:
-        raise ArgumentError(f"tolerance is {tolerance}, expected a relative error between 0 and 1, such as 3e-5.")
+        raise ArgumentError(f"tolerance is {tolerance}, expected a relative error between 0 and 1, such as 1e-4.")
     methods = get_args(Method)
     if method not in methods:
         expected = ", ".join(map(repr, methods))
@@ -263,9 +263,9 @@ def _solve_whole(
         found.residuals[rows], found.errors[rows] = residuals, residuals
 
 
-def _put_in_order(found: Leading, scale: Float[Tensor, "n 1"]) -> None:
+def _put_in_order(found: Leading, scale: Float[Tensor, "n 1"], tolerance: float) -> None:
     """Order and signs for a reader, and the numbers of `Q` itself."""
-    order = by_magnitude(found.values, TIED_UNITS)
+    order = by_magnitude(found.values, tied_units(found.values.dtype, tolerance))
     found.vectors = signed(found.vectors.gather(1, order[..., None].expand_as(found.vectors)))
     for name in ("values", "errors", "residuals"):
         setattr(found, name, getattr(found, name).gather(1, order) * scale)

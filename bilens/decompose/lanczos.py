@@ -38,7 +38,6 @@ FIRST_CHECK, CHECK_EVERY, MAX_STEPS = 12, 4, 192
 CONFIRM = 1.1  # times the steps of the first check that passes, until the probe
 PROBE_STEPS, PROBE_SHARE = 8, 4  # eight steps at least, or a quarter of those of the search
 REFINEMENTS = 6
-TIED_UNITS = 64  # of rounding: products of the factors are less exact than `eigh` of the finished matrix
 # Of the search: rounding to bfloat16 leaves Ritz values off by up to two thousandths.
 BLUR, SEARCH_TOLERANCE = 4e-3, 1e-5
 MAX_TIED = 4  # Ritz values carried along because they may belong to the pairs wanted
@@ -93,9 +92,15 @@ class InteractionOperator:
         return _times(hidden, swapped).view(n, p, d)
 
 
+def tied_units(dtype: torch.dtype, tolerance: float) -> int:
+    """Up to how many units of rounding values of opposite sign count as equally large: a part of their error, and more
+    than `eigh` of a finished matrix leaves, because products of the factors are less exact."""
+    return int(max(64, 0.25 * tolerance / torch.finfo(dtype).eps))
+
+
 def _times(x: Float[Tensor, "n i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "n o"]:
-    if weight.layout == torch.strided or not len(x):
-        return x @ (weight if weight.layout == torch.strided else weight.to_dense()).T
+    if weight.layout == torch.strided:
+        return x @ weight.T
     return torch.nn.functional.linear(x.to_mkldnn(), weight).to_dense()
 
 
@@ -321,7 +326,7 @@ def _refine(
     space = torch.linalg.qr(torch.bmm(ritz.weights[:, :tied], basis).mT)[0].mT
     image = operator(space, half_c)
     for round_ in range(REFINEMENTS + 1):
-        values, turn = _rayleigh_ritz(space, image, tied)
+        values, turn = _rayleigh_ritz(space, image, tied, tolerance)
         vectors = torch.bmm(turn, space)
         residual = torch.bmm(turn, image) - values[..., None] * vectors
         norms = residual.norm(dim=2)
@@ -346,11 +351,11 @@ def _refine(
     return result
 
 
-def _rayleigh_ritz(x: Tensor, w: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _rayleigh_ritz(x: Tensor, w: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """The `count` largest Ritz values on orthonormal rows `x` with `w = Q x`, and the rows' combinations."""
     product = torch.bmm(x, w.mT)
     values, columns = _eigh(0.5 * (product + product.mT))
-    order = by_magnitude(values, TIED_UNITS)[:, :count]
+    order = by_magnitude(values, tied_units(x.dtype, tolerance))[:, :count]
     return values.gather(1, order), columns.mT.gather(1, order[..., None].expand(-1, -1, columns.shape[1]))
 
 

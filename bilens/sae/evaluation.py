@@ -15,6 +15,7 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens import parallel
 from bilens.attaching import encode, reconstruct, splice_hooks
 from bilens.display import Tabular
 from bilens.errors import ArgumentError
@@ -72,13 +73,15 @@ class SAEScores(Tabular):
         return f"{self.to_frame().round(4).to_string(index=False)}\non {self.n_tokens} tokens"
 
 
+@parallel.processes()
 @torch.no_grad()
 def evaluate_saes(
     model: HookedBilinearTransformer, saes: Mapping[str, SAE[Any]], texts: Sequence[str], *, batch_size: int = 16
 ) -> SAEScores:
     """Score SAEs and transcoders by what they reconstruct and by what the model loses.
 
-    A transcoder is scored where it writes: against the activation at `metadata.hook_name_out`.
+    A transcoder is scored where it writes: against the activation at `metadata.hook_name_out`. Under `torchrun` the
+    processes share the batches; all of them get the scores of one process, to float64 rounding.
 
     Args:
         model: the model they were trained on.
@@ -96,7 +99,8 @@ def evaluate_saes(
     hooks = sorted({hook for tally in tallies.values() for hook in (tally.reads, tally.writes)})
     tokens, mask = text_starts(model, texts)
     clean, ablated = 0.0, dict.fromkeys((tally.writes for tally in tallies.values()), 0.0)
-    for at in tqdm(range(0, len(tokens), batch_size), desc="evaluating SAEs", unit="batch"):
+    starts = list(parallel.share(range(0, len(tokens), batch_size)))
+    for at in tqdm(starts, desc="evaluating SAEs", unit="batch", disable=not parallel.is_main()):
         rows = tokens[at : at + batch_size].to(model.cfg.device)
         row_mask = mask[at : at + batch_size].to(model.cfg.device)
         loss, cache = model.run_with_cache(rows, return_type="loss", loss_per_token=True, names_filter=hooks)
@@ -106,6 +110,11 @@ def evaluate_saes(
         for tally in tallies.values():
             reconstruction = tally.add(row_mask, cache[tally.reads], cache[tally.writes])
             tally.loss += _spliced_loss(model, rows, row_mask, tally.writes, reconstruction)
+    losses = torch.tensor([clean, *ablated.values()], dtype=torch.float64)
+    clean, *rest = parallel.sum_over_processes(losses).tolist()
+    ablated = dict(zip(ablated, rest, strict=True))
+    for tally in tallies.values():
+        tally.join_processes()
     predicted = int(mask[:, 1:].sum())
     scores = (t.score(name, clean, ablated[t.writes], predicted) for name, t in tallies.items())
     return SAEScores(tuple(scores), predicted)
@@ -133,6 +142,13 @@ class _Tally:
         self.square += target.pow(2).sum().item()
         self.sum += target.sum(0).cpu()
         return reconstruction
+
+    def join_processes(self) -> None:
+        """Add up what the processes counted."""
+        numbers = torch.tensor([self.n, self.error, self.square, self.loss], dtype=torch.float64)
+        n, self.error, self.square, self.loss = parallel.sum_over_processes(numbers).tolist()
+        self.n = int(n)
+        self.sum, self.fired = parallel.sum_over_processes(self.sum), parallel.sum_over_processes(self.fired)
 
     def score(self, name: str, clean: float, ablated: float, predicted: int) -> SAEScore:
         return SAEScore(

@@ -163,7 +163,7 @@ def feature_activations(
     hooks = [splice_hooks(model, sae, f"SAE {i}")[0] for i, sae in enumerate(saes)]
     tokens, mask = text_starts(model, texts)
     mask[:, 0] = 0
-    stop = _stop_after(hooks)
+    stop = stop_after(hooks)
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in saes]
     for at in range(0, len(tokens), batch_size):
         rows = tokens[at : at + batch_size].to(model.cfg.device)
@@ -183,7 +183,7 @@ def feature_activations(
     return results
 
 
-def _stop_after(hooks: Sequence[str]) -> int | None:
+def stop_after(hooks: Sequence[str]) -> int | None:
     """The first layer that none of the hooks needs; `None` where one is behind the last."""
     if any(hook.startswith("ln_final.") for hook in hooks):
         return None

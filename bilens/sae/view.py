@@ -38,11 +38,11 @@ LAYER_NORM_EPS = 1e-5  # SAELens' own
 
 @dataclass(frozen=True)
 class FrozenNorm:
-    """An SAE's normalisation at one token: `(x - shift) * scale_in` goes in, `* scale_out + shift` comes out."""
+    """An SAE's normalisation, token by token: `(x - shift) * scale_in` goes in, `* scale_out + shift` comes out."""
 
-    scale_in: Float[Tensor, ""]
-    scale_out: Float[Tensor, ""]
-    shift: Float[Tensor, ""]
+    scale_in: Float[Tensor, "*batch"]
+    scale_out: Float[Tensor, "*batch"]
+    shift: Float[Tensor, "*batch"]
 
 
 @dataclass(frozen=True)
@@ -156,15 +156,15 @@ class SAEView:
             self.sae.encode(x.to(self.sae.dtype))
         return seen[0] if self._norms is None else seen[0] * self._norms
 
-    def frozen_norm(self, x: Float[Tensor, "d_model"]) -> FrozenNorm:
-        """The SAE's run-time normalisation at one token."""
-        one, zero = x.new_ones(()), x.new_zeros(())
+    def frozen_norm(self, x: Float[Tensor, "*batch d_model"]) -> FrozenNorm:
+        """The SAE's run-time normalisation of each token."""
+        one, zero = x.new_ones(x.shape[:-1]), x.new_zeros(x.shape[:-1])
         kind = self.sae.cfg.normalize_activations
         if kind == "constant_norm_rescale":
-            scale = self.d_in**0.5 / x.norm()
+            scale = self.d_in**0.5 / x.norm(dim=-1)
             return FrozenNorm(scale, 1 / scale, zero)
         if kind == "layer_norm":
-            shift = x.mean()
-            std = (x - shift).std()
+            shift = x.mean(-1)
+            std = (x - shift[..., None]).std(-1)
             return FrozenNorm(1 / (std + LAYER_NORM_EPS), std, shift)
         return FrozenNorm(one, one, zero)

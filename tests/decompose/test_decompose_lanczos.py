@@ -1,8 +1,8 @@
 """The leading eigenpairs without forming any interaction matrix, against `eigh` of every one in float64.
 
 Two eigensolvers agree where their results are defined: values always; vectors where the value stands apart from the
-others. Values are asked for to a relative 3e-5 and the error is estimated cautiously, so 3e-5 is the tolerance here;
-rounding of float32 products adds some 1e-6.
+others. Values are asked for to a relative 1e-4, the default, and the error is estimated cautiously: half of that is the
+tolerance here, which leaves room for rounding of float32 products, some 1e-6.
 """
 
 import pandas as pd
@@ -24,7 +24,7 @@ from bilens.sae.view import SAEView
 
 D, M = 96, 256
 seeds = st.integers(0, 2**31)
-TOLERANCE = 4e-5
+TOLERANCE = 5e-5
 
 
 def random(seed, *shape):
@@ -129,7 +129,7 @@ def test_float64_reaches_small_tolerances():
 def test_the_bundled_model(layer):
     model = bilens.load_model()
     weights = BilinearLayer.of(model, layer)
-    u = SAEView(bilens.load_sae("ts-tiny", "mlp-out", layer)).directions("encoder").detach()[::16]
+    u = SAEView(bilens.load_sae("ts-tiny", "mlp-out", layer)).directions("encoder").detach()[::64]
     found = sweep(weights, u)
     assert_leading(found, weights, u)
     assert set(found.status.tolist()) == {STATUSES.index("converged")}
@@ -159,9 +159,9 @@ def test_plus_minus_pairs_have_the_positive_value_first():
     left, right = torch.linalg.qr(random(0, D, 2))[0].T
     layer = layer_of(left[None], right[None], torch.eye(D)[:1])
     found = sweep(layer, torch.eye(D)[:1])
-    assert_close(found.values, torch.tensor([[0.5, -0.5]]), atol=1e-6, rtol=0)
-    assert_close((found.vectors[0] @ (left + right)).abs(), torch.tensor([2**0.5, 0.0]), atol=1e-5, rtol=0)
-    assert sweep(layer, torch.eye(D)[:1], 1).values.item() == pytest.approx(0.5, abs=1e-6)
+    assert_close(found.values, torch.tensor([[0.5, -0.5]]), rtol=TOLERANCE, atol=0)
+    assert_close((found.vectors[0] @ (left + right)).abs(), torch.tensor([2**0.5, 0.0]), atol=0.01, rtol=0)
+    assert sweep(layer, torch.eye(D)[:1], 1).values.item() == pytest.approx(0.5, rel=TOLERANCE)
 
 
 @settings(max_examples=6)

@@ -1,0 +1,133 @@
+"""The frozen model as linear and quadratic maps, in pure tensor functions.
+
+With attention patterns and norm scales frozen, attention is linear and an MLP is quadratic:
+
+    attn(x)[q]  = sum_h sum_s pattern_h[q, s] (x[s] / scale[s]) W_V_h W_O_h
+    u . mlp(n)  = n^T Q_u n + g_u . n + h_u                                       (`bilens.decompose.tensors`)
+
+A *field* is what one target reads of a residual stream: a vector at every position. Fields go down through attention
+(`attention_back`), streams go up (`attention_forward`, `mlp_shares`); a whole batch of either is a few matrix products.
+
+Sources: DESIGN section 4; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (OV paths).
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bilens.decompose.tensors import BilinearLayer, hidden_coefficients
+
+
+def attention_back(
+    fields: Float[Tensor, "t q d_model"],
+    pattern: Float[Tensor, "head q k"],
+    scale: Float[Tensor, "k"],
+    W_V: Float[Tensor, "head d_model d_head"],
+    W_O: Float[Tensor, "head d_head d_model"],
+) -> Float[Tensor, "t k d_model"]:
+    """What reads of attention's output read of the residual stream before it (the stream itself not included)."""
+    n_heads, d_head = W_O.shape[:2]
+    values = (fields @ W_O.flatten(0, 1).T).unflatten(-1, (n_heads, d_head)).transpose(1, 2)
+    moved = (pattern.mT @ values).transpose(1, 2).flatten(2)
+    return moved @ W_V.transpose(1, 2).flatten(0, 1) / scale[:, None]
+
+
+def attention_forward(
+    streams: Float[Tensor, "n k d_model"],
+    pattern: Float[Tensor, "head q k"],
+    scale: Float[Tensor, "k"],
+    W_V: Float[Tensor, "head d_model d_head"],
+    W_O: Float[Tensor, "head d_head d_model"],
+) -> Float[Tensor, "n q d_model"]:
+    """What attention makes of each part of the residual stream."""
+    mixed = pattern @ head_values(streams, scale, W_V)
+    return mixed.transpose(1, 2).flatten(2) @ W_O.flatten(0, 1)
+
+
+def head_values(
+    streams: Float[Tensor, "n k d_model"], scale: Float[Tensor, "k"], W_V: Float[Tensor, "head d_model d_head"]
+) -> Float[Tensor, "n head k d_head"]:
+    """Each head's values of each part of the residual stream."""
+    flat = W_V.transpose(0, 1).flatten(1)
+    return (streams / scale[:, None] @ flat).unflatten(-1, (W_V.shape[0], W_V.shape[2])).transpose(1, 2)
+
+
+def head_parts(
+    reads: Float[Tensor, "t d_model"],
+    pattern_rows: Float[Tensor, "head t k"],
+    values: Float[Tensor, "head k d_head"],
+    W_O: Float[Tensor, "head d_head d_model"],
+) -> Float[Tensor, "t head k"]:
+    """What every head moved from every source position to where a read is, as the read sees it."""
+    seen = torch.einsum("td,hed->hte", reads, W_O)
+    return (pattern_rows * (seen @ values.mT)).transpose(0, 1)
+
+
+def mlp_shares(
+    layer: BilinearLayer, parts: Float[Tensor, "n p d_model"], ones: Float[Tensor, "n"]
+) -> Float[Tensor, "n p d_model"]:
+    """An MLP's output split over parts of its input, every product of two of them half to each.
+
+    The parts add up to the input, `ones` to 1 (the part that carries the MLP's biases has 1). A part's share is
+    `B(part, whole)` of the symmetric bilinear form `B` with `mlp(n) = B(n, n)`, so the shares add up to the output.
+
+    This is the Shapley value of the parts: `B(n, n) = sum_i B(i, i) + sum_{i<j} 2 B(i, j)`; a player's marginal
+    contribution to a coalition `S` is `B(i, i) + 2 sum_{j in S} B(i, j)`, and over all orders each `j` comes before `i`
+    half of the time, which leaves `B(i, i) + sum_{j != i} B(i, j) = B(i, whole)`.
+    """
+    left = parts @ layer.W_gate + ones[:, None, None] * layer.b_gate
+    right = parts @ layer.W_in + ones[:, None, None] * layer.b_in
+    hidden = 0.5 * (left * right.sum(0) + left.sum(0) * right)
+    return hidden @ layer.W_out + ones[:, None, None] * layer.b_out
+
+
+def mlp_branches(
+    layer: BilinearLayer, sources: Float[Tensor, "*n source d_model"], ones: Float[Tensor, "source"]
+) -> tuple[Float[Tensor, "*n source d_mlp"], Float[Tensor, "*n source d_mlp"]]:
+    """What each source of an MLP's input gives in the left and in the right branch."""
+    left = sources @ layer.W_gate + ones[:, None] * layer.b_gate
+    right = sources @ layer.W_in + ones[:, None] * layer.b_in
+    return left, right
+
+
+def pair_products(
+    layer: BilinearLayer,
+    u: Float[Tensor, "n d_model"],
+    left: Float[Tensor, "n source d_mlp"],
+    right: Float[Tensor, "n source d_mlp"],
+    ones: Float[Tensor, "source"],
+) -> Float[Tensor, "n source source"]:
+    """`bilens.decompose.tensors.source_products` for many directions, each with sources of its own.
+
+    Entry `(s, t)` is half of what the pair adds to `u . mlp(x)`, `(t, s)` the other half; the entries of one direction
+    add up to it.
+
+    Args:
+        layer: the MLP.
+        u: directions of its output.
+        left, right: from `mlp_branches`.
+        ones: each source's last homogeneous coordinate.
+    """
+    raw = (left * hidden_coefficients(layer, u)[:, None]) @ right.mT
+    corner = (u @ layer.b_out)[:, None, None] * ones[:, None] * ones
+    return 0.5 * (raw + raw.mT) + corner
+
+
+def padded_nonzero(
+    values: Float[Tensor, "p n"],
+) -> tuple[Tensor, Float[Tensor, "p s"], Bool[Tensor, "p s"]]:
+    """The nonzero entries of every row in ascending order, rows filled up to one length.
+
+    Returns:
+        indices (0 where filled up), values (0 there), and which are real.
+    """
+    active = values != 0
+    counts = active.sum(1)
+    width = int(counts.max()) if len(values) else 0
+    rows, columns = active.nonzero(as_tuple=True)
+    starts = counts.cumsum(0) - counts
+    slots = torch.arange(len(rows), device=values.device) - starts[rows]
+    indices = rows.new_zeros(len(values), width)
+    indices[rows, slots] = columns
+    real = torch.arange(width, device=values.device) < counts[:, None]
+    return indices, values.gather(1, indices) * real, real

@@ -1,0 +1,348 @@
+"""One forward pass, frozen: everything that the exact attributions of a text are made of.
+
+1. the model runs once; its residual stream, module outputs, attention patterns and norm scales are kept
+2. each SAE given is read at its hook: which features are active at every position, what each writes, what is missed
+   (the error), with the SAE's own run-time normalisation frozen token by token
+3. `split`, `attribute_tokens` and `Circuit.trace` do algebra on these, by default in float64: the activations are the
+   model's own, so what is left of completeness is the rounding of its forward pass
+
+Source: DESIGN section 4.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from sae_lens import SAE
+from torch import Tensor
+
+from bilens.attribute.algebra import padded_nonzero
+from bilens.decompose.tensors import BilinearLayer
+from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError, nearest
+from bilens.model import HookedBilinearTransformer
+from bilens.sae.loading import HOOK_TO_POINT, hook_of, point_of
+from bilens.sae.view import LINEAR_ENCODERS, SAEView
+
+INPUT_POINTS = ("mlp-in", "resid-mid")  # where an SAE may read an MLP's input; the first that is there is taken
+SAEs: TypeAlias = SAE[Any] | Sequence[SAE[Any]] | Mapping[str, SAE[Any]]
+
+
+@dataclass(frozen=True)
+class SAEPass:
+    """One SAE on one text: its active features, filled up to one length `s` at every position.
+
+    Attributes:
+        view: the SAE as directions.
+        hook, point, layer: where it is.
+        features, values, real: the active features of each position, their activations, and which are not filling.
+        writes: what each active feature adds to the reconstruction, `f_i d_i`.
+        b_dec: what the reconstruction has without any feature.
+        error: what the reconstruction misses.
+        scale_in, scale_out, shift: the frozen normalisation.
+    """
+
+    view: SAEView
+    hook: str
+    point: str
+    layer: int
+    features: Int[Tensor, "p s"]
+    values: Float[Tensor, "p s"]
+    real: Bool[Tensor, "p s"]
+    writes: Float[Tensor, "p s d_model"]
+    b_dec: Float[Tensor, "p d_model"]
+    error: Float[Tensor, "p d_model"]
+    scale_in: Float[Tensor, "p"]
+    scale_out: Float[Tensor, "p"]
+    shift: Float[Tensor, "p"]
+
+    @property
+    def label(self) -> str:
+        """`2-mlp-in`, the way the folders of SAEs begin."""
+        return f"{self.layer}-{self.point}"
+
+    @property
+    def has_reads(self) -> bool:
+        """Whether a feature is a linear read: not with a bilinear encoder, and not in matching pursuit."""
+        return not self.view.has_bilinear_encoder and self.view.sae.cfg.architecture() in LINEAR_ENCODERS
+
+    @cached_property
+    def _encoder_bias(self) -> Float[Tensor, "d_sae"]:
+        return self.view.encoder_bias.to(self.writes)
+
+    def reads(
+        self, positions: Int[Tensor, "t"], features: Int[Tensor, "t"]
+    ) -> tuple[Float[Tensor, "t d_model"], Float[Tensor, "t"]]:
+        """`(r, c)` with pre-activation `r . y + c` at the SAE's hook.
+
+        Raises:
+            SAEMismatchError: an SAE without linear reads.
+        """
+        rows = self.view.encoder[features].to(self.writes)
+        scale = self.scale_in[positions]
+        constants = self._encoder_bias[features] - scale * self.shift[positions] * rows.sum(-1)
+        return rows * scale[:, None], constants
+
+
+@dataclass(frozen=True)
+class FrozenPass:
+    """A forward pass with attention patterns and norm scales frozen; made by `freeze`.
+
+    Attributes:
+        model: the model that ran.
+        tokens, strings: of the text, `[BOS]` first.
+        cache: every activation point that the algebra or a target reads, without the batch axis, in the model's dtype.
+        logits: of every position.
+        saes: what each SAE does, by hook.
+        pattern, scale1, scale2, scale_final: attention patterns and norm divisors.
+        embed, attn_out, mlp_out: what is added to the residual stream.
+        W_V, W_O: of every layer, `W_O` with the residual scale.
+    """
+
+    model: HookedBilinearTransformer = field(repr=False)
+    tokens: Int[Tensor, "p"]
+    strings: list[str] = field(repr=False)
+    cache: dict[str, Tensor] = field(repr=False)
+    logits: Float[Tensor, "p d_vocab"] = field(repr=False)
+    saes: dict[str, SAEPass] = field(repr=False)
+    pattern: Float[Tensor, "layer head p p"] = field(repr=False)
+    scale1: Float[Tensor, "layer p"] = field(repr=False)
+    scale2: Float[Tensor, "layer p"] = field(repr=False)
+    scale_final: Float[Tensor, "p"] = field(repr=False)
+    embed: Float[Tensor, "p d_model"] = field(repr=False)
+    attn_out: Float[Tensor, "layer p d_model"] = field(repr=False)
+    mlp_out: Float[Tensor, "layer p d_model"] = field(repr=False)
+    W_V: Float[Tensor, "layer head d_model d_head"] = field(repr=False)
+    W_O: Float[Tensor, "layer head d_head d_model"] = field(repr=False)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.mlp_out)
+
+    @property
+    def n_positions(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the algebra."""
+        return self.embed.dtype
+
+    @cached_property
+    def _layers(self) -> dict[int, BilinearLayer]:
+        return {}
+
+    @cached_property
+    def _pre_activations(self) -> dict[str, Tensor]:
+        return {}
+
+    def pre_activations(self, sae: SAEPass) -> Float[Tensor, "p d_sae"]:
+        """What an SAE's activation function is given at every position, by its own forward pass."""
+        if sae.hook not in self._pre_activations:
+            self._pre_activations[sae.hook] = sae.view.pre_activations(self.cache[sae.hook])
+        return self._pre_activations[sae.hook]
+
+    def mlp(self, layer: int) -> BilinearLayer:
+        """The weights of one MLP.
+
+        Raises:
+            NotBilinearError: a gated or one-branch model.
+        """
+        if layer not in self._layers:
+            self._layers[layer] = BilinearLayer.of(self.model, layer).to(self.dtype)
+        return self._layers[layer]
+
+    def values(self, layer: int) -> Float[Tensor, "head p d_head"]:
+        """`hook_v`, from the residual stream and the frozen scale."""
+        resid = self.cache[f"blocks.{layer}.hook_resid_pre"].to(self.dtype) / self.scale1[layer][:, None]
+        return torch.einsum("pd,hde->hpe", resid, self.W_V[layer])
+
+    def output_sae(self, layer: int) -> SAEPass | None:
+        """The SAE on the MLP's output."""
+        return self.saes.get(hook_of("mlp-out", layer))
+
+    def input_sae(self, layer: int) -> SAEPass | None:
+        """The SAE on the MLP's input: on `ln2.hook_normalized`, else on `hook_resid_mid`."""
+        return next((self.saes[hook] for p in INPUT_POINTS if (hook := hook_of(p, layer)) in self.saes), None)
+
+    def input_sources(self, layer: int) -> tuple[Float[Tensor, "p source d_model"], Float[Tensor, "source"]]:
+        """What the MLP's input is made of at every position: each active feature's write, `b_dec`, the error, and the
+        constant that MLP biases multiply; and each one's last homogeneous coordinate (1 for the last)."""
+        sae = self.input_sae(layer)
+        if sae is None:
+            raise MissingSAEError(f"layer {layer} has no SAE on its MLP's input (ln2.hook_normalized).")
+        parts = torch.cat([sae.writes, sae.b_dec[:, None], sae.error[:, None]], 1)
+        if sae.point == "resid-mid":
+            parts = parts / self.scale2[layer][:, None, None]
+        sources = torch.cat([parts, torch.zeros_like(parts[:, :1])], 1)
+        ones = sources.new_zeros(sources.shape[1])
+        ones[-1] = 1.0
+        return sources, ones
+
+    def sae(self, hook: str) -> SAEPass:
+        """The SAE on a hook, by the hook's name or the SAE's (`2-mlp-in`, or a folder name such as `2-mlp-in-x8-k32`).
+
+        Raises:
+            MissingSAEError: no SAE there.
+        """
+        found = self.saes.get(_hook_by_label(hook))
+        if found is None:
+            labels = [sae.label for sae in self.saes.values()]
+            raise MissingSAEError(
+                f"no SAE on {hook!r} was given; there are {', '.join(labels) or 'none'}." + nearest(hook, labels)
+            )
+        return found
+
+    def __str__(self) -> str:
+        names = ", ".join(sae.label for sae in self.saes.values()) or "no SAEs"
+        return f"FrozenPass of {self.n_positions} tokens, {self.n_layers} layers; {names}"
+
+
+@torch.no_grad()
+def freeze(
+    model: HookedBilinearTransformer,
+    text_or_tokens: str | Sequence[int] | Int[Tensor, "p"] | Int[Tensor, "1 p"],
+    saes: SAEs = (),
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> FrozenPass:
+    """Run the model once and keep what exact attribution needs.
+
+    Args:
+        model: any; what looks inside MLPs needs a bilinear one.
+        text_or_tokens: one text (`[BOS]` is prepended), or its tokens as they are.
+        saes: on any of the published points, at most one per hook; a mapping from hook names where an SAE's metadata
+            does not name its hook.
+        dtype: of the algebra. Activations are the model's own in either case; float32 takes half of memory and time.
+
+    Raises:
+        ArgumentError: several texts, two SAEs on one hook, or a dtype below float32.
+        EmptyTextError, ContextLengthError: the text does not fit.
+        SAEMismatchError: an SAE of another width or without a published point, or SAEs attached to the model, whose
+            reconstructions would stand for its activations.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise ArgumentError(f"dtype is {dtype}, expected torch.float32 or torch.float64.")
+    if model.acts_to_saes:
+        raise SAEMismatchError(
+            f"SAEs are attached to the model at {', '.join(model.acts_to_saes)}: its activations are their "
+            "reconstructions. Detach them with model.reset_saes()."
+        )
+    if not isinstance(text_or_tokens, str | Tensor):
+        text_or_tokens = torch.tensor(text_or_tokens)
+    tokens = model.input_to_tokens(text_or_tokens)
+    if len(tokens) != 1:
+        raise ArgumentError(f"{len(tokens)} texts were given; attribution takes one at a time.")
+    views = check_saes(model, saes)
+
+    blocks = [f"blocks.{layer}" for layer in range(model.cfg.n_layers)]
+    parts = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"]
+    parts += ["ln1.hook_scale", "ln2.hook_scale", "ln1.hook_normalized", "ln2.hook_normalized", "attn.hook_pattern"]
+    names = [f"{block}.{part}" for block in blocks for part in parts]
+    names += ["hook_embed", "ln_final.hook_scale", "ln_final.hook_normalized"]
+    logits, cache = model.run_with_cache(tokens, names_filter=names, return_cache_object=False)
+    cache = {name: value[0] for name, value in cache.items()}
+
+    def stack(part: str) -> Tensor:
+        return torch.stack([cache[f"{block}.{part}"] for block in blocks]).to(dtype)
+
+    return FrozenPass(
+        model=model,
+        tokens=tokens[0],
+        strings=_strings(model, tokens[0]),
+        cache=cache,
+        logits=logits[0],
+        saes={hook: _sae_pass(view, hook, cache[hook], dtype) for hook, view in views.items()},
+        pattern=stack("attn.hook_pattern"),
+        scale1=stack("ln1.hook_scale")[..., 0],
+        scale2=stack("ln2.hook_scale")[..., 0],
+        scale_final=cache["ln_final.hook_scale"][:, 0].to(dtype),
+        embed=cache["hook_embed"].to(dtype),
+        attn_out=stack("hook_attn_out"),
+        mlp_out=stack("hook_mlp_out"),
+        W_V=model.W_V.detach().to(dtype),
+        W_O=model.W_O.detach().to(dtype),
+    )
+
+
+def check_saes(model: HookedBilinearTransformer, saes: SAEs) -> dict[str, SAEView]:
+    """The SAEs by hook, in float32 at least.
+
+    Raises:
+        ArgumentError, SAEMismatchError: as for `freeze`.
+    """
+    if isinstance(saes, SAE):
+        saes = [saes]
+    named = saes.items() if isinstance(saes, Mapping) else [(None, sae) for sae in saes]
+    views: dict[str, SAEView] = {}
+    for key, sae in named:
+        hook = sae.cfg.metadata.hook_name or key
+        if hook is None:
+            raise SAEMismatchError("an SAE's metadata names no hook; give saes={'blocks.0.hook_mlp_out': sae}.")
+        point, layer = point_of(hook)
+        if layer >= model.cfg.n_layers:
+            raise SAEMismatchError(f"an SAE is on {hook!r}; the model has {model.cfg.n_layers} layers.")
+        if hook in views:
+            raise ArgumentError(f"two SAEs are on {hook!r} ({layer}-{point}); give one per hook.")
+        if torch.finfo(sae.dtype).bits < 32:
+            sae = copy.deepcopy(sae).to(torch.float32)
+        views[hook] = view = SAEView(sae)
+        if view.d_in != model.cfg.d_model:
+            raise SAEMismatchError(
+                f"the SAE on {hook!r} has d_in {view.d_in}, the model's d_model is {model.cfg.d_model}: "
+                "is it an SAE of another model?"
+            )
+    order = list(HOOK_TO_POINT.values())
+    return dict(sorted(views.items(), key=lambda item: (point_of(item[0])[1], order.index(point_of(item[0])[0]))))
+
+
+def _sae_pass(view: SAEView, hook: str, x: Float[Tensor, "p d_model"], dtype: torch.dtype) -> SAEPass:
+    point, layer = point_of(hook)
+    features, values, real = padded_nonzero(view.activations(x))
+    norm = view.frozen_norm(x.to(dtype))
+    directions = view.decoder[features].to(dtype) * norm.scale_out[:, None, None]
+    writes = values.to(dtype)[..., None] * directions
+    b_dec = view.b_dec.to(dtype) * norm.scale_out[:, None] + norm.shift[:, None]
+    error = x.to(dtype) - writes.sum(1) - b_dec
+    return SAEPass(
+        view, hook, point, layer, features, values, real, writes, b_dec, error,
+        norm.scale_in, norm.scale_out, norm.shift,
+    )  # fmt: skip
+
+
+def _strings(model: HookedBilinearTransformer, tokens: Int[Tensor, "p"]) -> list[str]:
+    """Each token as a string; its number where the model has no tokenizer."""
+    if model.tokenizer is None:
+        return [str(token) for token in tokens.tolist()]
+    return model.tokenizer.batch_decode([[i] for i in tokens.tolist()], clean_up_tokenization_spaces=False)
+
+
+def _hook_by_label(name: str) -> str:
+    """The hook that a label (`2-mlp-in`, or a folder name that begins with it) stands for; other names as they are."""
+    match = re.match(rf"(\d+)-({'|'.join(sorted(HOOK_TO_POINT.values(), key=len, reverse=True))})(-|$)", name)
+    return hook_of(match[2], int(match[1])) if match else name
+
+
+def names_by_hook(saes: Mapping[str, Any], names: Mapping[str, Sequence[str]] | None) -> dict[str, Sequence[str]]:
+    """Labels of features by hook, given by hook or by the SAE's name.
+
+    Args:
+        saes: by hook, anything with `.view.d_sae`.
+        names: one label per feature of each SAE named.
+
+    Raises:
+        ArgumentError: names of an SAE that is not there, or not one per feature.
+    """
+    found = {}
+    for name, labels in (names or {}).items():
+        hook = _hook_by_label(name)
+        if hook not in saes:
+            raise ArgumentError(f"names are given for {name!r}, which has no SAE here." + nearest(name, saes))
+        if len(labels) != saes[hook].view.d_sae:
+            raise ArgumentError(f"{len(labels)} names for the {saes[hook].view.d_sae} features of {name!r}.")
+        found[hook] = labels
+    return found

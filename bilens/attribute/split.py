@@ -1,0 +1,384 @@
+"""The exact split of one target over what the frozen forward pass made it of.
+
+1. a target is a linear read of the residual stream at one level and position (`bilens.attribute.targets`)
+2. the stream is a sum: the token's own embedding, what every head moved from every source position, what every MLP
+   added. `attention="heads"` stops there. `attention="paths"` follows the heads down as well, to the embeddings and
+   MLPs of all source positions: one field per target goes back through every layer (`attention_back`)
+3. what an MLP added is one part, or the features, `b_dec` and error of the SAE on its output, or pairs of the features
+   (and `b_dec`, error, bias) of the SAE on its input
+4. the parts and the target's constant add up to the value that the model computed
+
+Source: DESIGN section 4.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens.attribute.algebra import attention_back, head_parts, mlp_branches, pair_products
+from bilens.attribute.frozen import FrozenPass, names_by_hook
+from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
+from bilens.decompose.results import BIAS_SOURCES
+from bilens.display import Tabular
+from bilens.errors import ArgumentError, MissingSAEError
+from bilens.sae.loading import hook_of
+from bilens.typing import typed
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Attention = Literal["heads", "paths"]
+MLPs = Literal["whole", "features", "pairs"]
+# Of the pairs of an MLP's input: two features, a feature with a bias source, two bias sources.
+BIAS_PAIRS = [f"{a} x {b}" for s, b in enumerate(BIAS_SOURCES) for a in BIAS_SOURCES[: s + 1]]
+KINDS = (
+    *("embedding", "head", "mlp", "feature", "b_dec", "error", "pair"),
+    *(f"feature x {name}" for name in BIAS_SOURCES),
+    *BIAS_PAIRS,
+    *("input feature", "input b_dec", "input error", "input mlp bias"),  # what pairs are folded onto
+    "constant",
+)
+COLUMNS = ("kind", "layer", "head", "position", "i", "j")
+PAIRS_AT_ONCE = 32  # positions whose pairs are formed together
+
+
+@dataclass(frozen=True)
+class Split(Tabular):
+    """The parts of one target; together they are its value.
+
+    Attributes:
+        target: its name.
+        position: of the target.
+        tokens: of the text.
+        index: one row per part: `kind` (a place in `KINDS`), `layer`, `head`, source `position`, and features `i`, `j`;
+            -1 where it has none. A pair of two different features stands once.
+        values: of each part.
+        actual: what the model (and the target's SAE) computed.
+        input_points: where the SAE on each MLP's input is, `mlp-in` or `resid-mid`, by layer.
+        names: labels of features by hook.
+    """
+
+    target: str
+    position: int
+    tokens: list[str] = field(repr=False)
+    index: Int[Tensor, "part 6"] = field(repr=False)
+    values: Float[Tensor, "part"] = field(repr=False)
+    actual: float
+    input_points: dict[int, str] = field(default_factory=dict, repr=False)
+    names: dict[str, Sequence[str]] = field(default_factory=dict, repr=False)
+
+    @property
+    def total(self) -> float:
+        """The float32 sum of every part."""
+        return self.values.float().sum().item()
+
+    @property
+    def absolute_sum(self) -> float:
+        """Sum of the parts' absolute values: what `completeness_error` is measured against."""
+        return self.values.abs().sum().item()
+
+    @property
+    def completeness_error(self) -> float:
+        """`total - actual`: rounding, and nothing else."""
+        return self.total - self.actual
+
+    @property
+    def relative_error(self) -> float:
+        """`|completeness_error|` over the sum of absolute parts (the value itself may be near zero)."""
+        return abs(self.completeness_error) / max(self.absolute_sum, torch.finfo(torch.float32).tiny)
+
+    @property
+    def groups(self) -> dict[str, float]:
+        """The sum of each kind of part."""
+        sums = self.values.new_zeros(len(KINDS)).index_add(0, self.index[:, 0], self.values)
+        present = torch.bincount(self.index[:, 0], minlength=len(KINDS))
+        return {kind: sums[k].item() for k, kind in enumerate(KINDS) if present[k]}
+
+    def by_position(self) -> Float[Tensor, "p"]:
+        """The sum of the parts of every source position; what has none (biases, the constant) is left out."""
+        return self._sums(3, len(self.tokens))
+
+    def heads(self) -> Float[Tensor, "layer head p"]:
+        """What each head moved from each source position (`attention="heads"`); zeros above the target."""
+        rows = self.index[:, 0] == KINDS.index("head")
+        if not rows.any():
+            raise ArgumentError('this split has no heads as parts; make it with attention="heads".')
+        index = self.index[rows]
+        shape = (int(index[:, 1].max()) + 1, int(index[:, 2].max()) + 1, len(self.tokens))
+        flat = (index[:, 1] * shape[1] + index[:, 2]) * shape[2] + index[:, 3]
+        return self.values.new_zeros(shape).flatten().index_add(0, flat, self.values[rows]).view(shape)
+
+    def folded(self) -> "Split":
+        """Pairs folded onto their members, half to each: the Shapley value, which for a quadratic is the even split.
+
+        A pair of features `(i, j)` is a game worth its contribution once both are there. Either of two players comes
+        second in half of the orders, so each gets half; a self interaction is its player's alone. The Shapley value is
+        additive over the pairs, so folding all of them is the Shapley value of the whole quadratic. A part that pairs a
+        feature with `b_dec`, the error or the MLP's bias is folded onto both alike.
+        """
+        index, values = [], []
+        for kind, name in enumerate(KINDS):
+            rows = self.index[:, 0] == kind
+            if " x " not in name and name != "pair":
+                index.append(self.index[rows])
+                values.append(self.values[rows])
+                continue
+            for side, member in enumerate(("feature", "feature") if name == "pair" else name.split(" x ")):
+                part = self.index[rows].clone()
+                part[:, 0] = KINDS.index(f"input {member}")
+                if name == "pair" and side == 1:
+                    part[:, 4] = part[:, 5]
+                part[:, 5] = -1
+                if member != "feature":
+                    part[:, 4] = -1
+                index.append(part)
+                values.append(0.5 * self.values[rows])
+        keys, at = torch.cat(index).unique(dim=0, return_inverse=True)
+        sums = self.values.new_zeros(len(keys)).index_add(0, at, torch.cat(values))
+        return replace(self, index=keys, values=sums)
+
+    def top(self, n: int) -> "Split":
+        """The `n` largest parts by absolute value (their sum is no longer the target)."""
+        order = self.values.abs().argsort(descending=True)[:n]
+        return replace(self, index=self.index[order], values=self.values[order])
+
+    def labels(self) -> list[str]:
+        """Each part as a reader would call it."""
+        return [self._label(*row) for row in self.index.tolist()]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per part, largest first: `kind, layer, head, position, token, i, j, label, value`; -1 for none."""
+        import pandas as pd
+
+        ordered = self.top(len(self.values))
+        frame = pd.DataFrame(ordered.index.tolist(), columns=list(COLUMNS))
+        frame["kind"] = [KINDS[kind] for kind in frame.kind]
+        frame.insert(4, "token", [self.tokens[p] if p >= 0 else "" for p in frame.position])
+        frame["label"] = ordered.labels()
+        frame["value"] = ordered.values.tolist()
+        return frame
+
+    def plot(self, top: int = 20) -> "go.Figure":
+        """The largest parts and the sum of the others, as signed bars."""
+        from bilens.viz.plots import bars
+
+        shown = self.top(top)
+        labels, values = shown.labels(), shown.values.tolist()
+        if len(self.values) > top:
+            labels.append(f"{len(self.values) - top} others")
+            values.append((self.values.sum() - shown.values.sum()).item())
+        return bars(labels, values, f"{self.target} at {self.position}")
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.target} at position {self.position} ({self.tokens[self.position]!r})",
+            f"  value {self.actual:+.5f}, {len(self.values)} parts {self.total:+.5f}, completeness error"
+            f" {self.completeness_error:+.1e} ({self.relative_error:.1e} of the absolute parts)",
+            *(f"  {value:+10.4f}  {kind}" for kind, value in self.groups.items()),
+        ]
+        return "\n".join(lines)
+
+    def _sums(self, column: int, n: int) -> Tensor:
+        rows = self.index[:, column] >= 0
+        return self.values.new_zeros(n).index_add(0, self.index[rows, column], self.values[rows])
+
+    def _label(self, kind: int, layer: int, head: int, position: int, i: int, j: int) -> str:
+        name = KINDS[kind]
+        at = "" if position < 0 else f" @{position} {self.tokens[position]!r}"
+        if name == "head":
+            return f"L{layer}H{head} from{at}"
+        if name == "mlp":
+            return f"mlp {layer}{at}"
+        if name == "pair":
+            return f"{self._feature(True, layer, i)} x {self._feature(True, layer, j)}{at}"
+        if name.startswith("feature x "):
+            return f"{self._feature(True, layer, i)}{name.removeprefix('feature')}{at}"
+        if name in ("feature", "input feature"):
+            return f"{self._feature(name == 'input feature', layer, i)}{at}"
+        return f"{layer} {name}{at}" if layer >= 0 else f"{name}{at}"
+
+    def _feature(self, is_input: bool, layer: int, i: int) -> str:
+        point = self.input_points.get(layer, "mlp-in") if is_input else "mlp-out"
+        labels = self.names.get(hook_of(point, layer))
+        return f"{layer}-{point}/{i if labels is None else labels[i]}"
+
+
+@typed
+@torch.no_grad()
+def split(
+    frozen: FrozenPass,
+    target: Target,
+    *,
+    attention: Attention = "heads",
+    mlps: MLPs = "features",
+    names: dict[str, Sequence[str]] | None = None,
+) -> Split:
+    """Split a target exactly over what it was made of.
+
+    Args:
+        frozen: the forward pass, with SAEs where features are wanted.
+        target: what to explain.
+        attention: `"heads"`, every (layer, head, source position) as one part; or `"paths"`, through all attention down
+            to the embeddings and MLPs of every source position.
+        mlps: what each MLP is split into: nothing (`"whole"`), the features that the SAE on its output writes
+            (`"features"`), or pairs of features of the SAE on its input (`"pairs"`). Whole where no such SAE was given.
+        names: labels of features by hook or SAE name.
+
+    Raises:
+        MissingSAEError: pairs without any SAE on an MLP's input.
+        NotBilinearError: pairs of a gated or one-branch model.
+        others: as for `read_targets`.
+    """
+    n_layers = frozen.n_layers
+    if mlps == "pairs" and all(frozen.input_sae(layer) is None for layer in range(n_layers)):
+        raise MissingSAEError('mlps="pairs" needs an SAE on an MLP\'s input (ln2.hook_normalized); none was given.')
+    reads = read_targets(frozen, target)
+    parts, u = _Parts(), reads.vectors
+    (level,), (position,), (sees,) = reads.levels.tolist(), reads.positions.tolist(), reads.sees.tolist()
+    if attention == "heads":
+        here = reads.positions
+        for layer in range(n_layers):
+            if _in_sight(ATTN, 2 * layer + 1, level, sees):
+                rows = frozen.pattern[layer, :, here]
+                moved = head_parts(u, rows, frozen.values(layer), frozen.W_O[layer])[0, :, : position + 1]
+                heads, sources = torch.ones_like(moved).nonzero().unbind(1)
+                parts.add("head", moved.flatten(), layer=layer, head=heads, position=sources)
+            if _in_sight(MLP, 2 * layer + 2, level, sees):
+                _add_mlp(parts, frozen, layer, here, u, mlps)
+        if sees == STREAM:
+            parts.add("embedding", (u * frozen.embed[here]).sum(-1), position=here)
+    else:
+        here = torch.arange(position + 1, device=u.device)
+        fields = backward_fields(frozen, reads)
+        for layer, field_ in fields.mlp.items():
+            _add_mlp(parts, frozen, layer, here, field_[0, : position + 1], mlps)
+        parts.add("embedding", (fields.embed[0] * frozen.embed).sum(-1)[: position + 1], position=here)
+    parts.add("constant", reads.constants)
+    index, values = parts.collect()
+    return Split(
+        target=reads.names[0],
+        position=position,
+        tokens=frozen.strings,
+        index=index,
+        values=values,
+        actual=reads.actual.item(),
+        input_points={layer: sae.point for layer in range(n_layers) if (sae := frozen.input_sae(layer)) is not None},
+        names=dict(names_by_hook(frozen.saes, names)),
+    )
+
+
+def _in_sight(module: int, level: int, read_level: int, sees: int) -> bool:
+    """Whether a read sees the module whose output reaches the stream at `level`."""
+    return level <= read_level if sees == STREAM else sees == module and level == read_level
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a batch of targets reads of the embeddings and of every MLP's output, all attention followed down."""
+
+    embed: Float[Tensor, "t p d_model"]
+    mlp: dict[int, Float[Tensor, "t p d_model"]]
+
+
+def backward_fields(frozen: FrozenPass, reads: Reads) -> Fields:
+    """Follow targets down through attention; MLPs are where they end."""
+    fields = reads.vectors.new_zeros(len(reads), frozen.n_positions, reads.vectors.shape[1])
+    rows = torch.arange(len(reads), device=fields.device)
+    mlp = {}
+
+    def enter(level: int) -> Tensor:
+        """Add the targets that read at this level; give back which of them see one module alone."""
+        here = rows[reads.levels == level]
+        fields[here, reads.positions[here]] += reads.vectors[here]
+        return here
+
+    for layer in reversed(range(frozen.n_layers)):
+        here = enter(2 * layer + 2)
+        only = here[reads.sees[here] == MLP]
+        if (reads.levels >= 2 * layer + 2).any():
+            mlp[layer] = fields.clone()
+        fields[only] = 0.0
+        here = enter(2 * layer + 1)
+        if not (reads.levels >= 2 * layer + 1).any():
+            continue
+        moved = attention_back(
+            fields, frozen.pattern[layer], frozen.scale1[layer], frozen.W_V[layer], frozen.W_O[layer]
+        )
+        fields[here[reads.sees[here] == ATTN]] = 0.0
+        fields = fields + moved
+    enter(0)
+    return Fields(fields, dict(sorted(mlp.items())))
+
+
+class _Parts:
+    """Parts as they come, for one table."""
+
+    def __init__(self) -> None:
+        self.index: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def add(self, kind: str, values: Float[Tensor, "n"], **columns: int | Tensor) -> None:
+        index = torch.full((len(values), len(COLUMNS)), -1, dtype=torch.long, device=values.device)
+        index[:, 0] = KINDS.index(kind)
+        for name, column in columns.items():
+            index[:, COLUMNS.index(name)] = column
+        self.index.append(index)
+        self.values.append(values)
+
+    def collect(self) -> tuple[Tensor, Tensor]:
+        return torch.cat(self.index), torch.cat(self.values)
+
+
+def _add_mlp(
+    parts: _Parts,
+    frozen: FrozenPass,
+    layer: int,
+    positions: Int[Tensor, "n"],
+    u: Float[Tensor, "n d_model"],
+    mlps: MLPs,
+) -> None:
+    """What one MLP added at some positions, as reads `u` of it (one per position) see it."""
+    sae_out, sae_in = frozen.output_sae(layer), frozen.input_sae(layer)
+    if mlps == "features" and sae_out is not None:
+        seen = torch.einsum("nsd,nd->ns", sae_out.writes[positions], u)
+        rows, slots = sae_out.real[positions].nonzero(as_tuple=True)
+        features = sae_out.features[positions][rows, slots]
+        parts.add("feature", seen[rows, slots], layer=layer, position=positions[rows], i=features)
+        parts.add("b_dec", (sae_out.b_dec[positions] * u).sum(-1), layer=layer, position=positions)
+        parts.add("error", (sae_out.error[positions] * u).sum(-1), layer=layer, position=positions)
+    elif mlps == "pairs" and sae_in is not None:
+        sources, ones = frozen.input_sources(layer)
+        for n in torch.arange(len(positions)).split(PAIRS_AT_ONCE):
+            at = positions[n]
+            left, right = mlp_branches(frozen.mlp(layer), sources[at], ones)
+            products = pair_products(frozen.mlp(layer), u[n], left, right, ones)
+            _add_pairs(parts, layer, at, sae_in.features[at], sae_in.real[at], products)
+    else:
+        parts.add("mlp", (frozen.mlp_out[layer][positions] * u).sum(-1), layer=layer, position=positions)
+
+
+def _add_pairs(
+    parts: _Parts,
+    layer: int,
+    positions: Int[Tensor, "n"],
+    features: Int[Tensor, "n s"],
+    real: Tensor,
+    products: Float[Tensor, "n source source"],
+) -> None:
+    width = features.shape[1]
+    once = products * (2.0 - torch.eye(products.shape[-1], device=products.device, dtype=products.dtype))
+    pairs = (real[:, :, None] & real[:, None, :]).tril()
+    n, s, t = pairs.nonzero(as_tuple=True)
+    # Features ascend, so slot t <= s has the smaller index.
+    parts.add("pair", once[n, s, t], layer=layer, position=positions[n], i=features[n, t], j=features[n, s])
+    n, s = real.nonzero(as_tuple=True)
+    for b, name in enumerate(BIAS_SOURCES):
+        parts.add(f"feature x {name}", once[n, s, width + b], layer=layer, position=positions[n], i=features[n, s])
+    for b, second in enumerate(BIAS_SOURCES):
+        for a, first in enumerate(BIAS_SOURCES[: b + 1]):
+            parts.add(f"{first} x {second}", once[:, width + a, width + b], layer=layer, position=positions)

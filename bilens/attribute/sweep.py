@@ -1,0 +1,319 @@
+"""The numbers of a circuit: one sweep from the target down, every node's contributions exact.
+
+1. nodes are numbered: per position the embedding and, per layer, the active features and the error of the SAE on the
+   MLP's output and of the one on its input; per SAE one node for its `b_dec`; one for all constants (encoder biases,
+   MLP biases)
+2. the target has influence 1. Stage by stage downwards (MLP-out features of a layer, then its MLP-in features) the
+   nodes of largest influence are expanded: an MLP-out feature over pairs of MLP-in nodes, an MLP-in feature (and any
+   other read of the stream) over everything written below it, through all attention
+3. a node hands its influence on in the proportion of the absolute contributions to it, a pair's half to each member.
+   All of a stage's influence comes from above it, so one sweep gives the influence of every node
+4. the fewest nodes whose influences add up to the threshold are kept
+
+Influence is thus a share of the target: the absolute weight of all paths from the node, every node's inputs normalised.
+Circuit-tracer's score is the same idea (there by a matrix inverse, over linear edges alone).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens.attribute.algebra import attention_forward, head_values, mlp_branches, pair_products
+from bilens.attribute.frozen import FrozenPass, SAEPass
+from bilens.attribute.split import backward_fields
+from bilens.attribute.targets import MLP, STREAM, Reads, feature_reads
+
+KINDS = ("target", "embedding", "feature", "error", "mlp", "bias")
+FIELD_BYTES = 2**28  # of the fields held at a time
+PAIRS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """Which number each node has. `kind` (of `KINDS`), `layer`, `is_input`, `position` and `feature` of each; -1: none.
+
+    Attributes:
+        linear: the nodes that write into the residual stream, in the order of a linear row's columns.
+        out_features, in_features: number of the first feature slot of each layer's SAEs, slots in the order
+            (position, slot); `None` where there is no SAE.
+        in_error, in_b_dec: numbers of the first error node of each layer's MLP input, and of its `b_dec`.
+        constant, target: their numbers.
+    """
+
+    kind: Int[Tensor, "node"]
+    layer: Int[Tensor, "node"]
+    is_input: Int[Tensor, "node"]
+    position: Int[Tensor, "node"]
+    feature: Int[Tensor, "node"]
+    value: Float[Tensor, "node"]
+    linear: Int[Tensor, "column"]
+    out_features: list[int | None]
+    in_features: list[int | None]
+    in_error: list[int]
+    in_b_dec: list[int]
+    constant: int
+    target: int
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+
+@dataclass
+class Sweep:
+    """What the sweep found: influences, and the contributions to every expanded node.
+
+    Attributes:
+        nodes: the numbering.
+        influence: of every node.
+        actual: the value of each expanded node as the model and its SAE computed it.
+        reads: of the nodes expanded linearly.
+        rows: contributions to these, by `nodes.linear`.
+        sources, products: of the nodes expanded over pairs: the numbers of the sources, and `C[s, t]`, half of each
+            pair; the sources' last is the constant.
+        constants: what else the constant node gives each of those.
+    """
+
+    nodes: Numbering
+    influence: Float[Tensor, "node"]
+    actual: dict[int, float]
+    reads: dict[int, Reads]
+    rows: dict[int, Float[Tensor, "column"]]
+    sources: dict[int, Int[Tensor, "source"]]
+    products: dict[int, Float[Tensor, "source source"]]
+    constants: dict[int, float]
+
+
+def number_nodes(frozen: FrozenPass, target: Reads) -> Numbering:
+    n = frozen.n_positions
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("kind", "layer", "is_input", "position", "feature")}
+    values: list[Tensor] = []
+    everywhere, nowhere = torch.arange(n), torch.tensor([-1])
+    count = 0
+
+    def add(kind: str, layer: int, is_input: int, position: Tensor, feature: Tensor, value: Tensor) -> int:
+        nonlocal count
+        first, size = count, len(position)
+        given: list[int | Tensor] = [KINDS.index(kind), layer, is_input, position, feature]
+        for name, column in zip(columns, given, strict=True):
+            columns[name].append(column if isinstance(column, Tensor) else torch.full((size,), column))
+        values.append(value.to(torch.float64))
+        count += size
+        return first
+
+    def add_sae(sae: SAEPass, is_input: int) -> tuple[int, int, int]:
+        slots = sae.features.shape[1]
+        features = add(
+            "feature",
+            sae.layer,
+            is_input,
+            everywhere.repeat_interleave(slots),
+            torch.where(sae.real, sae.features, -1).flatten(),
+            sae.values.flatten(),
+        )
+        error = add("error", sae.layer, is_input, everywhere, everywhere * 0 - 1, sae.error.norm(dim=-1))
+        b_dec = add("bias", sae.layer, is_input, nowhere, nowhere, torch.ones(1))
+        return features, error, b_dec
+
+    add("embedding", -1, 0, everywhere, frozen.tokens.cpu(), frozen.embed.norm(dim=-1))
+    linear = [torch.arange(n)]
+    out_features: list[int | None] = []
+    in_features: list[int | None] = []
+    in_error, in_b_dec = [], []
+    for layer in range(frozen.n_layers):
+        sae_in, sae_out = frozen.input_sae(layer), frozen.output_sae(layer)
+        first, error, b_dec = add_sae(sae_in, 1) if sae_in is not None else (None, -1, -1)
+        in_features.append(first)
+        in_error.append(error)
+        in_b_dec.append(b_dec)
+        start = count
+        if sae_out is None:
+            add("mlp", layer, 0, everywhere, everywhere * 0 - 1, frozen.mlp_out[layer].norm(dim=-1))
+            out_features.append(None)
+        else:
+            out_features.append(add_sae(sae_out, 0)[0])
+        linear.append(torch.arange(start, count))
+    constant = add("bias", -1, 0, nowhere, nowhere, torch.ones(1))
+    linear.append(torch.tensor([constant]))
+    number = add("target", -1, 0, target.positions.cpu(), nowhere, target.actual)
+    return Numbering(
+        **{name: torch.cat(column) for name, column in columns.items()},
+        value=torch.cat(values),
+        linear=torch.cat(linear),
+        out_features=out_features,
+        in_features=in_features,
+        in_error=in_error,
+        in_b_dec=in_b_dec,
+        constant=constant,
+        target=number,
+    )
+
+
+def linear_rows(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t column"]:
+    """What everything that writes into the stream contributes to each read; a row adds up to the read's value."""
+    per_read = frozen.n_positions * frozen.embed.shape[1] * frozen.embed.element_size() * (frozen.n_layers + 2)
+    size = max(1, FIELD_BYTES // per_read)
+    return torch.cat([_linear_rows(frozen, reads[at : at + size]) for at in range(0, len(reads), size)])
+
+
+def _linear_rows(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t column"]:
+    fields = backward_fields(frozen, reads)
+    columns = [(fields.embed * frozen.embed).sum(-1)]
+    for layer in range(frozen.n_layers):
+        sae, seen = frozen.output_sae(layer), fields.mlp.get(layer)
+        if sae is None:
+            columns.append((frozen.mlp_out[layer] * seen).sum(-1) if seen is not None else columns[0] * 0)
+            continue
+        if seen is None:
+            width = frozen.n_positions * (sae.features.shape[1] + 1) + 1
+            columns.append(fields.embed.new_zeros(len(reads), width))
+            continue
+        features = torch.bmm(seen.transpose(0, 1), sae.writes.mT).transpose(0, 1).flatten(1)
+        columns += [features, (seen * sae.error).sum(-1), (seen * sae.b_dec).sum((-1, -2))[:, None]]
+    return torch.cat([*columns, reads.constants[:, None]], 1)
+
+
+def sweep(frozen: FrozenPass, target: Reads, max_nodes: int) -> Sweep:
+    """Influences and contributions from the target down, `max_nodes` nodes expanded per stage."""
+    nodes = number_nodes(frozen, target)
+    found = Sweep(nodes, torch.zeros(len(nodes), dtype=torch.float64), {}, {}, {}, {}, {}, {})
+    found.influence[nodes.target] = 1.0
+    top = int(target.levels[0])
+    if target.sees[0] == MLP and nodes.in_features[top // 2 - 1] is not None:
+        _expand_pairs(frozen, found, top // 2 - 1, torch.tensor([nodes.target]), target)
+    else:
+        _expand_linear(frozen, found, torch.tensor([nodes.target]), target)
+    for layer in reversed(range(frozen.n_layers)):
+        sae_in, sae_out = frozen.input_sae(layer), frozen.output_sae(layer)
+        if sae_in is None:
+            continue
+        first = nodes.out_features[layer]
+        if sae_out is not None and first is not None and sae_out.has_reads:
+            chosen = _choose(found.influence, first, sae_out, max_nodes)
+            if len(chosen):
+                reads = feature_reads(frozen, sae_out.hook, nodes.position[chosen], nodes.feature[chosen])
+                _expand_pairs(frozen, found, layer, chosen, reads)
+        first = nodes.in_features[layer]
+        if sae_in.has_reads and first is not None:
+            chosen = _choose(found.influence, first, sae_in, max_nodes)
+            if len(chosen):
+                reads = feature_reads(frozen, sae_in.hook, nodes.position[chosen], nodes.feature[chosen])
+                _expand_linear(frozen, found, chosen, reads)
+    return found
+
+
+def _choose(influence: Tensor, first: int, sae: SAEPass, at_most: int) -> Int[Tensor, "n"]:
+    here = influence[first : first + sae.real.numel()]
+    top = here.topk(min(at_most, len(here))).indices
+    return first + top[here[top] > 0]
+
+
+def _expand_linear(frozen: FrozenPass, found: Sweep, numbers: Int[Tensor, "t"], reads: Reads) -> None:
+    rows = linear_rows(frozen, reads)
+    shares = rows.abs() / rows.abs().sum(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    found.influence.index_add_(0, found.nodes.linear, (found.influence[numbers] @ shares.double().cpu()))
+    for row, number in enumerate(numbers.tolist()):
+        found.actual[number] = reads.actual[row].item()
+        found.reads[number] = reads[row : row + 1]
+        found.rows[number] = rows[row].double().cpu()
+
+
+def _expand_pairs(frozen: FrozenPass, found: Sweep, layer: int, numbers: Int[Tensor, "t"], reads: Reads) -> None:
+    nodes, sae, mlp = found.nodes, frozen.input_sae(layer), frozen.mlp(layer)
+    assert sae is not None
+    sources, ones = frozen.input_sources(layer)
+    positions, place = reads.positions.unique(return_inverse=True)
+    left, right = mlp_branches(mlp, sources[positions], ones)
+    slots = sae.features.shape[1]
+    for chunk in torch.arange(len(reads)).split(PAIRS_AT_ONCE):
+        at = place[chunk]
+        products = pair_products(mlp, reads.vectors[chunk], left[at], right[at], ones).double().cpu()
+        weights = products.abs().sum(2)
+        constants = reads.constants[chunk].double().cpu()
+        weights[:, -1] += constants.abs()
+        shares = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        first = nodes.in_features[layer]
+        assert first is not None
+        for row, t in enumerate(chunk.tolist()):
+            number, position = int(numbers[t]), int(reads.positions[t])
+            own = torch.arange(first + position * slots, first + (position + 1) * slots)
+            rest = torch.tensor([nodes.in_b_dec[layer], nodes.in_error[layer] + position, nodes.constant])
+            ids = torch.cat([own, rest])
+            found.influence.index_add_(0, ids, found.influence[number] * shares[row])
+            found.actual[number] = reads.actual[t].item()
+            found.sources[number], found.products[number] = ids, products[row]
+            found.constants[number] = constants[row].item()
+
+
+def head_sums(
+    frozen: FrozenPass, nodes: Numbering, sources: Int[Tensor, "n"], reads: Reads
+) -> Float[Tensor, "n t way"]:
+    """Linear edges by the last head they come through.
+
+    Args:
+        frozen: the forward pass.
+        nodes: the numbering.
+        sources: nodes at one position each that write into the stream.
+        reads: the edges' other ends.
+
+    Returns:
+        The ways: first none (source and target share a position), then `layer * n_heads + head`; an edge's ways add up
+        to its weight.
+    """
+    per_source = frozen.pattern.shape[1] * max(len(reads), frozen.n_positions) * frozen.embed.shape[1]
+    size = max(1, FIELD_BYTES // (per_source * frozen.embed.element_size()))
+    return torch.cat([_head_sums(frozen, nodes, chunk, reads) for chunk in sources.split(size)])
+
+
+def _head_sums(
+    frozen: FrozenPass, nodes: Numbering, sources: Int[Tensor, "n"], reads: Reads
+) -> Float[Tensor, "n t way"]:
+    n_heads = frozen.pattern.shape[1]
+    streams = frozen.embed.new_zeros(len(sources), frozen.n_positions, frozen.embed.shape[1])
+    ways = streams.new_zeros(len(sources), len(reads), 1 + frozen.n_layers * n_heads)
+    own = (nodes.kind[sources] == KINDS.index("embedding")).nonzero().flatten()
+    starts = torch.where(nodes.kind[sources] == KINDS.index("embedding"), 0, 2 * nodes.layer[sources] + 2)
+    at = nodes.position[sources]
+    writes = _writes(frozen, nodes, sources)
+    streams[own, at[own]] = writes[own]
+    levels, stream = reads.levels, reads.sees == STREAM
+    # A source's own write reaches the reads of its position directly, if it is written by then.
+    same = (at[:, None] == reads.positions) & (starts[:, None] <= levels) & stream
+    same |= (at[:, None] == reads.positions) & (reads.sees == MLP) & (starts[:, None] == levels)
+    ways[..., 0] = torch.where(same, writes @ reads.vectors.T, 0.0)
+    for layer in range(frozen.n_layers):
+        sees = (stream & (levels >= 2 * layer + 1)) | ((reads.sees == 1) & (levels == 2 * layer + 1))
+        rows = sees.nonzero().flatten()
+        if len(rows):
+            mixed = frozen.pattern[layer][:, reads.positions[rows]] @ head_values(
+                streams, frozen.scale1[layer], frozen.W_V[layer]
+            )
+            seen = torch.einsum("td,hed->hte", reads.vectors[rows], frozen.W_O[layer])
+            first = 1 + layer * n_heads
+            ways[:, rows, first : first + n_heads] = torch.einsum("nhte,hte->nth", mixed, seen)
+        streams = streams + attention_forward(
+            streams, frozen.pattern[layer], frozen.scale1[layer], frozen.W_V[layer], frozen.W_O[layer]
+        )
+        here = (starts == 2 * layer + 2).nonzero().flatten()
+        streams[here, at[here]] += writes[here]
+    return ways
+
+
+def _writes(frozen: FrozenPass, nodes: Numbering, sources: Int[Tensor, "n"]) -> Float[Tensor, "n d_model"]:
+    """What each source adds to the stream at its position."""
+    rows = []
+    for number in sources.tolist():
+        kind, layer, position = KINDS[nodes.kind[number]], int(nodes.layer[number]), int(nodes.position[number])
+        if kind == "embedding":
+            rows.append(frozen.embed[position])
+        elif kind == "mlp":
+            rows.append(frozen.mlp_out[layer, position])
+        else:
+            sae = frozen.output_sae(layer)
+            assert sae is not None
+            first = nodes.out_features[layer]
+            assert first is not None
+            slot = number - first - position * sae.features.shape[1]
+            rows.append(sae.error[position] if kind == "error" else sae.writes[position, slot])
+    return torch.stack(rows)

@@ -1,0 +1,257 @@
+"""What an attribution explains: a feature, a logit, a difference of logits, or any direction.
+
+All of them are linear reads of the frozen residual stream at one *level* and position: level `2l` is the stream
+entering layer `l`, `2l + 1` the one between its attention and its MLP, `2 n_layers` the last. Norm scales and SAE
+normalisations are frozen factors of the read; what does not depend on the stream is its constant.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens.attribute.frozen import FrozenPass
+from bilens.decompose.outputs import check_index
+from bilens.errors import ArgumentError, HookNameError, SAEMismatchError, nearest
+
+READABLE = (
+    "hook_embed",
+    "blocks.{}.hook_resid_pre",
+    "blocks.{}.ln1.hook_normalized",
+    "blocks.{}.hook_attn_out",
+    "blocks.{}.hook_resid_mid",
+    "blocks.{}.ln2.hook_normalized",
+    "blocks.{}.hook_mlp_out",
+    "blocks.{}.hook_resid_post",
+    "ln_final.hook_normalized",
+)
+LOGITS = "logits"
+STREAM, ATTN, MLP = 0, 1, 2  # what a read sees: the whole stream, or one module's output
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to explain; made by `Target.feature`, `Target.logit` or `Target.direction`.
+
+    Attributes:
+        hook: an activation point, or `logits`.
+        position: negative counts from the end.
+        of: the feature, the token and the one it is compared with, or the direction.
+    """
+
+    hook: str
+    position: int
+    of: int | str | tuple[int | str, int | str] | Tensor
+    name: str = ""
+
+    @classmethod
+    def feature(cls, sae: str, feature: int, position: int = -1, name: str = "") -> "Target":
+        """An SAE feature's pre-activation.
+
+        Args:
+            sae: its hook, or its name: `2-mlp-in`.
+            feature: active there or not.
+            position: `[BOS]` counted.
+            name: to be shown.
+        """
+        return cls(sae, position, feature, name)
+
+    @classmethod
+    def logit(cls, token: int | str, position: int = -1, *, minus: int | str | None = None, name: str = "") -> "Target":
+        """A token's logit, or by how much it is above another's."""
+        return cls(LOGITS, position, token if minus is None else (token, minus), name)
+
+    @classmethod
+    def direction(cls, vector: Float[Tensor, "d_model"], hook: str, position: int = -1, name: str = "") -> "Target":
+        """`vector . activation` at any point of width d_model."""
+        return cls(hook, position, vector, name)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Targets as linear reads of the frozen stream: `vectors . stream[level, position] + constants`.
+
+    Attributes:
+        vectors: frozen scales divided out.
+        levels, positions: where each reads.
+        sees: `STREAM`, or `ATTN` / `MLP` for a read of what the last module below its level adds.
+        constants: what does not come from the stream.
+        actual: the value itself: the SAE's own pre-activation, or the model's activation times the direction.
+        hooks, directions: the same reads at their own activation points, nothing divided out.
+        names: to be shown.
+    """
+
+    vectors: Float[Tensor, "t d_model"]
+    levels: Int[Tensor, "t"]
+    positions: Int[Tensor, "t"]
+    sees: Int[Tensor, "t"]
+    constants: Float[Tensor, "t"]
+    actual: Float[Tensor, "t"]
+    directions: Float[Tensor, "t d_model"]
+    hooks: list[str]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, rows: slice) -> "Reads":
+        return Reads(*(column[rows] for column in vars(self).values()))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Reads"]) -> "Reads":
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        joined: list[Any] = [torch.cat(c) if isinstance(c[0], Tensor) else list(chain(*c)) for c in columns]
+        return cls(*joined)
+
+
+@torch.no_grad()
+def read_targets(frozen: FrozenPass, targets: Target | Sequence[Target]) -> Reads:
+    """Where and what each target reads.
+
+    Raises:
+        ArgumentError: a direction that is no finite vector of d_model, or no target at all.
+        HookNameError: a point that is not there, or that is no linear read of the residual stream.
+        MissingSAEError, OutOfRangeError, TokenizationError: no such SAE, feature, position or token.
+        SAEMismatchError: a feature of an SAE without linear reads.
+    """
+    targets = [targets] if isinstance(targets, Target) else list(targets)
+    if not targets:
+        raise ArgumentError("no target was given; make one with Target.logit, Target.feature or Target.direction.")
+    parts = [_read_one(frozen, target) for target in targets]
+    return Reads.concatenate(parts)
+
+
+def feature_reads(frozen: FrozenPass, hook: str, positions: Int[Tensor, "t"], features: Int[Tensor, "t"]) -> Reads:
+    """Features of one SAE, many at once."""
+    sae = frozen.sae(hook)
+    vectors, constants = sae.reads(positions, features)
+    values = frozen.pre_activations(sae)[positions, features].to(frozen.dtype)
+    names = [f"{sae.label}/{f}" for f in features.tolist()]
+    return at_hook(frozen, sae.hook, vectors, positions, constants, values, names)
+
+
+def at_hook(
+    frozen: FrozenPass,
+    hook: str,
+    vectors: Float[Tensor, "t d_model"],
+    positions: Int[Tensor, "t"],
+    constants: Float[Tensor, "t"],
+    actual: Float[Tensor, "t"],
+    names: list[str],
+) -> Reads:
+    """Reads of the activation at a hook as reads of the frozen stream."""
+    level, scale, sees = _place(frozen, hook)
+    n = len(vectors)
+    return Reads(
+        vectors=vectors if scale is None else vectors / scale[positions][:, None],
+        levels=positions.new_full((n,), level),
+        positions=positions,
+        sees=positions.new_full((n,), sees),
+        constants=constants,
+        actual=actual,
+        directions=vectors,
+        hooks=[hook] * n,
+        names=names,
+    )
+
+
+def _place(frozen: FrozenPass, hook: str) -> tuple[int, Tensor | None, int]:
+    """The level a hook reads, the frozen divisor in between, and what of the stream it sees.
+
+    Raises:
+        HookNameError: not a point of the residual stream.
+    """
+    if hook == "hook_embed":
+        return 0, None, STREAM
+    if hook in ("ln_final.hook_normalized", LOGITS):
+        return 2 * frozen.n_layers, frozen.scale_final, STREAM
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
+    layer, point = (int(match[1]), match[2]) if match else (-1, "")
+    if 0 <= layer < frozen.n_layers:
+        places: dict[str, tuple[int, Tensor | None, int]] = {
+            "hook_resid_pre": (2 * layer, None, STREAM),
+            "ln1.hook_normalized": (2 * layer, frozen.scale1[layer], STREAM),
+            "hook_attn_out": (2 * layer + 1, None, ATTN),
+            "hook_resid_mid": (2 * layer + 1, None, STREAM),
+            "ln2.hook_normalized": (2 * layer + 1, frozen.scale2[layer], STREAM),
+            "hook_mlp_out": (2 * layer + 2, None, MLP),
+            "hook_resid_post": (2 * layer + 2, None, STREAM),
+        }
+        if point in places:
+            return places[point]
+    readable = [name.format(max(layer, 0)) for name in READABLE]
+    if re.fullmatch(r"attn\.hook_(q|k|rot_q|rot_k|attn_scores|pattern)|.*hook_scale", point or hook):
+        reason = "attention patterns and norm scales are frozen here, so what makes them is not attributed."
+    elif re.fullmatch(r"attn\.hook_[vz]|attn\.hook_result|mlp\.hook_.*", point):
+        reason = (
+            "it belongs to one head or hidden unit. Read the input it is made of: a value is the direction "
+            "W_V[layer, head, :, e] at ln1.hook_normalized, a branch W_gate[layer, :, m] at ln2.hook_normalized."
+        )
+    else:
+        raise HookNameError(f"no target can be at {hook!r}." + nearest(hook, [*readable, LOGITS]))
+    raise HookNameError(f"no target can be at {hook!r}: {reason} Points of width d_model are {', '.join(readable)}.")
+
+
+def _read_one(frozen: FrozenPass, target: Target) -> Reads:
+    position = check_index(
+        target.position, frozen.n_positions, "position {} is outside the text's {} tokens (with [BOS])", negative=True
+    )
+    at = torch.tensor([position], device=frozen.embed.device)
+    if target.hook == LOGITS:
+        return _read_logit(frozen, target, at)
+    if not isinstance(target.of, Tensor):
+        return _read_feature(frozen, target, at)
+    vector = target.of.detach()
+    d_model = frozen.embed.shape[1]
+    if not vector.is_floating_point() or vector.shape != (d_model,) or not vector.isfinite().all():
+        raise ArgumentError(
+            f"a direction of shape {tuple(vector.shape)} and type {vector.dtype}: expected {d_model} finite floats."
+        )
+    _place(frozen, target.hook)  # before the cache is asked for a point that it does not have
+    seen = frozen.cache[target.hook][position]
+    vectors = vector.to(frozen.embed)[None]
+    actual = (vector.double() @ seen.double()).to(frozen.dtype)[None]
+    name = target.name or f"direction at {target.hook}"
+    return at_hook(frozen, target.hook, vectors, at, torch.zeros_like(actual), actual, [name])
+
+
+def _read_feature(frozen: FrozenPass, target: Target, at: Int[Tensor, "1"]) -> Reads:
+    sae = frozen.sae(target.hook)
+    feature = check_index(target.of, sae.view.d_sae, "feature {} is outside the SAE's {}")  # type: ignore[arg-type]
+    if not sae.has_reads:
+        raise SAEMismatchError(
+            f"the SAE {sae.label} has no linear encoder, so its features are no linear reads; a feature can be "
+            "attributed by what it writes, as Target.direction(sae.W_dec[feature], hook)."
+        )
+    reads = feature_reads(frozen, sae.hook, at, torch.tensor([feature], device=at.device))
+    reads.names[0] = target.name or reads.names[0]
+    return reads
+
+
+def _read_logit(frozen: FrozenPass, target: Target, at: Int[Tensor, "1"]) -> Reads:
+    given = target.of if isinstance(target.of, tuple) else (target.of,)
+    tokens = [_token(frozen, token) for token in given]
+    signs = torch.tensor([1.0, -1.0][: len(tokens)], device=at.device)
+    # The last product in float64: a difference of two large float32 logits is good to fewer digits than its parts.
+    directions = frozen.model.W_U.detach()[:, tokens].double() @ signs.double()
+    actual = (frozen.cache["ln_final.hook_normalized"][at].double() @ directions).to(frozen.dtype)
+    shown = [token if isinstance(token, str) else _token_string(frozen, token) for token in given]
+    name = target.name or "logit " + " - ".join(map(repr, shown))
+    vectors = directions.to(frozen.dtype)[None]
+    return at_hook(frozen, LOGITS, vectors, at, torch.zeros_like(actual), actual, [name])
+
+
+def _token(frozen: FrozenPass, token: int | str | Tensor) -> int:
+    if isinstance(token, str):
+        return frozen.model.to_single_token(token)
+    return check_index(token, frozen.model.cfg.d_vocab, "token {} is outside the vocabulary of {}")  # type: ignore[arg-type]
+
+
+def _token_string(frozen: FrozenPass, token: object) -> str:
+    number = int(token)  # type: ignore[call-overload]
+    return str(number) if frozen.model.tokenizer is None else frozen.model.tokenizer.decode([number])

@@ -1,0 +1,265 @@
+"""How much each token of the text contributed to a feature, a logit or any direction: exactly, through every layer.
+
+1. the residual stream starts as one part per token (its embedding) and one for biases
+2. attention, frozen, moves the parts linearly
+3. an MLP's output is a quadratic form of the parts: every product of two goes half to each, which within the MLP is
+   their Shapley value (`algebra.mlp_shares`)
+4. what a target reads of each part at its position is that token's contribution; together they are its value
+
+Through several MLPs the halves multiply: of a product `(a b) c`, formed where one MLP multiplies `a b` of an earlier
+one with `c`, `c` gets a half and `a`, `b` a quarter each. That is the value of the game in which products are made in
+the order the network makes them (nested, as Owen's value is), not the Shapley value of all tokens at once (a third
+each).
+
+The pair matrix is what products in the last MLP on the way contributed: entry `(s, t)` is half of what token `s` and
+token `t` made together there (an MLP further down makes parts of them), its diagonal also holds what came without one.
+Its rows add up to the contributions.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bilens.attribute.algebra import attention_forward, head_parts, mlp_shares
+from bilens.attribute.frozen import FrozenPass
+from bilens.attribute.split import Fields, backward_fields
+from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
+from bilens.decompose.tensors import hidden_coefficients
+from bilens.display import Tabular
+from bilens.errors import ArgumentError
+from bilens.typing import typed
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from bilens.viz.circuits import AttentionPatterns, ColoredTokens
+
+
+@dataclass(frozen=True)
+class TokenAttribution(Tabular):
+    """What each token contributed to one target.
+
+    Attributes:
+        target, position: of the target.
+        tokens: of the text.
+        values: of each token; those after the target are zero.
+        bias: what biases contributed (of MLPs, and the target's constant).
+        actual: what the model (and the target's SAE) computed.
+        heads: what each head moved from each position to the target's own (whatever it was made of there), seen by the
+            target: one step, weighted by attention.
+        pairs: of tokens, biases (and the target's constant) last; half of each pair on either side of the diagonal.
+    """
+
+    target: str
+    position: int
+    tokens: list[str] = field(repr=False)
+    values: Float[Tensor, "p"]
+    bias: float
+    actual: float
+    heads: Float[Tensor, "layer head p"] = field(repr=False)
+    pairs: Float[Tensor, "p+1 p+1"] | None = field(default=None, repr=False)
+    wordpiece: bool = field(default=False, repr=False)
+
+    @property
+    def total(self) -> float:
+        """The float32 sum of every part."""
+        return (self.values.float().sum() + self.bias).item()
+
+    @property
+    def absolute_sum(self) -> float:
+        return self.values.abs().sum().item() + abs(self.bias)
+
+    @property
+    def completeness_error(self) -> float:
+        """`total - actual`: rounding, and nothing else."""
+        return self.total - self.actual
+
+    @property
+    def relative_error(self) -> float:
+        """`|completeness_error|` over the sum of absolute contributions."""
+        return abs(self.completeness_error) / max(self.absolute_sum, torch.finfo(torch.float32).tiny)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per token, and one for biases: `position, token, value`."""
+        import pandas as pd
+
+        rows = list(zip(range(len(self.tokens)), self.tokens, self.values.tolist(), strict=True))
+        return pd.DataFrame([*rows, (-1, "(biases)", self.bias)], columns=["position", "token", "value"])
+
+    def head_frame(self, top: int = 50) -> "pd.DataFrame":
+        """What heads moved, largest first: `layer, head, position, token, value`."""
+        import pandas as pd
+
+        flat = self.heads.flatten()
+        order = flat.abs().argsort(descending=True)[:top]
+        where = torch.stack(torch.unravel_index(order, self.heads.shape), 1).tolist()
+        rows = [
+            (layer, head, at, self.tokens[at], value)
+            for (layer, head, at), value in zip(where, flat[order].tolist(), strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["layer", "head", "position", "token", "value"])
+
+    def to_view(self) -> "ColoredTokens":
+        """The text, each token coloured by its contribution."""
+        from bilens.viz.circuits import ColoredTokens
+
+        return ColoredTokens(self.tokens, self.values, wordpiece=self.wordpiece)
+
+    def heads_view(self) -> "AttentionPatterns":
+        """What every head moved to the target's position, one map per head, in that position's row."""
+        from bilens.viz.circuits import AttentionPatterns
+
+        n_layers, n_heads, n = self.heads.shape
+        maps = self.heads.new_zeros(n_layers * n_heads, n, n)
+        maps[:, self.position] = self.heads.flatten(0, 1)
+        names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
+        return AttentionPatterns(self.tokens, maps, names, wordpiece=self.wordpiece)
+
+    def plot(self) -> "go.Figure":
+        """Contributions as signed bars, in the order of the text."""
+        from bilens.viz.plots import bars
+
+        labels = [f"{place} {token}" for place, token in enumerate(self.tokens)]
+        return bars([*labels, "biases"], [*self.values.tolist(), self.bias], f"{self.target} at {self.position}")
+
+    def plot_pairs(self) -> "go.Figure":
+        """The pair matrix as a heat map."""
+        from bilens.viz.plots import heatmap
+
+        if self.pairs is None:
+            raise ArgumentError("this was made without the pair matrix; ask for it with attribute_tokens(pairs=True).")
+        labels = [*(f"{place} {token}" for place, token in enumerate(self.tokens)), "biases"]
+        return heatmap(self.pairs, labels, labels, f"{self.target} at {self.position}: pairs of tokens")
+
+    def _repr_html_(self) -> str:
+        return self.to_view()._repr_html_()
+
+    def __str__(self) -> str:
+        frame = self.to_frame()
+        head = (
+            f"{self.target} at position {self.position} ({self.tokens[self.position]!r}): value {self.actual:+.5f}, "
+            f"tokens and biases {self.total:+.5f}, completeness error {self.completeness_error:+.1e} "
+            f"({self.relative_error:.1e} of the absolute parts)"
+        )
+        return f"{head}\n{frame.sort_values('value', key=abs, ascending=False).head(12).to_string(index=False)}"
+
+
+@typed
+@torch.no_grad()
+def attribute_tokens(
+    frozen: FrozenPass, targets: Target | Sequence[Target], *, pairs: bool = False
+) -> TokenAttribution | list[TokenAttribution]:
+    """How much each token contributed to each target.
+
+    Args:
+        frozen: the forward pass; SAEs are needed only for targets that are their features.
+        targets: one, or several for little more than the cost of one.
+        pairs: also the matrix over pairs of tokens.
+
+    Returns:
+        One result per target, in a list where several were given.
+
+    Raises:
+        NotBilinearError: a gated or one-branch model.
+        others: as for `read_targets`.
+    """
+    single = isinstance(targets, Target)
+    reads = read_targets(frozen, targets)
+    shares = token_shares(frozen, reads)
+    matrices = token_pairs(frozen, reads, backward_fields(frozen, reads)) if pairs else None
+    found = []
+    for row, name in enumerate(reads.names):
+        heads = _heads(frozen, reads[row : row + 1])
+        found.append(
+            TokenAttribution(
+                target=name,
+                position=int(reads.positions[row]),
+                tokens=frozen.strings,
+                values=shares[row, :-1],
+                bias=(shares[row, -1] + reads.constants[row]).item(),
+                actual=reads.actual[row].item(),
+                heads=heads,
+                pairs=None if matrices is None else matrices[row],
+                wordpiece=frozen.model.tokenizer is not None and frozen.model.is_wordpiece,
+            )
+        )
+    return found[0] if single else found
+
+
+def token_shares(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t p+1"]:
+    """Each token's contribution to each read, biases last; without the reads' constants."""
+    shares = reads.vectors.new_zeros(len(reads), frozen.n_positions + 1)
+
+    def take(level: int, sees: int, streams: Tensor) -> None:
+        rows = ((reads.levels == level) & (reads.sees == sees)).nonzero().flatten()
+        shares[rows] = torch.einsum("ntd,td->tn", streams[:, reads.positions[rows]], reads.vectors[rows])
+
+    for level, streams, added in _token_streams(frozen, int(reads.levels.max())):
+        take(level, STREAM, streams)
+        if added is not None:
+            take(level, ATTN if level % 2 else MLP, added)
+    return shares
+
+
+def token_pairs(frozen: FrozenPass, reads: Reads, fields: Fields) -> Float[Tensor, "t p+1 p+1"]:
+    """The pair matrix of each read (see the module)."""
+    matrices = reads.vectors.new_zeros(len(reads), frozen.n_positions + 1, frozen.n_positions + 1)
+    tokens = torch.arange(frozen.n_positions, device=matrices.device)
+    matrices[:, tokens, tokens] = (fields.embed * frozen.embed).sum(-1)
+    matrices[:, -1, -1] = reads.constants
+    last = int(reads.levels.max())
+    ones = _bias_ones(frozen)
+    for level, streams, _ in _token_streams(frozen, last):
+        layer = level // 2
+        if not level % 2 or layer not in fields.mlp:
+            continue
+        mlp, parts = frozen.mlp(layer), streams / frozen.scale2[layer][:, None]
+        left = parts @ mlp.W_gate + ones[:, None, None] * mlp.b_gate
+        right = (parts @ mlp.W_in + ones[:, None, None] * mlp.b_in).flatten(1)
+        for row, field_ in enumerate(fields.mlp[layer]):
+            raw = (left * hidden_coefficients(mlp, field_)).flatten(1) @ right.T
+            matrices[row] += 0.5 * (raw + raw.T)
+            matrices[row, -1, -1] += (field_ @ mlp.b_out).sum()
+    return matrices
+
+
+def _token_streams(frozen: FrozenPass, last: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """`(level, the stream by tokens, what the module below added)` of every level up to `last`."""
+    n = frozen.n_positions
+    ones = _bias_ones(frozen)
+    streams = torch.cat([torch.diag_embed(frozen.embed.T).permute(1, 2, 0), torch.zeros_like(frozen.embed)[None]])
+    assert streams.shape[:2] == (n + 1, n)
+    yield 0, streams, None
+    for level in range(1, last + 1):
+        layer = (level - 1) // 2
+        if level % 2:
+            added = attention_forward(
+                streams, frozen.pattern[layer], frozen.scale1[layer], frozen.W_V[layer], frozen.W_O[layer]
+            )
+        else:
+            added = mlp_shares(frozen.mlp(layer), streams / frozen.scale2[layer][:, None], ones)
+        streams = streams + added
+        yield level, streams, added
+
+
+def _bias_ones(frozen: FrozenPass) -> Float[Tensor, "p+1"]:
+    ones = frozen.embed.new_zeros(frozen.n_positions + 1)
+    ones[-1] = 1.0
+    return ones
+
+
+def _heads(frozen: FrozenPass, read: Reads) -> Float[Tensor, "layer head p"]:
+    """What each head moved to the read's position, as it sees it (zeros above it)."""
+    moved = frozen.pattern.new_zeros((*frozen.pattern.shape[:2], frozen.n_positions))
+    level, sees = int(read.levels[0]), int(read.sees[0])
+    for layer in range(frozen.n_layers):
+        seen = level >= 2 * layer + 1 if sees == STREAM else sees == ATTN and level == 2 * layer + 1
+        if seen:
+            rows = frozen.pattern[layer][:, read.positions]
+            moved[layer] = head_parts(read.vectors, rows, frozen.values(layer), frozen.W_O[layer])[0]
+    return moved

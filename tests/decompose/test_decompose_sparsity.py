@@ -1,0 +1,135 @@
+"""Outliers and kurtosis of interactions are what numpy says of the dense matrices."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from bilens.decompose import Decomposer
+from bilens.decompose.sparsity import SORTED_WHOLE, Triangle, excess_kurtosis, quartiles
+from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError
+from tests.random_saes import D_SAE, make_sae
+
+
+@pytest.fixture(scope="module")
+def decomposer(models):
+    saes = [
+        make_sae("topk", f"blocks.1.{hook}", seed=s) for s, hook in enumerate(("ln2.hook_normalized", "hook_mlp_out"))
+    ]
+    return Decomposer(models(True, True), 1, *saes)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 255, 256, 257, 600])
+def test_a_triangle_has_every_pair_once_where_it_says(n):
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(n, 3, generator=generator), torch.randn(n, 3, generator=generator)
+    triangle = Triangle(n)
+    entries = torch.full((len(triangle),), torch.nan)
+    triangle.fill(entries, left, right)
+    i, j = triangle.pairs(torch.arange(len(triangle)))
+    assert (i < j).all()
+    assert len((i * n + j).unique()) == len(triangle) == n * (n - 1) // 2
+    # the same three terms, in another order
+    assert_close(entries, (left @ right.T)[j, i], atol=1e-6, rtol=1e-5)
+
+
+@given(st.integers(1, 200), st.integers(0, 100))
+def test_quartiles_of_few_are_numpys(n, seed):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    assert_close(quartiles(x), torch.from_numpy(np.quantile(x.numpy(), [0.25, 0.75])).float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["random", "heavy", "sorted", "constant", "ties", "misleading"])
+@pytest.mark.parametrize("more", [1, 2, 3, 40_001])
+def test_quartiles_of_many_are_numpys(kind, more):
+    """Whatever the sample says: every fourth entry of *misleading* is far from the others."""
+    n = SORTED_WHOLE + more
+    x = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    if kind == "heavy":
+        x = x**5
+    if kind == "sorted":
+        x = x.sort().values
+    if kind == "constant":
+        x = torch.full_like(x, 0.3)
+    if kind == "ties":
+        x = x.round()
+    if kind == "misleading":
+        x[:: n // 2**14] += 100
+    assert_close(quartiles(x), torch.from_numpy(np.quantile(x.double().numpy(), [0.25, 0.75])).float())
+
+
+def test_kurtosis():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300_000, generator=generator) * 2 + 5
+    y = x.double().numpy()
+    expected = ((y - y.mean()) ** 4).mean() / ((y - y.mean()) ** 2).mean() ** 2 - 3
+    assert excess_kurtosis(x[:1000], x[1000:]) == pytest.approx(expected, rel=1e-9)
+    assert abs(expected) < 0.05  # a Gaussian has none; its standard error is sqrt(24 / n)
+    assert excess_kurtosis(torch.tensor([-1.0, 1.0]), torch.tensor([1.0, -1.0])) == pytest.approx(-2)
+    # far from zero, where float32 moments would have no digit left
+    assert excess_kurtosis(x.double() + 1e6) == pytest.approx(expected, rel=1e-6)
+    assert np.isnan(excess_kurtosis(torch.ones(5), torch.ones(2)))
+
+
+@pytest.mark.parametrize("fence", [0.0, 1.5, 3.0])
+def test_sparsity_is_numpys_of_the_dense_matrices(decomposer, fence):
+    found = decomposer.sparsity(fence=fence, progress=False)
+    assert found.outputs.tolist() == list(range(D_SAE))
+    matrices = decomposer.interaction(found.outputs, basis="features").double().numpy()
+    row, column = np.tril_indices(D_SAE, -1)
+    outliers = decomposer.outliers(found.outputs, k=None, fence=fence, progress=False).to_frame()
+    for output, matrix in enumerate(matrices):
+        cross, own = matrix[row, column], np.diagonal(matrix)
+        everything = np.concatenate([cross, own])
+        deviations = everything - everything.mean()
+        # float32 products; kurtosis and quartiles of them to about five digits
+        kurtosis = (deviations**4).mean() / (deviations**2).mean() ** 2 - 3
+        assert found.kurtosis[output].item() == pytest.approx(kurtosis, rel=1e-4, abs=1e-4)
+        listed = outliers[outliers.output == output]
+        for kind, entries, quartile, count in (
+            ("cross", cross, found.cross_quartiles[output], found.cross_outliers[output]),
+            ("self", own, found.self_quartiles[output], found.self_outliers[output]),
+        ):
+            q1, q3 = np.quantile(entries, [0.25, 0.75])
+            assert quartile.tolist() == pytest.approx([q1, q3], rel=1e-4, abs=1e-5)
+            low, high = q1 - fence * (q3 - q1), q3 + fence * (q3 - q1)
+            chosen = (entries < low) | (entries > high)
+            # An entry within rounding of a fence may fall on either side of it.
+            near = (np.minimum(abs(entries - low), abs(entries - high)) < 1e-4).sum()
+            assert abs(int(count) - chosen.sum()) <= near
+            assert int(count) == (listed.kind == kind).sum()
+        assert found.largest_cross[output].item() == pytest.approx(abs(cross).max(), rel=1e-4)
+        assert found.largest_self[output].item() == pytest.approx(abs(own).max(), rel=1e-4)
+        for entry in listed.itertuples():
+            assert entry.entry == pytest.approx(matrix[entry.i, entry.j], rel=1e-3, abs=1e-4)
+        assert listed.entry.abs().is_monotonic_decreasing
+
+
+def test_results_show_themselves(decomposer):
+    found = decomposer.sparsity([5, 3], progress=False)
+    assert found.to_frame().output.tolist() == [5, 3]
+    assert len(found.plot().data[0].x) == 2
+    assert "kurtosis" in str(found)
+    assert 0 <= found.cross_share.max() < 1
+    outliers = decomposer.outliers(7, k=6, progress=False)
+    assert outliers.outputs.tolist() == [7] * 6
+    assert len(outliers.plot(top=4).data[0].z) <= 4
+    assert "entry" in str(outliers)
+    assert len(decomposer.outliers(7, k=1, fence=1e9, progress=False).to_frame()) == 0
+
+
+def test_bad_arguments(decomposer, models):
+    with pytest.raises(ArgumentError, match=r"fence is -1.0, expected 0 or more"):
+        decomposer.sparsity(0, fence=-1.0)
+    with pytest.raises(ArgumentError, match="fence is nan"):
+        decomposer.outliers(0, fence=float("nan"))
+    with pytest.raises(OutOfRangeError, match="k is 0, expected at least 1"):
+        decomposer.outliers(0, k=0)
+    with pytest.raises(OutOfRangeError, match="outside the output SAE"):
+        decomposer.sparsity(D_SAE)
+    with pytest.raises(MissingSAEError, match="input_sae"):
+        Decomposer(models(True, True), 0).sparsity(torch.randn(16))
+    with pytest.raises(MissingSAEError, match="output_sae"):
+        Decomposer(models(True, True), 0).sparsity()
