@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from bilens.errors import CheckpointError, ModelNotFoundError, SAEMismatchError, UploadError
 from bilens.loading import load_model, published_tensors
 from bilens.model import HookedBilinearTransformer
-from bilens.sae import list_saes, load_sae, push_saes
+from bilens.sae import list_saes, load_sae, push_saes, scope_loader
 from tests.conftest import make_model
 from tests.fake_hub import READER, WRITER, FakeHub, sha256
 from tests.random_saes import make_sae
@@ -544,6 +545,16 @@ def test_loading_downloads_one_folder(hub: FakeHub, scope: Path, monkeypatch: py
         load_sae(SCOPE, "mlp-in", 1, k=3)
     with pytest.raises(ModelNotFoundError, match="not wholly in the Hugging Face cache"):
         list_saes(SCOPE)
+
+
+def test_saelens_loads_published_saes(hub: FakeHub, scope: Path) -> None:
+    """`SAE.from_pretrained` with our converter gives what `load_sae` gives, class and bits."""
+    theirs = SAE.from_pretrained(SCOPE, "1-mlp-in-x2-k5", converter=scope_loader)
+    assert_same_sae(theirs, load_sae(scope, "mlp-in", 1, k=5, device="cpu"))
+    scaled = SAE.from_pretrained(SCOPE, "0-attn-out-x2-k3", converter=partial(scope_loader, n_layers=2))
+    assert_same_sae(scaled, load_sae(scope, "attn-out", 0, n_layers=2, device="cpu"))
+    with pytest.raises(ModelNotFoundError, match="is no SAE folder"):
+        SAE.from_pretrained(SCOPE, "7-mlp-in-x2-k5", converter=scope_loader)
 
 
 def test_revisions_and_tokens_of_saes(hub: FakeHub, scope: Path) -> None:

@@ -3,7 +3,7 @@
 from bilens.sae.evaluation import SAEScore, SAEScores, evaluate_saes
 from bilens.sae.examples import Example, FeatureActivations, FeatureSummary, feature_activations
 from bilens.sae.finetuning import FinetuneConfig, finetune_saes
-from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae
+from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae, scope_loader
 from bilens.sae.pushing import push_saes
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig, ScopeTrainingSAE, ScopeTrainingSAEConfig
 from bilens.sae.store import FeatureRecord, FeatureStore, FeatureStoreConfig, build_feature_store
@@ -35,5 +35,6 @@ __all__ = [
     "list_saes",
     "load_sae",
     "push_saes",
+    "scope_loader",
     "train_saes",
 ]

@@ -23,6 +23,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import dtype_to_str
+from torch import Tensor
 
 from bilens.config import check_positive_integers
 from bilens.display import Tabular
@@ -212,6 +213,34 @@ def load_sae_folder(
     if entry.format == "saelens":
         return _load_saelens(folder, entry, device, dtype)
     return _load_published(folder, entry, device, dtype, n_layers)
+
+
+def scope_loader(
+    repo_id: str,
+    folder_name: str,
+    device: str = "cpu",
+    force_download: bool = False,
+    cfg_overrides: dict[str, Any] | None = None,
+    *,
+    n_layers: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor], None]:
+    """SAELens' way to a published repository: `SAE.from_pretrained(repo_id, folder_name, converter=scope_loader)`.
+
+    Args:
+        repo_id: a hub id such as `tdooms/ts-medium-scope`.
+        folder_name: of the SAE in it.
+        device: of the weights.
+        force_download: not needed: what is in the cache is checked against the hub's.
+        cfg_overrides: SAELens' own, put over the configuration.
+        n_layers: as for `load_sae`: for a published attn-out SAE, `converter=partial(scope_loader, n_layers=...)`.
+
+    Returns:
+        The configuration, the weights, and no sparsity, which published repositories do not hold.
+    """
+    files = [f"{folder_name}/{file}" for names in FORMATS.values() for file in names]
+    root = _root(repo_id, files, HubOptions())
+    sae = load_sae_folder(root / folder_name, device=device, dtype="auto", n_layers=n_layers)
+    return sae.cfg.to_dict() | (cfg_overrides or {}), sae.state_dict(), None
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
