@@ -63,6 +63,10 @@ class TokenizationError(BilensError, ValueError):
     """A string that is not the single token it was taken for, or a model without a tokenizer."""
 
 
+class ImageDataError(BilensError, ValueError):
+    """Images or labels that are nowhere, cannot be read, or do not belong together."""
+
+
 class TrainingError(BilensError, RuntimeError):
     """A training run that cannot start or go on."""
 

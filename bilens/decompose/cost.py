@@ -1,7 +1,9 @@
 """What an eigensolver would take per output on this machine: measured once per layer shape, then compared.
 
 The pieces are timed on random numbers of the layer's shape (a few milliseconds each), and multiplied by how often the
-solver needs them; how many steps a spectrum takes is not known before, so a typical number stands for it.
+solver needs them. How many steps Lanczos takes depends on the spectrum and is not known before a first chunk of outputs
+is done: until then a typical number stands for it. A block of vectors takes about as many products as Lanczos has
+steps, times a constant.
 """
 
 import time
@@ -11,36 +13,50 @@ from functools import lru_cache
 
 import torch
 
-from bilens.decompose.lanczos import InteractionOperator
+from bilens.decompose.block import block_size
+from bilens.decompose.refine import InteractionOperator
 
-# Typical counts: products of the search (steps and probe), and small eigenproblems, per output.
-SEARCH_PRODUCTS, CHECKS, BASIS = 45, 5, 24
+TYPICAL_STEPS = 30
+# Products per step of Lanczos (the probe's included); steps per small eigenproblem; vectors held, half way.
+PRODUCTS_PER_STEP, STEPS_PER_CHECK, BASIS = 1.4, 5, 24
+# Products of a block per step that Lanczos would take, and small eigenproblems.
+BLOCK_PRODUCTS_PER_STEP, BLOCK_CHECKS = 0.5, 3
 BATCH = 128
 LARGEST_EIGH = 384  # larger ones are extrapolated: measuring must stay cheap
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimated seconds per output.
+    """Estimated seconds.
 
     Attributes:
-        search_dtype: what the search of `lanczos` multiplies in, the faster of bfloat16 and the layer's own dtype.
-        lanczos, dense: seconds per output.
+        search_dtype: what searches multiply in, the faster of bfloat16 and the layer's own dtype.
+        step, finish: of Lanczos: per step and per output.
+        tensor: of making the third-order tensor, once.
+        block_step, block_finish: of blocks: per step that Lanczos would take, and per output.
+        dense: per output.
     """
 
     search_dtype: torch.dtype
-    lanczos: float
+    step: float
+    finish: float
+    tensor: float
+    block_step: float
+    block_finish: float
     dense: float
 
-    @property
-    def method(self) -> str:
-        return "lanczos" if self.lanczos < self.dense else "dense"
+    def per_output(self, n: int, steps: float = TYPICAL_STEPS) -> dict[str, float]:
+        """Seconds per output of every method.
 
-    def __str__(self) -> str:
-        return (
-            f"estimated {1e3 * self.lanczos:.2g} ms per output by lanczos (searching in "
-            f"{str(self.search_dtype).removeprefix('torch.')}), {1e3 * self.dense:.2g} ms dense"
-        )
+        Args:
+            n: outputs in all.
+            steps: that Lanczos takes.
+        """
+        return {
+            "lanczos": steps * self.step + self.finish,
+            "block": self.tensor / max(n, 1) + steps * self.block_step + self.block_finish,
+            "dense": self.dense,
+        }
 
 
 def estimate(d_model: int, d_mlp: int, k: int, dtype: torch.dtype, device: torch.device) -> Cost:
@@ -68,9 +84,20 @@ def _measured(d_model: int, d_mlp: int, k: int, dtype: torch.dtype, device: torc
     orthogonal = seconds(lambda: torch.bmm(torch.bmm(row, basis.mT), basis), device) / BATCH
     small = basis[:16] @ basis[:16].mT
     check = seconds(lambda: torch.linalg.eigh(small), device) / len(small)
-    search = SEARCH_PRODUCTS * (product[fastest] + orthogonal) + CHECKS * check
-    # Two rounds of refinement, with a tied vector beside the k wanted.
-    refine = 2 * (k + 1) * product[dtype]
+    step = PRODUCTS_PER_STEP * (product[fastest] + orthogonal) + check / STEPS_PER_CHECK
+    # Two rounds of refinement, with two vectors beside the k wanted.
+    finish = 2 * (k + 2) * product[dtype]
+
+    # Slices of the products that make the tensor, and of those that make matrices of it.
+    width, few, chunk = block_size(k), 4, min(BATCH, max(16, 2**24 // d_model**2))
+    left, right = random(few * d_model, d_mlp).to(fastest), random(d_mlp, d_model).to(fastest)
+    tensor = seconds(lambda: left @ right, device) * d_model / few
+    u, slab = random(chunk, d_model).to(fastest), random(d_model, few * d_model).to(fastest)
+    form_all = seconds(lambda: u @ slab, device) * d_model / few / chunk
+    block, matrices = random(chunk, width, d_model).to(fastest), random(chunk, d_model, d_model).to(fastest)
+    block_product = seconds(lambda: torch.bmm(block, matrices), device) / chunk
+    tiny = torch.bmm(block.to(dtype), block.to(dtype).mT)
+    block_check = seconds(lambda: torch.linalg.eigh(tiny), device) / chunk
 
     # A product of one vector is 8 d_model d_mlp operations; forming Q is 2 d_model^2 d_mlp.
     form = product[dtype] * d_model / 4
@@ -78,7 +105,15 @@ def _measured(d_model: int, d_mlp: int, k: int, dtype: torch.dtype, device: torc
     matrix = random(d, d)
     matrix = matrix + matrix.T
     dense = form + seconds(lambda: torch.linalg.eigh(matrix), device) * (d_model / d) ** 3
-    return Cost(fastest, search + refine, dense)
+    return Cost(
+        fastest,
+        step=step,
+        finish=finish,
+        tensor=tensor,
+        block_step=BLOCK_PRODUCTS_PER_STEP * block_product,
+        block_finish=form_all + BLOCK_CHECKS * block_check + finish,
+        dense=dense,
+    )
 
 
 def seconds(run: Callable[[], object], device: torch.device | None = None, repeats: int = 2) -> float:

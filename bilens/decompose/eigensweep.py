@@ -1,8 +1,10 @@
 """The leading eigenpairs of the interaction matrices of a whole layer's outputs, and how much of each they are.
 
-1. choose how: Lanczos on the factors (`lanczos`), or forming every `Q` and solving it whole, by measured cost (`cost`)
+1. choose how by measured cost (`cost`): Lanczos on the factors (`lanczos`); blocks of vectors on matrices formed from
+   the third-order tensor (`block`), which pays where outputs are many and spectra decay slowly, as the steps that
+   Lanczos takes for a first chunk tell; or forming every `Q` and solving it whole
 2. outputs in chunks that fit the memory allowed and, on a CPU, the cache; each scaled to `||Q||_F = 1`
-3. what Lanczos leaves unresolved is solved whole
+3. what a search leaves unresolved is solved whole
 4. certify: the squares of all eigenvalues add up to `||Q||_F^2`, which the factors give, so that one missed can be no
    larger than `sqrt(||Q||_F^2 - sum of the squares found)`
 
@@ -19,9 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens.decompose.block import COORDINATES, OutputTensor, block_size, leading_eigenpairs_of_blocks
 from bilens.decompose.cost import estimate
 from bilens.decompose.eigen import by_magnitude, signed, sorted_eigenpairs
-from bilens.decompose.lanczos import InteractionOperator, Leading, leading_eigenpairs, tied_units
+from bilens.decompose.lanczos import leading_eigenpairs
+from bilens.decompose.refine import InteractionOperator, Leading, tied_units
 from bilens.decompose.tensors import BilinearLayer, hidden_coefficients
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError, nearest
@@ -30,9 +34,10 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-Method = Literal["auto", "lanczos", "dense"]
+Method = Literal["auto", "lanczos", "block", "dense"]
 STATUSES = ("bounded", "converged", "dense")
-# A basis of forty vectors for every output of a chunk should stay in a CPU's cache; fewer outputs multiply slowly.
+# What is held of every output of a chunk, a basis of forty vectors or a matrix, should stay in a CPU's cache; fewer
+# outputs multiply slowly.
 CACHE, CACHED_STEPS, SMALLEST_CHUNK, LARGEST_CHUNK = 2**24, 40, 128, 2048
 GRAM_BLOCK = 2**22  # entries of K at a time
 # Of the squared norm: how far it, and the sum of squares found, may be off in float32.
@@ -131,7 +136,8 @@ def top_eigenpairs(
         k: small against d_model for Lanczos to pay; all `d_model` for whole spectra (`method="dense"`).
         tolerance: relative error of the eigenvalues, as estimated, which is cautiously. Ignored by `"dense"`.
         memory: bytes to use besides the layer and the result.
-        method: `"lanczos"` never forms a `Q`; `"dense"` forms and solves all; `"auto"` takes what is faster here.
+        method: `"lanczos"` never forms a `Q`; `"block"` forms them in low precision, and searches with many vectors at
+            once; `"dense"` forms and solves all; `"auto"` takes what is fastest here.
         seed: of the start vectors. Same seed and method, same result, whatever the other outputs, to the tolerance.
         progress: show a bar, or a function that is told how many outputs are done, and of how many.
 
@@ -146,35 +152,52 @@ def top_eigenpairs(
     layer = layer.to(torch.promote_types(layer.W_out.dtype, torch.float32))
     u = outputs.to(layer.W_out)
     cost = estimate(d_model, d_mlp, k, u.dtype, u.device)
-    # The search must be able to hold the pairs wanted several times over.
-    chosen = method if method != "auto" else "dense" if 4 * k > d_model else cost.method
+    possible = _possible(layer, k, cost.search_dtype, memory)
     n = len(u)
+    chosen = method if method != "auto" else _cheapest(cost.per_output(n), possible)
+    if chosen == "block" and 2 * block_size(k) > d_model:
+        chosen = "dense"  # a block would be the whole space
     norms = frobenius_norms(layer, u)
     traces = hidden_coefficients(layer, u) @ (layer.W_gate * layer.W_in).sum(0)
     operator = InteractionOperator.of(layer.W_gate.T, layer.W_in.T)
-    search = operator.to(cost.search_dtype)
+    search, tensor = operator.to(cost.search_dtype), None
     result = Leading.empty(n, k, u)
-    size = _chunk_size(layer, search.dtype, k, memory, chosen)
+    how = chosen if method == "auto" else f"{chosen}, as asked"
+    # Enough outputs to learn how many steps a spectrum takes, few enough to change over.
+    pilot = method == "auto" and "block" in possible and chosen != "dense" and n >= 2 * SMALLEST_CHUNK
+    start = 0
     with tqdm(total=n, desc="eigenpairs", unit="output", disable=progress is not True) as bar:
-        for start in range(0, n, size):
+        while start < n:
+            current = "lanczos" if pilot else chosen
+            size = _chunk_size(layer, search.dtype, k, memory, current)
+            size = min(size, SMALLEST_CHUNK) if pilot else size
             rows = slice(start, min(start + size, n))
             scale = norms[rows, None]
-            c = hidden_coefficients(layer, u[rows] / torch.where(scale > 0, scale, 1.0))
-            if chosen == "lanczos":
+            direction = u[rows] / torch.where(scale > 0, scale, 1.0)
+            c = hidden_coefficients(layer, direction)
+            if current == "lanczos":
                 found = leading_eigenpairs(operator, search, c, k, tolerance=tolerance, seed=seed)
+            elif current == "block":
+                tensor = tensor or OutputTensor.of(layer, cost.search_dtype)
+                found = leading_eigenpairs_of_blocks(operator, tensor, direction, c, k, tolerance=tolerance, seed=seed)
             else:
                 found = Leading.empty(len(c), k, u)
+            if pilot:
+                steps = found.steps.float().mean().item()
+                chosen, pilot = _cheapest(cost.per_output(n, steps), possible), False
+                how = f"{chosen}, as a first {size} took lanczos {steps:.0f} steps"
             _solve_whole(layer, operator, c, found, memory)
             _put_in_order(found, scale, tolerance)
             for name, values in vars(found).items():
                 getattr(result, name)[rows] = values
+            start = rows.stop
             bar.update(len(c))
             if callable(progress):
                 progress(rows.stop, n)
     searched = result.steps > 0
-    how = chosen if method == "auto" else f"{chosen}, as asked"
     if searched.any():
         how += f", {result.steps[searched].float().mean():.0f} steps on average"
+    milliseconds = ", ".join(f"{1e3 * s:.2g} ms {name}" for name, s in cost.per_output(n).items() if name in possible)
     converged, dense = (torch.tensor(STATUSES.index(name), device=u.device) for name in ("converged", "dense"))
     sweep = EigenSweep(
         values=result.values,
@@ -185,10 +208,25 @@ def top_eigenpairs(
         traces=traces,
         status=torch.where(searched, converged, dense),
         steps=result.steps,
-        method=f"{how}; {cost}",
+        method=f"{how}; estimated per output {milliseconds}, searching in {str(search.dtype).removeprefix('torch.')}",
     )
     sweep.status[searched & (sweep.missed_bound <= sweep.values[:, -1].abs())] = STATUSES.index("bounded")
     return sweep
+
+
+@torch.no_grad()
+def choose_method(layer: BilinearLayer, outputs: Float[Tensor, "n d_model"], k: int = 2, memory: int = 2**30) -> str:
+    """What `top_eigenpairs` with method `"auto"` would take for these outputs, from a first chunk of them.
+
+    It is measured, so it may differ between machines and moments; what is chosen here can be given as `method`.
+    """
+    cost = estimate(*layer.W_gate.shape, k, torch.promote_types(layer.W_out.dtype, torch.float32), outputs.device)
+    possible = _possible(layer, k, cost.search_dtype, memory)
+    chosen = _cheapest(cost.per_output(len(outputs)), possible)
+    if "block" not in possible or chosen == "dense":
+        return chosen
+    pilot = top_eigenpairs(layer, outputs[:SMALLEST_CHUNK], k, memory=memory, method="lanczos", progress=False)
+    return _cheapest(cost.per_output(len(outputs), pilot.steps.float().mean().item()), possible)
 
 
 def frobenius_norms(layer: BilinearLayer, u: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
@@ -222,6 +260,21 @@ def _check_arguments(outputs: Tensor, d_model: int, k: int, tolerance: float, me
         raise ArgumentError(f"method is {method!r}, expected one of {expected}.{nearest(str(method), methods)}")
 
 
+def _possible(layer: BilinearLayer, k: int, search_dtype: torch.dtype, memory: int) -> list[str]:
+    """The methods that can find `k` pairs of this layer in this memory."""
+    d_model = len(layer.W_gate)
+    methods = ["dense"]
+    if 4 * k <= d_model:  # the search must be able to hold the pairs wanted several times over
+        methods.append("lanczos")
+    if 2 * block_size(k) <= d_model and 2 * _bytes_of_tensor(d_model, search_dtype) <= memory:
+        methods.append("block")
+    return methods
+
+
+def _cheapest(seconds: dict[str, float], possible: list[str]) -> str:
+    return min(possible, key=lambda name: seconds[name])
+
+
 def _chunk_size(layer: BilinearLayer, search_dtype: torch.dtype, k: int, memory: int, method: str) -> int:
     """How many outputs at a time fit the memory allowed, and are worth it."""
     d_model, d_mlp = layer.W_gate.shape
@@ -229,6 +282,9 @@ def _chunk_size(layer: BilinearLayer, search_dtype: torch.dtype, k: int, memory:
     shared = 4 * d_mlp * d_model * (item + coarse) + 3 * GRAM_BLOCK * item
     if method == "dense":
         each = _bytes_of_whole(layer)
+    elif method == "block":
+        shared += _bytes_of_tensor(d_model, search_dtype)
+        each = 2 * coarse * d_model**2 + 8 * item * block_size(k) * d_model + 4 * (k + 2) * d_mlp * item
     else:
         products = d_mlp * (3 * item + 6 * coarse) + 4 * (k + 2) * d_mlp * item
         each = products + 8 * CACHED_STEPS * d_model * item
@@ -240,8 +296,15 @@ def _chunk_size(layer: BilinearLayer, search_dtype: torch.dtype, k: int, memory:
         )
     largest = LARGEST_CHUNK
     if layer.W_gate.device.type == "cpu":
-        largest = max(SMALLEST_CHUNK, CACHE // (CACHED_STEPS * d_model * item))
+        held = CACHED_STEPS * d_model * item
+        if method == "block":
+            held = coarse * d_model**2
+        largest = max(SMALLEST_CHUNK, CACHE // held)
     return min(fits, largest)
+
+
+def _bytes_of_tensor(d_model: int, search_dtype: torch.dtype) -> int:
+    return search_dtype.itemsize * (d_model**3 + 4 * COORDINATES * d_model**2)
 
 
 def _bytes_of_whole(layer: BilinearLayer) -> int:

@@ -19,7 +19,9 @@ Its strength is the gap between the cases, in units of the pre-activation: the l
 is off (`z(0, 0) = 0` is one of those); for inhibition `-z(1, 1)` less the most that one alone subtracts. All other
 tables (an OR, cases between *on* and *off*) have no name here.
 
-Only outlier pairs are looked at (`sparsity`): those whose `Q_ij` lies beyond the fences of its output's quartiles.
+Only outlier pairs are looked at (`sparsity`): those whose `Q_ij` lies beyond the fences of its output's quartiles. That
+is a statement about weights; most pairs of a trained layer never fire on one token, and the strongest of their motifs
+never happen. `together` leaves those pairs out.
 """
 
 from collections.abc import Sequence

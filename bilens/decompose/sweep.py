@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from bilens import parallel
 from bilens.decompose.decomposer import Decomposer, Side
-from bilens.decompose.eigensweep import EigenSweep, Method
+from bilens.decompose.eigensweep import EigenSweep, Method, choose_method
 from bilens.decompose.spectra import Spectra, spectra
 from bilens.display import Tabular
 from bilens.errors import CheckpointError, MissingSAEError, OutOfRangeError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANIFEST = "sweep.json"
-BLOCK = 512  # output features
+BLOCK = 2048  # output features
 TENSORS = ("values", "vectors", "errors", "residuals", "norms", "traces", "status", "steps")
 OPTIONAL = ("cross_share", "effective_rank")
 
@@ -75,7 +75,7 @@ class Sweep(Tabular):
         if layer not in self.layers:
             raise OutOfRangeError(f"layer {layer} is not in {self.folder}; there are {self.layers}.")
         tensors = read_tensors(_layer_file(self.folder, layer))
-        eigen = EigenSweep(**{name: tensors[name] for name in TENSORS}, method=self.facts["method"])
+        eigen = EigenSweep(**{name: tensors[name] for name in TENSORS}, method=self.facts["solver"])
         return Spectra(
             outputs=torch.arange(len(eigen.values)),
             eigen=eigen,
@@ -120,7 +120,7 @@ def sweep(
         k: leading eigenpairs of every feature.
         side: the encoder or decoder direction.
         full: also effective ranks; see `spectra`.
-        method: see `top_eigenpairs`; what `"auto"` chooses for the first block holds for all.
+        method: see `top_eigenpairs`; what `"auto"` chooses for the first layer holds for all.
         memory: bytes to use besides the layer and the result.
 
     Raises:
@@ -176,18 +176,11 @@ def _agree(
     path = folder / MANIFEST
     if parallel.is_main() and not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        first = spectra(
-            decomposers[0],
-            torch.arange(1),
-            settings["k"],
-            settings["side"],
-            memory=memory,
-            method=method,
-            progress=False,
-        )
-        # What "auto" chose is measured, so it may differ between processes and days: it is chosen once.
-        solver = method if method != "auto" else first.eigen.method.split(",")[0].split(";")[0]
-        facts = identity | {"solver": solver, "method": first.eigen.method}
+        # What "auto" chooses is measured, so it may differ between processes and days: it is chosen once.
+        decomposer = decomposers[0]
+        u = decomposer.directions(torch.arange(decomposer.output_view.d_sae), settings["side"])
+        solver = method if method != "auto" else choose_method(decomposer.weights, u, settings["k"], memory)
+        facts = identity | {"solver": solver}
         write_atomically(path, lambda beside: beside.write_text(json.dumps(facts, indent=1)))
     parallel.barrier()
     found = read_config(path)

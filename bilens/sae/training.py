@@ -80,7 +80,7 @@ class SAETrainConfig:
     l1: float = 5.0
     bilinear_encoder: bool = False
     encoder_bias: bool = False
-    tokens: int = 1_200_000
+    tokens: int = 1_000_000
     batch_size: int = 1024
     lr: float = 1e-3
     decay: float = 0.5
