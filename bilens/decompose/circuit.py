@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.decompose.decomposer import Decomposer
-from bilens.decompose.eigensweep import top_eigenpairs
+from bilens.decompose.eigensweep import EigenSweep, top_eigenpairs
 from bilens.decompose.results import Attribution, Eigencircuits
 from bilens.decompose.tensors import interaction_matrix
 from bilens.display import Tabular
@@ -229,6 +229,7 @@ def rank_features(
     k: int = 2,
     density: tuple[float, float] = (5e-4, 0.05),
     min_active: int = 20,
+    swept: EigenSweep | None = None,
 ) -> RankedFeatures:
     """Rank output features by how well `k` eigencircuits reproduce them and how much they combine different inputs.
 
@@ -243,6 +244,7 @@ def rank_features(
         k: eigencircuits used.
         density: of the features considered: the rare and the dense tell little.
         min_active: tokens a feature must fire on.
+        swept: leading eigenpairs of all output features, such as a stored sweep's; `None` computes what is needed.
     """
     view_in = decomposer.input_view
     counts, densities = outputs.offsets.diff(), outputs.density()
@@ -255,11 +257,15 @@ def rank_features(
         return RankedFeatures(candidates, empty, empty, empty, decomposer.output_names)
     x = layer_inputs(decomposer, outputs.tokens)
     correlations, shares = [], []
-    eigen = top_eigenpairs(decomposer.weights, decomposer.directions(candidates), k, progress=False)
+    if swept is None:
+        eigen = top_eigenpairs(decomposer.weights, decomposer.directions(candidates), k, progress=False)
+        all_values, all_vectors = eigen.values, eigen.vectors
+    else:
+        all_values, all_vectors = swept.values[candidates, :k], swept.vectors[candidates, :k]
     for row, feature in enumerate(candidates.tolist()):
         at = outputs.entries(feature)
-        active = x[outputs.rows[at], outputs.positions[at]].to(eigen.vectors)
-        reproduced = (eigen.values[row] * (active @ eigen.vectors[row].T) ** 2).sum(-1)
+        active = x[outputs.rows[at], outputs.positions[at]].to(all_vectors)
+        reproduced = (all_values[row] * (active @ all_vectors[row].T) ** 2).sum(-1)
         correlations.append(_correlation(reproduced, outputs.values[at]))
         strongest = active[outputs.values[at].argsort(descending=True)[:16]]
         shares.append(_cross_share(decomposer, view_in.activations(strongest), feature))

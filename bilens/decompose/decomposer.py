@@ -14,7 +14,7 @@ Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; DESIGN section 
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -53,6 +53,10 @@ from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError, SAEMi
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.view import SAEView
 from bilens.typing import typed
+
+if TYPE_CHECKING:
+    from bilens.decompose.fidelity import Fidelity
+    from bilens.decompose.spectra import Spectra
 
 Side = Literal["encoder", "decoder"]
 Basis = Literal["residual", "features"]
@@ -255,6 +259,27 @@ class Decomposer:
             right_names=left_names if right is None else right_names,
             output_names=self.output_names_of(output),
         )
+
+    def spectra(
+        self,
+        output: Output | None = None,
+        k: int = 2,
+        side: Side = "encoder",
+        *,
+        full: bool = False,
+        memory: int = 2**30,
+        progress: bool = True,
+    ) -> "Spectra":
+        """Leading eigenpairs, shares, norms and traces of all outputs; see `bilens.decompose.spectra.spectra`."""
+        from bilens.decompose.spectra import spectra  # it takes a Decomposer: the import goes the other way
+
+        return spectra(self, output, k, side, full=full, memory=memory, progress=progress)
+
+    def fidelity(self, texts: Sequence[str], output: Output | None = None, k: int = 10) -> "Fidelity":
+        """How well `k` eigencircuits reproduce features on texts; see `bilens.decompose.fidelity.fidelity`."""
+        from bilens.decompose.fidelity import fidelity
+
+        return fidelity(self, texts, output=output, k=k)
 
     # --- sparse structure ---------------------------------------------------------------------------------------------
 

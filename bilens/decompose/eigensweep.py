@@ -220,7 +220,8 @@ def choose_method(layer: BilinearLayer, outputs: Float[Tensor, "n d_model"], k: 
 
     It is measured, so it may differ between machines and moments; what is chosen here can be given as `method`.
     """
-    cost = estimate(*layer.W_gate.shape, k, torch.promote_types(layer.W_out.dtype, torch.float32), outputs.device)
+    d_model, d_mlp = layer.W_gate.shape
+    cost = estimate(d_model, d_mlp, k, torch.promote_types(layer.W_out.dtype, torch.float32), outputs.device)
     possible = _possible(layer, k, cost.search_dtype, memory)
     chosen = _cheapest(cost.per_output(len(outputs)), possible)
     if "block" not in possible or chosen == "dense":

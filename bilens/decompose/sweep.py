@@ -83,6 +83,21 @@ class Sweep(Tabular):
             names=None if self.names is None else self.names.get(layer),
         )
 
+    def of(self, decomposer: Decomposer) -> Spectra:
+        """The spectra of a decomposer's layer, if it is the one that was swept.
+
+        Raises:
+            CheckpointError: the sweep is of another model or other SAEs.
+            OutOfRangeError: the layer is not in it.
+        """
+        found = self[decomposer.layer]
+        if self.facts["fingerprints"].get(str(decomposer.layer)) != _fingerprint(decomposer):
+            raise CheckpointError(
+                f"{self.folder} is the sweep of another model than {decomposer.model.cfg.model_name!r}, or of other SAEs "
+                f"on layer {decomposer.layer}."
+            )
+        return found
+
     def to_frame(self) -> "pd.DataFrame":
         """One row per layer and output feature: `layer`, then the columns of `Spectra`."""
         import pandas as pd
@@ -159,17 +174,23 @@ def sweep(
     return Sweep(folder, facts)
 
 
+def _fingerprint(decomposer: Decomposer) -> str:
+    return fingerprint(
+        {},
+        {
+            "model": model_fingerprint(decomposer.model),
+            "output": sae_fingerprint(decomposer.output_sae) if decomposer.output_sae else None,
+            "input": sae_fingerprint(decomposer.input_sae) if decomposer.input_sae else None,
+        },
+    )
+
+
 def _agree(
     decomposers: Sequence[Decomposer], folder: Path, settings: dict[str, Any], method: Method, memory: int
 ) -> dict[str, Any]:
     """The manifest: written by process 0, or found there and compared."""
     identity = {
-        "fingerprint": fingerprint(
-            {},
-            {"model": model_fingerprint(decomposers[0].model)}
-            | {f"output {d.layer}": sae_fingerprint(d.output_sae) for d in decomposers}
-            | {f"input {d.layer}": sae_fingerprint(d.input_sae) if d.input_sae else None for d in decomposers},
-        ),
+        "fingerprints": {str(d.layer): _fingerprint(d) for d in decomposers},
         "model": decomposers[0].model.cfg.model_name,
         "layers": [d.layer for d in decomposers],
     } | settings

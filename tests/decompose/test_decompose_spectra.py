@@ -23,7 +23,7 @@ def make(model, **kwargs):
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 def test_every_number_is_that_of_the_dense_matrices(models, bias, side):
     decomposer = make(models(bias, True))
-    found = spectra(decomposer, k=3, side=side, full=True, progress=False)
+    found = decomposer.spectra(k=3, side=side, full=True, progress=False)
     every = torch.arange(D_SAE)
     Q = decomposer.interaction(every, side=side).double()
     values = torch.linalg.eigvalsh(Q)

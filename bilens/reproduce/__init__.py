@@ -1,0 +1,1 @@
+"""Figures of the papers, made again on this machine: `bilens reproduce`."""

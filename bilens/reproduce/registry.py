@@ -1,0 +1,18 @@
+"""All recipes, by name."""
+
+from bilens.errors import ArgumentError, nearest
+from bilens.reproduce.language import LANGUAGE
+from bilens.reproduce.reproduction import Recipe
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in LANGUAGE}
+
+
+def recipe(name: str) -> Recipe:
+    """One of them.
+
+    Raises:
+        ArgumentError: no such recipe.
+    """
+    if name not in RECIPES:
+        raise ArgumentError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}." + nearest(name, RECIPES))
+    return RECIPES[name]

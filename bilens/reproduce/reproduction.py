@@ -1,0 +1,110 @@
+"""What a reproduction is: a figure of a paper, made again here, and a table of what the paper says and what came out.
+
+A recipe says beforehand what it makes and what is smaller than in the paper; running it gives a `Reproduction`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from bilens.display import Tabular
+from bilens.files import write_atomically
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from bilens.viz.page import Page
+
+PEARCE_2025 = "Pearce et al. 2025 (arXiv 2410.08417)"
+PEARCE_2024 = "Pearce et al. 2024 (arXiv 2406.03947)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the recipes may be given.
+
+    Attributes:
+        model: what `load_model` takes; `None` is the bundled model, with its SAEs.
+        texts: to measure on; `None` are the example stories that come with the model.
+        images: what `bilens.vision.load_images` takes.
+        reduced: everything small, to see that it runs.
+        seed: of all that is trained.
+    """
+
+    model: str | None = None
+    texts: Sequence[str] | None = None
+    images: str = "digits"
+    reduced: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reproduction(Tabular):
+    """One figure made again.
+
+    Attributes:
+        name: of the recipe.
+        source: the paper and its figure.
+        scaled_down: what is smaller here than there.
+        rows: what was measured, what the paper says of it, what came out here.
+        figures: by caption.
+    """
+
+    name: str
+    source: str
+    scaled_down: str
+    rows: Sequence[tuple[str, str, str]]
+    figures: Mapping[str, "go.Figure"] = field(repr=False)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per quantity: `what, paper, here`."""
+        return pd.DataFrame(self.rows, columns=["what", "paper", "here"])
+
+    def plot(self) -> "go.Figure":
+        """The first figure."""
+        return next(iter(self.figures.values()))
+
+    def to_page(self) -> "Page":
+        """The table and all figures on one page."""
+        from bilens.viz.page import Page, captioned
+
+        page = Page(self.name, self.source)
+        page.add(f"Smaller here: {self.scaled_down}", self.to_frame())
+        return page.add(*(captioned(figure, caption) for caption, figure in self.figures.items()))
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Write `<name>.html` and `<name>.csv` into a folder, and return the page's path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{self.name}.csv", lambda beside: self.to_frame().to_csv(beside, index=False))
+        return self.to_page().save(folder / f"{self.name}.html")
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.source}; smaller here: {self.scaled_down}\n{self.to_frame().to_string(index=False)}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make one.
+
+    Attributes:
+        name: on the command line.
+        source: the paper and its figure.
+        about: what is seen, in a line.
+        scaled_down: what is smaller here than there.
+        make: gives the rows and the figures.
+    """
+
+    name: str
+    source: str
+    about: str
+    scaled_down: str
+    make: Callable[[Settings], tuple[Sequence[tuple[str, str, str]], Mapping[str, "go.Figure"]]] = field(repr=False)
+
+    def run(self, settings: Settings | None = None) -> Reproduction:
+        rows, figures = self.make(settings or Settings())
+        return Reproduction(self.name, self.source, self.scaled_down, rows, figures)
