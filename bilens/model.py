@@ -17,8 +17,7 @@ TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are views of the
 `attn.o.weight`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, Literal
 
@@ -27,14 +26,14 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, FactoredMatrix
+from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.HookedRootModule import HookedRootModule
 
 from bilens.attaching import SAEAttachmentMixin
 from bilens.config import BilinearTransformerConfig
-from bilens.errors import ContextLengthError, HookNameError, NotBilinearError, OutOfRangeError, nearest
+from bilens.errors import ContextLengthError, NotBilinearError, OutOfRangeError
 from bilens.generation import generate
+from bilens.hooking import CheckedHooks
 from bilens.kv_cache import KeyValueCache
 from bilens.tokenization import PaddingSide, TokenizationMixin
 
@@ -281,7 +280,7 @@ class Unembed(nn.Module):
         return self.head(x)
 
 
-class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, HookedRootModule):
+class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, CheckedHooks):
     """A bilinear (or gated, or one-branch) transformer with TransformerLens' hooks, weights' names and habits.
 
     Args:
@@ -432,61 +431,12 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, HookedRoo
 
     # --- hooks --------------------------------------------------------------------------------------------------------
 
-    def run_with_cache(
-        self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
-    ) -> Any:
-        """Run and keep activations: `(output, ActivationCache)`; see TransformerLens for the arguments."""
-        output, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
-        if not return_cache_object:
-            return output, cache
-        return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
-
-    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The hooks of `run_with_cache`: names are checked; a function, or `None` for all, picks among them."""
-        if isinstance(names_filter, str | list | tuple | set):
-            names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-            for name in names:
-                self.check_hook_name(name)
-            return super().get_caching_hooks(names, *args, **kwargs)
-
-        def wanted(name: str) -> bool:
-            return not self._is_switched_off(name) and (names_filter is None or names_filter(name))
-
-        return super().get_caching_hooks(wanted, *args, **kwargs)
-
-    def _is_switched_off(self, name: str) -> bool:
-        unused_result = name.endswith("hook_result") and not self.cfg.use_attn_result
-        return unused_result or self._is_unused_error_hook(name)
-
-    def check_hook_name(self, name: str) -> None:
-        """Raises `HookNameError`, with the nearest names, for a hook the model does not have or has switched off."""
-        if name not in self.hook_dict:
-            raise HookNameError(f"the model has no hook {name!r}." + nearest(name, self.hook_dict))
+    def _is_switched_off(self, name: str) -> str | None:
         if self._is_unused_error_hook(name):
-            raise HookNameError(f"{name!r} is computed only with use_error_term=True.")
-        if self._is_switched_off(name):
-            raise HookNameError(f"{name!r} is computed only after model.set_use_attn_result(True).")
-
-    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
-        """Add a hook to one point by name, or to all that a function of the name picks."""
-        if isinstance(name, str):
-            self.check_hook_name(name)
-        super().add_hook(name, *args, **kwargs)
-
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Sequence[tuple[Any, Callable]] = (),
-        bwd_hooks: Sequence[tuple[Any, Callable]] = (),
-        *args: Any,
-        **kwargs: Any,
-    ) -> Iterator["HookedBilinearTransformer"]:
-        """Hooks that last as long as the `with` block."""
-        for name, _ in (*fwd_hooks, *bwd_hooks):
-            if isinstance(name, str):
-                self.check_hook_name(name)
-        with super().hooks(list(fwd_hooks), list(bwd_hooks), *args, **kwargs):
-            yield self
+            return "is computed only with use_error_term=True"
+        if name.endswith("hook_result") and not self.cfg.use_attn_result:
+            return "is computed only after model.set_use_attn_result(True)"
+        return None
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Whether attention also forms what each head adds (`attn.hook_result`): `n_heads` times the memory."""

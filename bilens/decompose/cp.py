@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from bilens.decompose.inner import branches, double, tensor_inner, tensor_norm
 from bilens.decompose.reading import Lexicon
-from bilens.decompose.tensors import BilinearLayer
+from bilens.decompose.tensors import BilinearLayer, biases_as_weights
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
 
@@ -230,22 +230,12 @@ def homogeneous(layer: BilinearLayer) -> BilinearLayer:
     """With biases, the layer that reads `(x, 1)` and has none (but `b_out`); else the layer."""
     if not (layer.b_gate.any() or layer.b_in.any()):
         return layer
-    return _with_biases(layer)
+    return biases_as_weights(layer)
 
 
 def _reading(target: BilinearLayer, layer: BilinearLayer) -> BilinearLayer:
     """The layer, reading what `target` reads: `x`, or `(x, 1)` even if its own biases are zero."""
-    return layer if len(target.W_gate) == len(layer.W_gate) else _with_biases(layer)
-
-
-def _with_biases(layer: BilinearLayer) -> BilinearLayer:
-    return replace(
-        layer,
-        W_gate=torch.cat([layer.W_gate, layer.b_gate[None]]),
-        W_in=torch.cat([layer.W_in, layer.b_in[None]]),
-        b_gate=torch.zeros_like(layer.b_gate),
-        b_in=torch.zeros_like(layer.b_in),
-    )
+    return layer if len(target.W_gate) == len(layer.W_gate) else biases_as_weights(layer)
 
 
 # --- alternating least squares ----------------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ class Sweep(Tabular):
         found = self[decomposer.layer]
         if self.facts["fingerprints"].get(str(decomposer.layer)) != _fingerprint(decomposer):
             raise CheckpointError(
-                f"{self.folder} is the sweep of another model than {decomposer.model.cfg.model_name!r}, or of other SAEs "
-                f"on layer {decomposer.layer}."
+                f"{self.folder} is the sweep of another model than {decomposer.model.cfg.model_name!r}, or of other "
+                f"SAEs on layer {decomposer.layer}."
             )
         return found
 

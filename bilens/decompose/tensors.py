@@ -13,7 +13,7 @@ Source: DESIGN section 4; Pearce et al. 2025, section 3 (there without biases). 
 feature interactions and attributions, is these three and inner products with them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,6 +80,17 @@ def linear_term(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[T
 def constant_term(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n"]:
     """`h_u`: the part of `u . mlp(x)` that does not depend on `x`; zero without MLP biases."""
     return hidden_coefficients(layer, u) @ (layer.b_gate * layer.b_in) + u @ layer.b_out
+
+
+def biases_as_weights(layer: BilinearLayer) -> BilinearLayer:
+    """The layer over `(x, 1)`: the branch biases as one more row of each branch. Its `Q_u` hold all but `u . b_out`."""
+    return replace(
+        layer,
+        W_gate=torch.cat([layer.W_gate, layer.b_gate[None]]),
+        W_in=torch.cat([layer.W_in, layer.b_in[None]]),
+        b_gate=torch.zeros_like(layer.b_gate),
+        b_in=torch.zeros_like(layer.b_in),
+    )
 
 
 def in_basis(

@@ -1,10 +1,15 @@
 """The language figures, on the bundled model."""
 
+from typing import TYPE_CHECKING
+
 from bilens.decompose import Decomposer
 from bilens.decompose.fidelity import Fidelity, fidelity
 from bilens.loading import load_model
 from bilens.reporting import example_texts, layer_decomposers
-from bilens.reproduce.reproduction import PEARCE_2025, Recipe, Settings
+from bilens.reproduce.reproduction import PEARCE_2025, Figures, Recipe, Rows, Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 THRESHOLD = 0.75
 MIN_ACTIVE = 20
@@ -18,7 +23,7 @@ def layers_and_texts(settings: Settings) -> tuple[list[Decomposer], list[str]]:
     return decomposers, texts[:24] if settings.reduced else texts
 
 
-def _low_rank(settings: Settings):
+def _low_rank(settings: Settings) -> tuple[Rows, Figures]:
     from bilens.viz.plots import line
 
     decomposers, texts = layers_and_texts(settings)
@@ -38,15 +43,15 @@ def _low_rank(settings: Settings):
         ]
     ks = list(range(1, next(iter(found.values())).k + 1))
     curves = {name: measured.shares([THRESHOLD])["median"].tolist() for name, measured in found.items()}
-    titles = {"x_title": "eigenvectors", "y_title": "median correlation, active tokens"}
-    figures = {"9A: correlation against eigenvectors": line(ks, curves, log_x=True, **titles)}
+    against = line(ks, curves, x_title="eigenvectors", y_title="median correlation, active tokens", log_x=True)
+    figures = {"9A: correlation against eigenvectors": against}
     last = found[f"layer {decomposers[-1].layer}"]
     figures[f"9B: features by correlation, two eigenvectors, layer {decomposers[-1].layer}"] = last.histogram(2)
     figures[f"9C: correlation against how often a feature fires, layer {decomposers[-1].layer}"] = last.scatter(2)
     return rows, figures
 
 
-def _medians(medians) -> str:
+def _medians(medians: "pd.Series[float]") -> str:
     return ", ".join(f"{medians.loc[k]:.2f}" for k in (1, 2, 4))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import pandas as pd
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from bilens.viz.page import Page
+
+Rows: TypeAlias = Sequence[tuple[str, str, str]]
+Figures: TypeAlias = "Mapping[str, go.Figure]"
 
 PEARCE_2025 = "Pearce et al. 2025 (arXiv 2410.08417)"
 PEARCE_2024 = "Pearce et al. 2024 (arXiv 2406.03947)"
@@ -57,8 +60,8 @@ class Reproduction(Tabular):
     name: str
     source: str
     scaled_down: str
-    rows: Sequence[tuple[str, str, str]]
-    figures: Mapping[str, "go.Figure"] = field(repr=False)
+    rows: Rows
+    figures: Figures = field(repr=False)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per quantity: `what, paper, here`."""
@@ -103,7 +106,7 @@ class Recipe:
     source: str
     about: str
     scaled_down: str
-    make: Callable[[Settings], tuple[Sequence[tuple[str, str, str]], Mapping[str, "go.Figure"]]] = field(repr=False)
+    make: Callable[[Settings], tuple[Rows, Figures]] = field(repr=False)
 
     def run(self, settings: Settings | None = None) -> Reproduction:
         rows, figures = self.make(settings or Settings())

@@ -23,8 +23,6 @@ All mathematics is that of `bilens.decompose`, which reads a `BilinearLayer`:
    `constant_term` are what the biases add, and the residual addition is left out
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -33,12 +31,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.HookedRootModule import HookedRootModule
 
-from bilens.decompose.tensors import BilinearLayer, interaction_matrix
-from bilens.errors import ArgumentError, HookNameError, OutOfRangeError, nearest
+from bilens.decompose.tensors import BilinearLayer, biases_as_weights, interaction_matrix
+from bilens.errors import ArgumentError, OutOfRangeError
+from bilens.hooking import CheckedHooks
 from bilens.vision.config import ClassifierConfig
 
 
@@ -90,7 +87,7 @@ class BilinearBlock(nn.Linear):
         return self.hook_resid_post(x + product if self.residual else product)
 
 
-class BilinearClassifier(HookedRootModule):
+class BilinearClassifier(CheckedHooks):
     """An image classifier of bilinear layers, hooked like the language model; see the module's header.
 
     Args:
@@ -155,52 +152,6 @@ class BilinearClassifier(HookedRootModule):
     def accuracy(self, images: Float[Tensor, "batch *image"], labels: Int[Tensor, "batch"]) -> float:
         """The share of images whose most likely class is their label."""
         return (self.predict(images) == labels.to(self.W_E.device)).float().mean().item()
-
-    # --- hooks --------------------------------------------------------------------------------------------------------
-
-    def run_with_cache(
-        self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
-    ) -> Any:
-        """Run and keep activations: `(logits, ActivationCache)`; see TransformerLens for the arguments."""
-        logits, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
-        if not return_cache_object:
-            return logits, cache
-        return logits, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
-
-    def check_hook_name(self, name: str) -> None:
-        """Raises `HookNameError`, with the nearest names, for a hook the model does not have."""
-        if name not in self.hook_dict:
-            raise HookNameError(f"the model has no hook {name!r}." + nearest(name, self.hook_dict))
-
-    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The hooks of `run_with_cache`: names are checked; a function, or `None` for all, picks among them."""
-        names = [names_filter] if isinstance(names_filter, str) else names_filter
-        if isinstance(names, list | tuple | set):
-            for name in names:
-                self.check_hook_name(name)
-            names = list(names)
-        return super().get_caching_hooks(names, *args, **kwargs)
-
-    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
-        """Add a hook to one point by name, or to all that a function of the name picks."""
-        if isinstance(name, str):
-            self.check_hook_name(name)
-        super().add_hook(name, *args, **kwargs)
-
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Sequence[tuple[Any, Callable]] = (),
-        bwd_hooks: Sequence[tuple[Any, Callable]] = (),
-        *args: Any,
-        **kwargs: Any,
-    ) -> Iterator["BilinearClassifier"]:
-        """Hooks that last as long as the `with` block."""
-        for name, _ in (*fwd_hooks, *bwd_hooks):
-            if isinstance(name, str):
-                self.check_hook_name(name)
-        with super().hooks(list(fwd_hooks), list(bwd_hooks), *args, **kwargs):
-            yield self
 
     # --- weights under TransformerLens' names, and as the layers that bilens.decompose reads --------------------------
 
@@ -293,13 +244,13 @@ def over_homogeneous(layer: BilinearLayer, skip: Float[Tensor, "d_model d_out"] 
         layer: with `W_out` of `d_out` hidden units where there is a skip: unit i writes what `skip`'s column i reads.
         skip: what is added linearly, as one more hidden unit for each column, `(skip_i . x) * 1`.
     """
-    W_gate, W_in = torch.cat([layer.W_gate, layer.b_gate[None]]), torch.cat([layer.W_in, layer.b_in[None]])
-    W_out = layer.W_out
-    if skip is not None:
-        ones = torch.zeros(len(W_in), skip.shape[1], dtype=skip.dtype, device=skip.device)
-        ones[-1] = 1
-        W_gate, W_in = torch.cat([W_gate, F.pad(skip, (0, 0, 0, 1))], 1), torch.cat([W_in, ones], 1)
-        W_out = torch.cat([W_out, W_out])
+    plain = biases_as_weights(layer)
+    if skip is None:
+        return plain
+    ones = torch.zeros(len(plain.W_in), skip.shape[1], dtype=skip.dtype, device=skip.device)
+    ones[-1] = 1
+    W_gate = torch.cat([plain.W_gate, F.pad(skip, (0, 0, 0, 1))], 1)
+    W_in, W_out = torch.cat([plain.W_in, ones], 1), torch.cat([plain.W_out, plain.W_out])
     zeros = torch.zeros_like(W_gate[0])
     return BilinearLayer(W_gate, W_in, W_out, zeros, zeros, layer.b_out)
 
