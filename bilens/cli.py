@@ -74,6 +74,48 @@ def train_lm(
     typer.echo(f"{result.validations[-1]}\nmodel written to {out}")
 
 
+@app.command("train-image")
+def train_image(
+    data: Annotated[str, typer.Argument(help="digits, mnist, fashion_mnist, a folder, an .npz file or a hub dataset.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the model.")],
+    d_hidden: int = 256,
+    n_layer: int = 1,
+    bias: Annotated[bool, typer.Option(help="Biases on both branches.")] = False,
+    residual: Annotated[bool, typer.Option(help="Every layer adds its input.")] = False,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 40,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 3e-3,
+    weight_decay: float = 0.5,
+    noise: Annotated[float, typer.Option(help="Standard deviation of noise on the pixels, which are 0 to 1.")] = 0.3,
+    latent_noise: Annotated[float, typer.Option(help="Of noise on every layer's input, in its own size.")] = 0.0,
+    rotation: Annotated[float, typer.Option(help="Degrees either way.")] = 0.0,
+    translation: Annotated[float, typer.Option(help="Pixels either way.")] = 0.0,
+    blur: Annotated[float, typer.Option(help="Largest standard deviation, in pixels.")] = 0.0,
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
+    """Train a bilinear image classifier and write it as config.json and model.safetensors."""
+    from bilens.vision.training import ImageTrainConfig, train_classifier
+
+    config = ImageTrainConfig(
+        d_hidden=d_hidden,
+        n_layer=n_layer,
+        bias=bias,
+        residual=residual,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        noise=noise,
+        latent_noise=latent_noise,
+        rotation=rotation,
+        translation=translation,
+        blur=blur,
+        seed=seed,
+    )
+    typer.echo(f"{train_classifier(data, config, out, device=device)}\nmodel written to {out}")
+
+
 @app.command("train-sae")
 def train_sae(
     model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
@@ -91,7 +133,7 @@ def train_sae(
     l1: Annotated[float, typer.Option(help="Sparsity of standard and gated, in place of k.")] = 5.0,
     bilinear_encoder: Annotated[bool, typer.Option(help="Of scope.")] = False,
     encoder_bias: Annotated[bool, typer.Option(help="Of scope.")] = False,
-    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 1_200_000,
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 1_000_000,
     batch_size: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
@@ -268,6 +310,9 @@ def report(
     expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
     k: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
     examples: Annotated[str | None, typer.Option(help="Texts for examples; without, the model's own.")] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="What `bilens sweep` wrote: interesting features are found from it.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_report.html"),
 ) -> None:
     """Write a report on the circuits of one layer: one self-contained HTML file."""
@@ -285,10 +330,57 @@ def report(
         expansion=expansion,
         k=k,
         examples=texts,
+        sweep=sweep,
         out=out,
         say=typer.echo,
     )
     _tell(circuits, out)
+
+
+@app.command()
+def trace(
+    text: Annotated[str, typer.Option(help="What the model reads.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Bundled name, folder or hub id; without, the bundled one.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Token whose logit to explain; without, the likeliest next one.")
+    ] = None,
+    minus: Annotated[str | None, typer.Option(help="Token whose logit is taken off.")] = None,
+    feature: Annotated[
+        str | None, typer.Option(help="A feature to explain instead, such as 2-mlp-in/137@11 (index, position).")
+    ] = None,
+    position: Annotated[int, typer.Option(help="Of the target; negative counts from the end.")] = -1,
+    max_nodes: Annotated[int, typer.Option(help="Kept at most.")] = 200,
+    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
+    expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
+    k: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Texts for examples; without, the model's own.")] = None,
+    check: Annotated[bool, typer.Option(help="Check the circuit by intervention.")] = True,
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_trace.html"),
+) -> None:
+    """Trace a logit or a feature back to the tokens: an interactive graph in one self-contained HTML file."""
+    from bilens.data import load_texts
+    from bilens.reporting import trace as write
+
+    texts = None if examples is None else load_texts(examples)
+    circuit = write(
+        model,
+        text=text,
+        target=target,
+        minus=minus,
+        feature=feature,
+        position=position,
+        max_nodes=max_nodes,
+        saes=saes,
+        expansion=expansion,
+        k=k,
+        examples=texts,
+        check=check,
+        out=out,
+        say=typer.echo,
+    )
+    _tell([circuit], out)
 
 
 @app.command()
@@ -297,6 +389,32 @@ def demo(out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilen
     from bilens.reporting import demo as write
 
     _tell(write(out, say=typer.echo), out)
+
+
+@app.command()
+def reproduce(
+    names: Annotated[list[str] | None, typer.Argument(help="Which figures; without, they are listed.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the pages and tables.")] = Path("bilens_reproductions"),
+    texts: Annotated[str | None, typer.Option(help="Held-out texts; without, the model's own examples.")] = None,
+    images: Annotated[str, typer.Option(help="As for train-image.")] = "digits",
+    reduced: Annotated[bool, typer.Option(help="Everything small, to see that it runs.")] = False,
+    seed: int = 0,
+) -> None:
+    """Make figures of the papers again, as far as this machine can: a page each, and a table "paper / here"."""
+    from bilens.data import load_texts
+    from bilens.reproduce.registry import RECIPES, recipe
+    from bilens.reproduce.reproduction import Settings
+
+    chosen = list(RECIPES.values()) if everything else [recipe(name) for name in names or []]
+    if not chosen:
+        for one in RECIPES.values():
+            typer.echo(f"{one.name:16} {one.about} ({one.source})")
+        return
+    settings = Settings(texts=None if texts is None else load_texts(texts), images=images, reduced=reduced, seed=seed)
+    for one in chosen:
+        made = one.run(settings)
+        typer.echo(f"{made}\n{made.save(out)} written\n")
 
 
 def _tell(circuits: list, out: Path) -> None:

@@ -9,6 +9,7 @@
 import gzip
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,25 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from bilens.attribute import (
+    Circuit,
+    FrozenPass,
+    Target,
+    attribute_tokens,
+    check_circuit,
+    check_edges,
+    freeze,
+    trace_circuit,
+)
+from bilens.attribute.faithfulness import MODES
+from bilens.attribute.targets import read_targets
 from bilens.data import TokenizedTexts
 from bilens.decompose import Decomposer
 from bilens.decompose.circuit import FeatureCircuit, feature_circuit, rank_features
-from bilens.errors import ModelNotFoundError, OutOfRangeError
+from bilens.decompose.eigensweep import EigenSweep
+from bilens.decompose.outputs import check_index
+from bilens.decompose.sweep import Sweep
+from bilens.errors import ArgumentError, ModelNotFoundError, OutOfRangeError
 from bilens.files import write_atomically
 from bilens.generation import sample_texts
 from bilens.loading import DEFAULT_MODEL, PRETRAINED, list_models, load_model
@@ -33,6 +49,8 @@ from bilens.viz.circuit_page import circuit_page
 
 STORIES_FILE, DEMO_FILE = "stories.jsonl.gz", "demo.json"
 N_SAMPLED = 192
+N_TRACE_EXAMPLES = 96  # texts that name the features of all SAEs at once
+N_EIGENCIRCUITS = 3  # features of a traced circuit whose eigencircuits are shown
 CONTEXT_AFTER = 6  # tokens of a story kept after the one explained
 
 
@@ -77,7 +95,11 @@ def example_texts(model: HookedBilinearTransformer) -> list[str]:
 
 
 def interesting_circuits(
-    labelled: LabelledLayer, text: str | None = None, features: Sequence[int] | None = None, n: int = 3
+    labelled: LabelledLayer,
+    text: str | None = None,
+    features: Sequence[int] | None = None,
+    n: int = 3,
+    swept: EigenSweep | None = None,
 ) -> list[FeatureCircuit]:
     """Circuits of the features asked for, or of the `n` most interesting ones.
 
@@ -86,11 +108,12 @@ def interesting_circuits(
         text: `None` shows each feature on its strongest example.
         features: `None` takes the best of `rank_features` (among those that fire on the text, where there is one).
         n: how many, where they are not given.
+        swept: leading eigenpairs of all output features, where they are known.
     """
     decomposer, outputs = labelled.decomposer, labelled.outputs
     if features is None:
         among = None if text is None else active_features(decomposer, text)
-        ranked = rank_features(decomposer, outputs, among=among).features.tolist()
+        ranked = rank_features(decomposer, outputs, among=among, swept=swept).features.tolist()
         # Few features of a short text may be common enough to rank; the strongest of the others follow.
         features = list(dict.fromkeys([*ranked, *(among or [])]))[:n]
         if not features:
@@ -165,6 +188,7 @@ def report(
     expansion: int | None = None,
     k: int | None = None,
     examples: Sequence[str] | None = None,
+    sweep: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] = "bilens_report.html",
     say: Callable[[str], None] = lambda line: None,
 ) -> list[FeatureCircuit]:
@@ -179,6 +203,7 @@ def report(
         saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
         expansion, k: which SAEs, where there are several.
         examples: texts to see what features fire on; `None` takes the model's own (see `example_texts`).
+        sweep: the folder that `bilens sweep` wrote for this model, to find interesting features from.
         out: the file.
         say: is told what is going on.
 
@@ -194,7 +219,8 @@ def report(
     say(f"running {len(texts)} example texts")
     labelled = label_layers(model, {layer: pair}, texts)[layer]
     say("looking for circuits" if features is None else f"features {list(features)}")
-    circuits = interesting_circuits(labelled, text, features, n)
+    swept = None if sweep is None else Sweep.load(sweep).of(labelled.decomposer).eigen
+    circuits = interesting_circuits(labelled, text, features, n, swept)
     subtitle = f"Layer {layer} of {model.cfg.model_name}" + (f", on “{text}”" if text else "")
     circuit_page(circuits, "Circuits read from the weights", subtitle).save(out)
     return circuits
@@ -229,6 +255,112 @@ def demo(
     )
     circuit_page(circuits, "Circuits read from the weights", subtitle).save(out)
     return circuits
+
+
+def trace(
+    source: str | os.PathLike[str] | HookedBilinearTransformer | None = None,
+    *,
+    text: str,
+    target: str | None = None,
+    minus: str | None = None,
+    feature: str | None = None,
+    position: int = -1,
+    max_nodes: int = 200,
+    saes: str | os.PathLike[str] | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+    examples: Sequence[str] | None = None,
+    check: bool = True,
+    out: str | os.PathLike[str] = "bilens_trace.html",
+    say: Callable[[str], None] = lambda line: None,
+) -> Circuit:
+    """Trace a logit or a feature back to the tokens and write the interactive graph: one self-contained HTML file.
+
+    Args:
+        source: a bilinear model, or what `load_model` takes.
+        text: what the model reads.
+        target: the token whose logit to explain; `None` takes the likeliest next one.
+        minus: the token its logit is compared with.
+        feature: explain a feature instead: `2-mlp-in/137`, or `2-mlp-in/137@11` with its position, as nodes are named.
+        position: of the target; negative counts from the end.
+        max_nodes: kept at most.
+        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion, k: which SAEs, where there are several.
+        examples: texts to see what features fire on; `None` takes some of the model's own (see `example_texts`).
+        check: the circuit by intervention, too.
+        out: the file.
+        say: is told what is going on.
+
+    Returns:
+        The circuit on the page.
+
+    Raises:
+        ArgumentError: a feature that is not named so, a feature and a token at once, or `minus` without `target`.
+        others: as for `freeze` and `read_targets`.
+    """
+    model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
+    place = saes if saes is not None else sae_source(model.cfg.model_name)
+    pairs = {
+        layer: (load_sae(place, "mlp-in", layer, expansion, k), load_sae(place, "mlp-out", layer, expansion, k))
+        for layer in range(model.cfg.n_layers)
+    }
+    say(f"model {model.cfg.model_name}, {2 * len(pairs)} SAEs")
+    frozen = freeze(model, text, [sae for pair in pairs.values() for sae in pair])
+    aim = _target(frozen, target, minus, feature, position)
+    read_targets(frozen, aim)  # what cannot be explained is refused before the long work
+    texts = list(examples) if examples is not None else example_texts(model)[:N_TRACE_EXAMPLES]
+    say(f"naming features by {len(texts)} example texts")
+    layers = label_layers(model, pairs, texts)
+    names = {f"{layer}-mlp-in": found.decomposer.input_names or [] for layer, found in layers.items()}
+    names |= {f"{layer}-mlp-out": found.decomposer.output_names or [] for layer, found in layers.items()}
+    say("tracing")
+    circuit = trace_circuit(frozen, aim, max_nodes=max_nodes, names=names)
+    features = {f"{layer}-mlp-in": found.inputs for layer, found in layers.items()}
+    features |= {f"{layer}-mlp-out": found.outputs for layer, found in layers.items()}
+    if check:
+        say("checking by intervention")
+    nodes = circuit.to_frame()
+    top = nodes[(nodes.kind == "feature") & (nodes.point == "mlp-out")].drop_duplicates(["layer", "feature"])
+    shown = [
+        feature_circuit(
+            layers[node.layer].decomposer,
+            text,
+            int(node.feature),
+            int(node.position),
+            inputs=layers[node.layer].inputs,
+            outputs=layers[node.layer].outputs,
+        )
+        for node in top.head(N_EIGENCIRCUITS).itertuples()
+    ]
+    circuit.to_page(
+        features=features,
+        tokens=attribute_tokens(frozen, aim),
+        faithfulness=check_circuit(frozen, circuit, aim) if check else None,
+        edges=[check_edges(frozen, circuit, aim, attention=mode) for mode in MODES] if check else [],
+        feature_circuits=shown,
+        wordpiece=model.is_wordpiece,
+    ).save(out)
+    return circuit
+
+
+def _target(frozen: FrozenPass, token: str | None, minus: str | None, feature: str | None, position: int) -> Target:
+    if feature is not None:
+        if token is not None or minus is not None:
+            raise ArgumentError(f"the target is either a feature or a token's logit, not both {feature!r} and a token.")
+        match = re.fullmatch(r"(.+)/(\d+)(?:@(-?\d+))?", feature)
+        if match is None:
+            raise ArgumentError(
+                f"{feature!r} names no feature: expected its SAE, index and perhaps position, as in 2-mlp-in/137@11."
+            )
+        return Target.feature(match[1], int(match[2]), position if match[3] is None else int(match[3]))
+    if token is None:
+        if minus is not None:
+            raise ArgumentError(f"minus is {minus!r} without a target: say which token's logit it is compared with.")
+        position = check_index(
+            position, frozen.n_positions, "position {} is outside the text's {} tokens", negative=True
+        )
+        return Target.logit(int(frozen.logits[position].argmax()), position)
+    return Target.logit(token, position, minus=minus)
 
 
 @dataclass(frozen=True)

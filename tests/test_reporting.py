@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 import bilens
 from bilens import cli
 from bilens.decompose.circuit import feature_circuit, rank_features
-from bilens.errors import ContextLengthError, EmptyTextError, ModelNotFoundError, OutOfRangeError
+from bilens.errors import ArgumentError, ContextLengthError, EmptyTextError, ModelNotFoundError, OutOfRangeError
 from bilens.loading import DEFAULT_MODEL
-from bilens.reporting import active_features, example_texts, interesting_circuits, label_layers, sae_source
+from bilens.reporting import active_features, example_texts, interesting_circuits, label_layers, sae_source, trace
 
 LAYER = 1
 TEXT = "Once upon a time, there was a little dog. He did not want to share his toy."
@@ -116,6 +116,39 @@ def test_report_command_writes_the_page(tmp_path):
     assert done.exit_code == 0, done.output
     assert out.exists()
     assert "completeness error" in done.output
+
+
+def test_trace_command_writes_the_graph(tmp_path):
+    out, examples = tmp_path / "trace.html", tmp_path / "examples.txt"
+    examples.write_text("Once upon a time there was a sad dog.\n\nThe dog did not know where to go.\n")
+    common = ["--text", "The dog did not know", "--max-nodes", "30", "--examples", str(examples), "--out", str(out)]
+    done = run("trace", *common, "--target", "where", "--minus", "how")
+    assert done.exit_code == 0, done.output
+    assert "circuit of logit 'where' - 'how' at position 5" in done.output
+    page = out.read_text(encoding="utf-8")
+    assert len(page) < 10e6
+    assert "Checked by intervention</a>" in page
+    done = run("trace", *common, "--feature", "1-mlp-out/343@3", "--no-check")
+    assert done.exit_code == 0, done.output
+    assert "circuit of 1-mlp-out/343 at position 3" in done.output
+    assert "Checked by intervention</a>" not in out.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        ({"feature": "343"}, ArgumentError, r"'343' names no feature: expected its SAE, index and perhaps position"),
+        ({"feature": "1-mlp-out/343", "target": "where"}, ArgumentError, "either a feature or a token's logit"),
+        ({"feature": "1-mlp-out/9999"}, OutOfRangeError, "feature 9999 is outside the SAE's 2048"),
+        ({"minus": "how"}, ArgumentError, "minus is 'how' without a target"),
+        ({"position": 90}, OutOfRangeError, "position 90 is outside the text's"),
+        ({"target": "where", "position": 90}, OutOfRangeError, "position 90 is outside the text's"),
+    ],
+)
+def test_a_trace_of_nothing_is_refused(request_, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        trace(text=TEXT, out=tmp_path / "trace.html", **request_)
+    assert not (tmp_path / "trace.html").exists()
 
 
 def test_misspelt_model_is_one_line_with_the_nearest_name(monkeypatch, capsys):

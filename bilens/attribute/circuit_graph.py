@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import networkx as nx
     import plotly.graph_objects as go
 
+    from bilens.viz.page import Page
+
 NODE_COLUMNS = (
     *("id", "kind", "layer", "point", "hook", "position", "token", "feature", "name"),
     *("value", "influence", "expanded", "relative_error"),
@@ -189,6 +191,18 @@ class Circuit(Tabular):
         frame = self.to_frame()
         frame = frame[frame.kind != "target"].head(top)
         return bars(frame.name.tolist(), frame.influence.tolist(), f"influence on {self.target}")
+
+    def to_page(self, **more: Any) -> "Page":
+        """The interactive graph on a page of its own (`.save(path)` writes it); what else there is to show (features'
+        examples, tokens, checks) as for `bilens.viz.graph_page.graph_page`."""
+        from bilens.viz.graph_page import graph_page
+
+        return graph_page(self, **more)
+
+    def _repr_html_(self) -> str:
+        from bilens.viz.graph_page import GraphView
+
+        return GraphView(self)._repr_html_()
 
     def to_networkx(self) -> "nx.DiGraph":
         """A directed graph; a hyper-edge is a node of kind `pair` that its members point to. See `circuit_files`."""

@@ -32,8 +32,7 @@ from torch import Tensor
 from bilens.decompose.refine import InteractionOperator, Leading, Ritz, eigh, refine
 from bilens.decompose.tensors import BilinearLayer
 
-BLOCK = 16
-SPARE = 8  # vectors of the block beyond the pairs wanted, at least
+BLOCK, SPARE = 16, 4  # vectors at least; and at least so many times the pairs wanted
 BEYOND = 2  # of them to refine: they may turn out to be the larger ones
 CHECKS = 6
 # Growth of the largest eigenvector over the bulk in one filter: beyond, bfloat16 loses the others.
@@ -131,7 +130,7 @@ def leading_eigenpairs_of_blocks(
 
 def block_size(k: int) -> int:
     """Vectors multiplied at a time to find `k`."""
-    return max(BLOCK, k + SPARE)
+    return max(BLOCK, SPARE * k)
 
 
 def _random_block(d: int, k: int, seed: int, like: Tensor) -> Float[Tensor, "p d"]:

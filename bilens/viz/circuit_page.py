@@ -120,7 +120,7 @@ def _sections(circuit: "FeatureCircuit") -> list[tuple[Literal[2, 3], str, list[
             spectrum(circuit.spectrum),
             "Eigenvalues of the interaction matrix by absolute value: few large ones mean a simple circuit.",
         ),
-        *_eigencircuits(circuit, wordpiece),
+        *eigencircuits(circuit, wordpiece),
     ]
     sections: list[tuple[Literal[2, 3], str, list[Content]]] = [
         (2, f"Output feature {circuit.output_label}", first),
@@ -149,7 +149,8 @@ def _pair(i: str, j: str) -> str:
     return f"{i} ²" if i == j else f"{i} × {j}"
 
 
-def _eigencircuits(circuit: "FeatureCircuit", wordpiece: bool) -> list[Content]:
+def eigencircuits(circuit: "FeatureCircuit", wordpiece: bool) -> list[Content]:
+    """Its leading eigencircuits, each on the text and in input features, folded away."""
     frame = circuit.eigen.in_features(top=6)
     contents: list[Content] = []
     for rank, value in enumerate(circuit.eigen.values.tolist()):

@@ -1,8 +1,9 @@
 """What every view shares: escaping, checked numbers, and the scripts that draw it.
 
 A view's markup never carries code. It is an island: a `div` with its data as JSON in an inert script block, drawn by
-`assets/mount.js` once it comes near the screen. So a page needs no more than three scripts (plotly.js, the circuitsvis
-bundle, `mount.js`), each embedded once and allowed by its hash; whatever else a token may smuggle in cannot run.
+`assets/mount.js` once it comes near the screen. So a page needs no more than four scripts (plotly.js, the circuitsvis
+bundle, `graph.js`, `mount.js`), each embedded once and allowed by its hash; whatever else a token may smuggle in cannot
+run.
 """
 
 import html
@@ -131,7 +132,7 @@ def script_json(text: str) -> str:
     return text.translate(_IN_SCRIPT)
 
 
-def island(drawer: Literal["circuitsvis", "plotly"], data: str, height: int = 0) -> str:
+def island(drawer: Literal["circuitsvis", "plotly", "graph"], data: str, height: int = 0) -> str:
     """The place where `drawer` will draw `data` (JSON), with `height` pixels kept free for it."""
     place = f'<div style="min-height:{height}px"></div>' if height else "<div></div>"
     inert = f'<script type="application/json">{script_json(data)}</script>'
@@ -140,7 +141,7 @@ def island(drawer: Literal["circuitsvis", "plotly"], data: str, height: int = 0)
 
 def scripts_for(markup: str) -> list[str]:
     """The scripts that draw the islands in `markup`, each once. Escaped text cannot spell the attribute looked for."""
-    bundles = {"plotly": plotly_bundle, "circuitsvis": circuitsvis_bundle}
+    bundles = {"plotly": plotly_bundle, "circuitsvis": circuitsvis_bundle, "graph": graph_script}
     used = [bundle() for drawer, bundle in bundles.items() if f'data-draw="{drawer}"' in markup]
     return [*used, asset("mount.js")] if used else []
 
@@ -149,6 +150,12 @@ def scripts_for(markup: str) -> list[str]:
 def asset(name: str) -> str:
     """A file of `bilens/viz/assets`."""
     return (files("bilens.viz") / "assets" / name).read_text(encoding="utf-8")
+
+
+@cache
+def graph_script() -> str:
+    """What draws attribution graphs; it defines the global `BilensGraph`."""
+    return asset("graph_layout.js") + asset("graph.js")
 
 
 @cache

@@ -149,6 +149,7 @@ class Page:
             "img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"
         )
         subtitle = f'<p class="subtitle">{escape(self.subtitle)}</p>' if self.subtitle else ""
+        graph_style = asset("graph.css") if 'data-draw="graph"' in body else ""
         embedded = "".join(f"<script>{script}</script>\n" for script in scripts)
         needs_scripts = "<noscript><p>The interactive views need JavaScript.</p></noscript>" if scripts else ""
         return f"""<!DOCTYPE html>
@@ -161,7 +162,7 @@ class Page:
 <title>{escape(self.title)}</title>
 <link rel="icon" href="data:,">
 <style>
-{asset("page.css")}{asset("views.css")}</style>
+{asset("page.css")}{asset("views.css")}{graph_style}</style>
 </head>
 <body>
 <a class="skip" href="#main">Skip to the content</a>

@@ -168,7 +168,7 @@ def test_names_and_display(frozen_small, circuit):
     labelled = named.nodes[(named.nodes.hook == "blocks.1.hook_mlp_out") & (named.nodes.kind == "feature")]
     assert (labelled.name == [f"label {f}" for f in labelled.feature]).all()
     assert "completeness of every node within" in str(circuit)
-    assert "<table" in circuit._repr_html_()
+    assert "<iframe" in circuit._repr_html_()
     assert circuit.plot().data
     assert bilens.Circuit is Circuit
     completeness = circuit.completeness

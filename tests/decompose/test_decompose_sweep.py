@@ -99,7 +99,7 @@ def test_another_sweep_is_refused(models, tmp_path):
         sweep(make(make_model(seed=9)), tmp_path)
     found = Sweep.load(tmp_path)
     assert len(found.of(decomposers[1]).outputs) == D_SAE
-    with pytest.raises(CheckpointError, match="another model than .* or of other SAEs on layer 1"):
+    with pytest.raises(CheckpointError, match=r"another model than .* or of other SAEs on layer 1"):
         found.of(make(models(False, True), seed=5)[1])
 
 

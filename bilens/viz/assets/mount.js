@@ -6,6 +6,9 @@
       target.id = `bilens-${Math.random().toString(36).slice(2)}`;
       CircuitsVis.render(target.id, CircuitsVis[component], props);
     },
+    graph(target, data) {
+      BilensGraph.draw(target, data);
+    },
     plotly(target, { data, layout }) {
       Plotly.newPlot(target, data, layout, {
         responsive: true,

@@ -1,0 +1,562 @@
+// An attribution graph: nodes by position and layer, edges by sign and size, a panel with the node that was opened.
+//
+// 1. edges and pairs become links, in two ways: pairs as pairs, or folded half to each member (`graph_layout.js`)
+// 2. `choose` takes the strongest links up to the slider's share, and the nodes that they touch; of what goes into an
+//    MLP's output and of everything else apart, for there are many more pairs than edges, each of them smaller
+// 3. `place` gives every shown node its spot: columns are positions, rows are layers, a cell holds a block of nodes
+// 4. links are painted on a canvas (thousands stay fluid); nodes are SVG elements, each with a name, to be focused
+const BilensGraph = (() => {
+  "use strict";
+  const SVG = "http://www.w3.org/2000/svg";
+  const START_SHARE = 0.3, ROWS_IN_PANEL = 20, EXAMPLES = 3, HASTY = 800, PRINTED_WIDTH = 1000;
+  const { asPairs, folded, isRest, layout, neighbour, nameSpots, short } = BilensGraphLayout;
+  const { curves, linkAt, samples, sum } = BilensGraphLayout;
+  const SYMBOLS = {
+    feature: (r) => `M${-r} 0a${r} ${r} 0 1 1 ${2 * r} 0a${r} ${r} 0 1 1 ${-2 * r} 0Z`,
+    error: (r) => `M0 ${-1.25 * r}L${1.25 * r} 0L0 ${1.25 * r}L${-1.25 * r} 0Z`,
+    embedding: (r) => `M${-r} ${-r}H${r}V${r}H${-r}Z`,
+    mlp: (r) => `M${-1.3 * r} ${-0.8 * r}H${1.3 * r}V${0.8 * r}H${-1.3 * r}Z`,
+    bias: (r) => `M0 ${-1.2 * r}L${1.1 * r} ${0.8 * r}H${-1.1 * r}Z`,
+    target: (r) => `M0 ${-1.3 * r}l${1.1 * r} ${0.6 * r}v${1.4 * r}L0 ${1.3 * r}l${-1.1 * r} ${-0.6 * r}v${-1.4 * r}Z`,
+  };
+  SYMBOLS.other = SYMBOLS.feature;
+
+  const element = (name, attributes = {}, ...children) => {
+    const made = name.startsWith("svg:") ? document.createElementNS(SVG, name.slice(4)) : document.createElement(name);
+    for (const [key, value] of Object.entries(attributes)) {
+      if (typeof value === "function") made.addEventListener(key, value);
+      else if (value !== false && value !== null) made.setAttribute(key, value === true ? "" : value);
+    }
+    made.append(...children);
+    return made;
+  };
+  const number = (value) => {
+    const size = Math.abs(value);
+    const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : value.toPrecision(4);
+    return (value > 0 ? "+" : "") + text.replace("-", "−");
+  };
+  const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;
+  const sign = (value) => (value < 0 ? "negative" : "positive");
+  const count = (n) => n.toLocaleString("en");
+
+  const draw = (root, data) => {
+    const nodes = data.nodes.map((node, index) => ({ ...node, index, joint: false, placed: false, x: 0, y: 0, r: 0 }));
+    const target = nodes.findIndex((node) => node.kind === "target");
+    const ways = { pairs: asPairs(data), folded: folded(data) };
+    const total = sum(ways.pairs, (link) => link.influence) || 1;
+    const state = {
+      share: START_SHARE, way: "pairs", rest: false, query: "", // as chosen in the bar
+      opened: -1, hovered: null, current: target, // nodes; `hovered` is a {node} or a {link}
+    };
+    let shown = []; // links
+    const scales = { true: 1, false: 1 }; // the largest influence among them, into MLPs' outputs and elsewhere
+    let found = new Set(); // nodes that match the search
+    let later = 0; // the timer of what was left out in haste
+    let sampled = null; // points along each shown link, for the mouse
+
+    data.pairs.forEach(([, , index]) => { nodes[index].joint = true; });
+    const sizeOf = (link) => Math.sqrt(Math.min(1, link.influence / scales[nodes[link.target].joint]));
+    const describe = (node) => (node.where ? `${node.name} (${node.where})` : node.name);
+    const touches = (link, index) => link.target === index || link.sources.includes(index);
+    const sourcesText = ({ sources: [i, j] }) =>
+      j === undefined ? nodes[i].name : i === j ? `${nodes[i].name} ²` : `${nodes[i].name} × ${nodes[j].name}`;
+
+    // --- the elements ---
+
+    const name = `bilens-pairs-${Math.random().toString(36).slice(2)}`;
+    const radio = (way, text) =>
+      element("label", {},
+        element("input", { type: "radio", name, value: way, checked: way === state.way, change: () => set({ way }) }),
+        text);
+    const search = element("input", {
+      type: "search", placeholder: "label, number or token", "aria-keyshortcuts": "/", autocomplete: "off",
+      "aria-label": "Search nodes", input: () => set({ query: search.value }), keydown: (event) => searchKey(event),
+    });
+    const slider = element("input", {
+      type: "range", min: 0.02, max: 1, step: 0.01, value: state.share, "aria-label": "Share of the influence shown",
+      input: () => set({ share: Number(slider.value) }, true),
+    });
+    const shareShown = element("output", {});
+    const rest = element("input", { type: "checkbox", change: () => set({ rest: rest.checked }) });
+    const theme = element("button", { type: "button", class: "theme", click: () => toggleTheme() });
+    const bar = element("div", { class: "bar", role: "group", "aria-label": "What is shown" },
+      element("label", { class: "search" }, element("kbd", {}, "/"), search),
+      element("label", { class: "slider" }, "keep the strongest", slider, shareShown),
+      element("fieldset", {}, element("legend", {}, "pairs"), radio("pairs", "joined"), radio("folded", "halved")),
+      element("label", {}, rest, "biases and pruned parts"),
+      theme);
+    const status = element("p", { class: "status", role: "status" });
+    const canvas = element("canvas", { "aria-hidden": "true" });
+    const brush = canvas.getContext("2d");
+    const backdrop = element("canvas"); // the shown links, painted once per change and laid under what is lit
+    const grid = element("svg:svg", { class: "grid", "aria-hidden": "true" });
+    const dots = element("svg:g", { class: "nodes" });
+    const labels = element("svg:g", { class: "labels", "aria-hidden": "true" });
+    const svg = element("svg:svg", { role: "group", "aria-label": `Attribution graph of ${data.target}` },
+      dots, labels);
+    const stage = element("div", { class: "stage" }, grid, canvas, svg);
+    const rows = element("div", { class: "rows", "aria-hidden": "true" });
+    const scroll = element("div", { class: "scroll" }, rows, stage);
+    const panel = element("aside", { class: "panel", "aria-label": "The node opened", tabindex: -1 });
+    const tip = element("div", { class: "tip", role: "tooltip", hidden: true });
+    const symbols = { feature: "feature", error: "SAE error", embedding: "token", target: "target" };
+    const legend = element("p", { class: "legend" },
+      ...Object.entries(symbols).map(([kind, text]) =>
+        element("span", {}, element("svg:svg", { viewBox: "-8 -8 16 16", class: "nodes" },
+          element("svg:path", { class: kind, d: SYMBOLS[kind](5) })), text)),
+      element("span", {}, element("i", { class: "positive" }), "adds"),
+      element("span", {}, element("i", { class: "negative" }), "takes away"),
+      element("span", {}, element("i", { class: "joint" }), "a pair: what two features do together"),
+      element("span", { class: "keys" }, element("kbd", {}, "← ↑ ↓ →"), "move",
+        element("kbd", {}, "Enter"), "open", element("kbd", {}, "Esc"), "close", element("kbd", {}, "/"), "search"));
+    root.className = "bilens-graph";
+    root.append(bar, status, element("div", { class: "main" }, scroll, panel), legend, tip);
+
+    for (const node of nodes) {
+      node.shape = element("svg:path", {});
+      node.dot = element("svg:g", {
+        class: `node ${node.kind}`, role: "button", tabindex: -1, "data-node": node.id, "aria-label": spoken(node),
+        click: () => open(node.index), focus: () => focused(node.index), blur: () => hover(null),
+        mouseenter: (event) => hover({ node: node.index }, event), mouseleave: () => hover(null),
+      }, node.shape);
+      dots.append(node.dot);
+    }
+
+    function spoken(node) {
+      return `${describe(node)}, ${node.kind}, value ${number(node.value)}, influence ${percent(node.influence)}`;
+    }
+
+    // --- what is shown, and where ---
+
+    function amounts(links) {
+      const pairs = sum(links, (link) => (link.sources.length > 1 ? 1 : 0));
+      const edges = `${count(links.length - pairs)} edges`;
+      return state.way === "pairs" ? `${edges} and ${count(pairs)} pairs` : edges;
+    }
+
+    function choose() {
+      const candidates = ways[state.way].filter(
+        (link) => state.rest || !(isRest(nodes[link.target]) || link.sources.some((source) => isRest(nodes[source]))));
+      shown = [];
+      let reached = 0;
+      for (const joint of [false, true]) {
+        const group = candidates.filter((link) => nodes[link.target].joint === joint);
+        const wanted = reached + state.share * (1 - 1e-9) * sum(group, (link) => link.influence);
+        scales[joint] = group.length ? group[0].influence : 1;
+        for (const link of group) {
+          if (reached >= wanted) break;
+          shown.push(link);
+          reached += link.influence;
+        }
+      }
+      const query = state.query.trim().toLowerCase();
+      found = new Set(query ? nodes.filter((node) => node.haystack.includes(query)).map((node) => node.index) : []);
+      const touched = new Set(shown.flatMap((link) => [...link.sources, link.target]));
+      for (const node of nodes)
+        node.placed = touched.has(node.index) || found.has(node.index) || node.index === state.opened
+          || node.kind === "target" || node.kind === "embedding";
+      const placed = sum(nodes, (node) => (node.placed ? 1 : 0));
+      const matching = found.size === 1 ? "node matches" : "nodes match";
+      const matches = query ? ` ${count(found.size)} ${matching} “${state.query}”.` : "";
+      shareShown.value = percent(reached / total);
+      status.textContent =
+        `The strongest ${amounts(shown)} of ${amounts(ways[state.way])} hold ${percent(reached / total)} of the ` +
+        `influence of all; ${count(placed)} of ${count(nodes.length)} nodes are shown.${matches}`;
+    }
+
+    function place(printedWidth) {
+      const width = Math.max((printedWidth || scroll.clientWidth) - rows.offsetWidth - 2, 240);
+      const height = Math.min(Math.max(innerHeight - 230, 480), 900);
+      frame(layout(nodes, data.tokens, data.rows, width, height));
+      for (const node of nodes) {
+        node.dot.style.display = node.placed ? "" : "none";
+        if (!node.placed) continue;
+        node.dot.setAttribute("transform", `translate(${node.x.toFixed(1)} ${node.y.toFixed(1)})`);
+        node.shape.setAttribute("d", SYMBOLS[node.kind](node.r));
+      }
+      rove(nodes[state.current].placed ? state.current : target);
+    }
+
+    function frame({ columns, bands, width, height, foot, turned }) {
+      const ratio = devicePixelRatio || 1;
+      for (const surface of [canvas, backdrop]) {
+        Object.assign(surface, { width: Math.round(width * ratio), height: Math.round(height * ratio) });
+        surface.getContext("2d").setTransform(ratio, 0, 0, ratio, 0, 0);
+      }
+      for (const part of [canvas, stage]) Object.assign(part.style, { width: `${width}px`, height: `${height}px` });
+      const size = { width, height, viewBox: `0 0 ${width} ${height}` };
+      for (const drawn of [grid, svg])
+        for (const [key, value] of Object.entries(size)) drawn.setAttribute(key, value);
+      rows.style.height = `${height}px`;
+      rows.replaceChildren(...data.rows.map((text, row) =>
+        element("span", { style: `top:${bands[row].middle}px` }, text)));
+      const marks = bands.map(({ top, bottom }, row) =>
+        element("svg:rect", { x: 0, y: top, width, height: bottom - top, class: row % 2 ? "odd" : "even" }));
+      columns.forEach(({ left, right, token, position }) => {
+        if (left) marks.push(element("svg:path", { d: `M${left} 0V${height - foot}` }));
+        const x = (left + right) / 2, y = height - foot + 18;
+        const turn = turned ? { transform: `translate(${x + 4} ${height - foot + 8}) rotate(-90)` } : { x, y };
+        if (position >= 0)
+          marks.push(element("svg:text", { class: turned ? "turned" : "token", ...turn }, short(token)),
+            ...(turned ? [] : [element("svg:text", { class: "position", x, y: y + 15 }, String(position))]));
+      });
+      grid.replaceChildren(...marks);
+    }
+
+    // --- painting ---
+
+    const spotlight = () => (state.hovered && state.hovered.node !== undefined ? state.hovered.node : state.opened);
+
+    function trace(on, link, ink, size, alpha) {
+      const { parts, joint } = curves(nodes, link);
+      on.strokeStyle = on.fillStyle = ink[sign(link.weight)];
+      on.globalAlpha = alpha;
+      on.lineWidth = 0.5 + 4.5 * size;
+      on.beginPath();
+      for (const [x0, y0, ...curve] of parts) {
+        on.moveTo(x0, y0);
+        on.bezierCurveTo(...curve);
+      }
+      on.stroke();
+      if (!joint) return;
+      on.globalAlpha = Math.min(1, alpha * 1.6);
+      on.beginPath();
+      on.arc(joint[0], joint[1], 1.6 + 2.4 * size, 0, 7);
+      on.fill();
+    }
+
+    function inks() {
+      const style = getComputedStyle(root);
+      return { positive: style.getPropertyValue("--positive"), negative: style.getPropertyValue("--negative") };
+    }
+
+    // In haste, while the slider moves, without the faintest: those follow once it rests.
+    function paintBackdrop(hasty = false) {
+      const on = backdrop.getContext("2d"), ink = inks();
+      const thin = Math.min(1, Math.sqrt(300 / (shown.length || 1))); // many faint lines add up
+      on.clearRect(0, 0, backdrop.width, backdrop.height);
+      const drawn = shown.map((link) => ({ link, size: sizeOf(link) })).sort((a, b) => b.size - a.size);
+      const painted = hasty ? Math.min(HASTY, drawn.length) : drawn.length;
+      for (let place = painted - 1; place >= 0; place--)
+        trace(on, drawn[place].link, ink, drawn[place].size, 0.16 * thin + 0.6 * drawn[place].size);
+      clearTimeout(later);
+      if (painted < drawn.length) later = setTimeout(() => { paintBackdrop(); paint(); }, 150);
+    }
+
+    function paint() {
+      const ink = inks();
+      const lit = spotlight(), hoveredLink = state.hovered && state.hovered.link;
+      const near = new Set(lit < 0 ? [] : [lit]);
+      const drawable = (link) => nodes[link.target].placed && link.sources.every((source) => nodes[source].placed);
+      const own = lit < 0 ? [] : ways[state.way].filter((link) => touches(link, lit) && drawable(link));
+      const strongest = own.length ? own[0].influence : 1;
+      const dimmed = lit >= 0 || hoveredLink || found.size;
+      brush.clearRect(0, 0, canvas.width, canvas.height);
+      brush.globalAlpha = dimmed ? 0.2 : 1;
+      const ratio = devicePixelRatio || 1;
+      brush.drawImage(backdrop, 0, 0, backdrop.width / ratio, backdrop.height / ratio);
+      for (let place = own.length - 1; place >= 0; place--) {
+        const size = Math.sqrt(own[place].influence / strongest);
+        if (size < 0.03) continue;
+        [...own[place].sources, own[place].target].forEach((index) => near.add(index));
+        trace(brush, own[place], ink, 0.8 * size, 0.12 + 0.75 * size);
+      }
+      if (hoveredLink) {
+        [...hoveredLink.sources, hoveredLink.target].forEach((index) => near.add(index));
+        if (drawable(hoveredLink)) trace(brush, hoveredLink, ink, Math.max(0.5, sizeOf(hoveredLink)), 1);
+      }
+      for (const { dot, index } of nodes) {
+        dot.classList.toggle("dim", Boolean(dimmed) && !near.has(index) && !found.has(index));
+        dot.classList.toggle("found", found.has(index));
+        dot.classList.toggle("near", Boolean(hoveredLink) && touches(hoveredLink, index));
+        dot.classList.toggle("open", index === state.opened);
+        dot.setAttribute("aria-pressed", String(index === state.opened));
+      }
+      label(near);
+    }
+
+    // The names of what is lit, or else of the nodes that matter most.
+    function label(near) {
+      const lit = (node) => near.has(node.index) || found.has(node.index);
+      const rank = (node) => (node.kind === "target" ? 8 : 0) + (lit(node) ? 4 : 0) + node.influence;
+      const wanted = nodes.filter((node) => node.placed && node.kind !== "embedding" && node.kind !== "other"
+        && (lit(node) || (!near.size && !found.size)));
+      wanted.sort((a, b) => rank(b) - rank(a));
+      labels.replaceChildren(...nameSpots(nodes, wanted, parseFloat(svg.getAttribute("width")))
+        .map(({ x, y, anchor, text }) => element("svg:text", { x, y, "text-anchor": anchor }, text)));
+    }
+
+    // --- the mouse ---
+
+    function linkText(link) {
+      const via = link.via ? [element("br"), link.via === "direct"
+        ? "directly, without attention" : `mostly via head ${link.via} (${number(link.viaWeight)})`] : [];
+      const where = [...new Set([...link.sources, link.target].map((index) => nodes[index].where))].join(" → ");
+      return [element("b", {}, number(link.weight)), ` ${sourcesText(link)} → ${nodes[link.target].name}`,
+        element("br"), where, ...via, element("br"), `influence on the target ${percent(link.influence)}`];
+    }
+
+    function hover(what, event) {
+      const same = what && state.hovered && what.link === state.hovered.link && what.node === state.hovered.node;
+      state.hovered = what;
+      tip.hidden = !what;
+      if (what) {
+        const node = nodes[what.node];
+        tip.replaceChildren(...(node
+          ? [element("b", {}, node.name), element("br"), node.where, element("br"),
+            `value ${number(node.value)}, influence ${percent(node.influence)}`]
+          : linkText(what.link)));
+        const box = event && event.clientX ? { left: event.clientX, bottom: event.clientY }
+          : node ? node.dot.getBoundingClientRect() : scroll.getBoundingClientRect();
+        const own = tip.getBoundingClientRect();
+        tip.style.left = `${Math.max(8, Math.min(box.left + 14, innerWidth - own.width - 12))}px`;
+        tip.style.top = `${Math.max(8, Math.min(box.bottom + 14, innerHeight - own.height - 12))}px`;
+      }
+      if (!same) paint();
+    }
+
+    svg.addEventListener("mousemove", (event) => {
+      if (event.target.closest(".node")) return;
+      const box = svg.getBoundingClientRect();
+      sampled = sampled || samples(nodes, shown);
+      const link = shown[linkAt(sampled, event.clientX - box.left, event.clientY - box.top)] || null;
+      if (link || state.hovered) hover(link && { link }, event);
+    });
+    svg.addEventListener("mouseleave", () => hover(null));
+    svg.addEventListener("click", (event) => { if (!event.target.closest(".node")) open(-1); });
+
+    // --- the keyboard ---
+
+    function rove(index) {
+      nodes[state.current].dot.setAttribute("tabindex", -1);
+      state.current = index;
+      nodes[index].dot.setAttribute("tabindex", 0);
+    }
+
+    function focused(index) {
+      rove(index);
+      if (nodes[index].dot.matches(":focus-visible")) hover({ node: index });
+    }
+
+    svg.addEventListener("keydown", (event) => {
+      const node = nodes[state.current];
+      if (event.key === "Enter" || event.key === " ") open(node.index);
+      else if (event.key === "Home") nodes[target].dot.focus();
+      else if (event.key.startsWith("Arrow")) {
+        const next = neighbour(nodes, node, event.key);
+        if (next) next.dot.focus();
+      } else return;
+      event.preventDefault();
+    });
+    root.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || state.opened < 0) return;
+      const { dot } = nodes[state.opened];
+      open(-1);
+      dot.focus();
+    });
+    addEventListener("keydown", (event) => {
+      if (event.key !== "/" || event.ctrlKey || event.metaKey) return;
+      if (event.target.closest("input:not([type=range]), textarea")) return;
+      event.preventDefault();
+      search.focus();
+    });
+
+    function searchKey(event) {
+      if (event.key === "Escape" && search.value) {
+        event.stopPropagation();
+        event.preventDefault();
+        search.value = "";
+        set({ query: "" });
+      } else if (event.key === "Enter" && found.size) {
+        const order = [...found].sort((a, b) => nodes[b].influence - nodes[a].influence);
+        open(order[(order.indexOf(state.opened) + 1) % order.length]);
+      }
+    }
+
+    // --- the panel ---
+
+    function open(index) {
+      state.hovered = null;
+      tip.hidden = true;
+      state.opened = index;
+      if (index >= 0 && !nodes[index].placed) redraw();
+      if (index >= 0) rove(index);
+      fillPanel();
+      paint();
+    }
+
+    const button = (index) =>
+      element("button", {
+        type: "button", class: "to", "data-to": nodes[index].id, title: nodes[index].where, click: () => open(index),
+      }, nodes[index].name, ...(elsewhere(index) ? [element("small", {}, nodes[index].at)] : []));
+    const elsewhere = (index) => state.opened < 0 || nodes[index].position !== nodes[state.opened].position;
+
+    // A table of links; hovering or focusing a row lights it up in the graph.
+    function linkTable(links, cells, caption) {
+      const largest = Math.max(...links.map((link) => Math.abs(link.weight)), 1e-300);
+      const row = (link) => {
+        const light = () => { state.hovered = { link }; paint(); };
+        const unlight = () => { state.hovered = null; paint(); };
+        const on = { mouseenter: light, mouseleave: unlight, focusin: light, focusout: unlight };
+        const bar = `--w:${(100 * Math.abs(link.weight) / largest).toFixed(1)}%`;
+        return element("tr", { ...on, "data-weight": link.weight },
+          element("td", { class: `number ${sign(link.weight)}`, style: bar }, number(link.weight)),
+          element("td", {}, ...cells(link)));
+      };
+      const body = element("tbody", {}, ...links.slice(0, ROWS_IN_PANEL).map(row));
+      const table = element("table", {}, element("caption", {}, caption), body);
+      if (links.length <= ROWS_IN_PANEL) return [table];
+      const more = element("button", { type: "button", class: "more", click: () => {
+        body.append(...links.slice(ROWS_IN_PANEL).map(row));
+        more.remove();
+      } }, `show all ${count(links.length)}`);
+      return [table, more];
+    }
+
+    function from({ sources: [i, j], via }) {
+      if (j !== undefined) return i === j ? [button(i), " ²"] : [button(i), " × ", button(j)];
+      return via ? [button(i), element("small", {}, via === "direct" ? via : `via ${via}`)] : [button(i)];
+    }
+
+    const bySize = (links) => [...links].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
+
+    function fillPanel() {
+      panel.replaceChildren(...(state.opened < 0 ? overview() : details(nodes[state.opened])));
+      panel.scrollTop = 0;
+    }
+
+    function overview() {
+      const first = nodes.filter((n) => n.kind === "feature" || n.kind === "error");
+      first.sort((a, b) => b.influence - a.influence);
+      return [
+        element("h3", {}, data.target),
+        element("p", { class: "where" }, nodes[target].where),
+        facts([["value", number(nodes[target].value)], ...data.facts]),
+        element("h4", {}, "Most influential"),
+        element("ol", { class: "first" }, ...first.slice(0, 15).map((n) =>
+          element("li", {}, element("span", {}, percent(n.influence)), button(n.index)))),
+        element("p", { class: "hint" }, "Open a node to see what it is made of; hover an edge for its number."),
+      ];
+    }
+
+    const facts = (pairs) => element("dl", {}, ...pairs.flatMap(([term, text]) =>
+      [element("dt", {}, term), element("dd", {}, text)]));
+
+    function details(node) {
+      const links = ways[state.way];
+      const into = bySize(links.filter((link) => link.target === node.index));
+      const out = bySize(links.filter((link) => link.sources.includes(node.index)));
+      const close = element("button", { type: "button", class: "close", "aria-label": "Close", click: () => {
+        open(-1);
+        node.dot.focus();
+      } }, "×");
+      const parts = [element("h3", {}, node.name), close, element("p", { class: "where" }, node.where),
+        facts([[node.measure, number(node.value)], ["influence on the target", percent(node.influence)]]),
+        ...dashboard(data.features[node.key])];
+      if (into.length) {
+        const gap = `; the whole sum is off by ${node.relative_error.toExponential(1)} of its absolute parts`;
+        parts.push(element("h4", {}, `Made of ${count(into.length)} parts`),
+          element("p", { class: "sum" },
+            `They add up to ${number(sum(into, (link) => link.weight))}${node.expanded ? gap : ""}.`),
+          ...linkTable(into, from, state.way === "pairs" ? "parts, pairs whole" : "parts, pairs halved"));
+      } else parts.push(element("p", { class: "hint" }, node.end));
+      if (data.heads[node.index]) parts.push(element("h4", {}, "Through attention"), chips(data.heads[node.index]));
+      if (out.length)
+        parts.push(element("h4", {}, "Goes into"), ...linkTable(out, (link) => {
+          const partner = link.sources.find((source) => source !== node.index);
+          const together = partner === undefined ? [] : [element("small", {}, " with "), button(partner)];
+          return [button(link.target), ...together];
+        }, "contributions"));
+      return parts;
+    }
+
+    const chips = (values) => element("p", { class: "chips" }, ...values.map(([text, value]) =>
+      element("span", { class: sign(value) }, text, element("small", {}, number(value)))));
+
+    function dashboard(feature) {
+      if (!feature) return [];
+      const parts = [element("h4", {}, "Fires on"), element("p", { class: "where" }, feature.summary)];
+      const strongest = Math.max(...feature.examples.flatMap(({ values }) => values.map(Math.abs)), 1e-12);
+      const strip = ({ tokens, values, focus }) =>
+        element("div", { class: "bilens-strip" }, ...tokens.flatMap((token, place) => [
+          token.startsWith(" ") ? " " : "",
+          element("span", {
+            class: `${values[place] < 0 ? "n" : "p"}${place === focus ? " f" : ""}`, title: number(values[place]),
+            style: `--a:${(0.6 * Math.abs(values[place]) / strongest).toFixed(2)}`,
+          }, token.replace(/^ /, "")),
+        ]));
+      parts.push(...feature.examples.slice(0, EXAMPLES).map(strip));
+      if (feature.examples.length > EXAMPLES) {
+        const more = element("button", { type: "button", class: "more", click: () =>
+          more.replaceWith(...feature.examples.slice(EXAMPLES).map(strip)) }, "more examples");
+        parts.push(more);
+      }
+      for (const [title, effects] of feature.effects)
+        parts.push(element("h4", {}, title), chips(effects));
+      return parts;
+    }
+
+    // --- changes ---
+
+    const isDark = () => {
+      const chosen = document.documentElement.dataset.theme;
+      return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    };
+
+    function showTheme() {
+      theme.textContent = isDark() ? "☀ light" : "☾ dark";
+      theme.setAttribute("aria-label", `Switch to the ${isDark() ? "light" : "dark"} theme`);
+    }
+
+    function toggleTheme() {
+      document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+      recolor();
+    }
+
+    function recolor() {
+      showTheme();
+      paintBackdrop();
+      paint();
+    }
+
+    function redraw({ printedWidth = 0, hasty = false } = {}) {
+      choose();
+      place(printedWidth);
+      sampled = null;
+      paintBackdrop(hasty);
+      paint();
+    }
+
+    function set(change, hasty = false) {
+      Object.assign(state, change);
+      redraw({ hasty });
+      if ("way" in change) fillPanel();
+    }
+
+    for (const node of nodes) node.haystack = `${node.name} ${node.id} ${node.where}`.toLowerCase();
+    let themeBefore = null;
+    addEventListener("beforeprint", () => {
+      themeBefore = document.documentElement.dataset.theme;
+      document.documentElement.dataset.theme = "light";
+      redraw({ printedWidth: PRINTED_WIDTH });
+    });
+    addEventListener("afterprint", () => {
+      if (themeBefore) document.documentElement.dataset.theme = themeBefore;
+      else delete document.documentElement.dataset.theme;
+      redraw();
+    });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => recolor());
+    let width = 0;
+    new ResizeObserver(() => {
+      if (scroll.clientWidth === width) return;
+      width = scroll.clientWidth;
+      redraw();
+    }).observe(scroll);
+    showTheme();
+    fillPanel();
+    redraw();
+    scroll.scrollLeft = nodes[target].x; // where the graph is wider than its place
+  };
+
+  return { draw };
+})();

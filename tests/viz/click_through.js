@@ -1,0 +1,95 @@
+// Everything a reader would do, by the events that the browser would send; what is seen after each goes to the dump.
+// Put behind a page with a graph, after the names of the nodes to open (`OPENED`) and the text to search (`SEARCHED`).
+const all = (selector) => [...document.querySelectorAll(selector)];
+const one = (selector) => document.querySelector(selector);
+const drawn = () =>
+  all(".node")
+    .filter((node) => node.style.display !== "none")
+    .map((node) => node.dataset.node);
+const key = (element, name) =>
+  element.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
+const weights = () => {
+  all(".panel .more").forEach((more) => more.click());
+  return one(".panel table")
+    ? [...one(".panel table").querySelectorAll("tr")].map((row) => Number(row.dataset.weight))
+    : [];
+};
+const input = (element, value) => {
+  element.value = value;
+  element.dispatchEvent(new Event("input"));
+};
+const color = () => getComputedStyle(one(".bilens-graph")).getPropertyValue("--positive").trim();
+function act() {
+  const seen = { start: one(".panel h3").textContent, names: all(".node").map((n) => n.getAttribute("aria-label")) };
+  const slider = one("input[type=range]"),
+    search = one("input[type=search]");
+  seen.shares = [0.02, 0.3, 1].map((share) => {
+    input(slider, share);
+    return [one(".slider output").value, drawn().length, one(".status").textContent];
+  });
+  const find = (id) => all(".node").find((node) => node.dataset.node === id);
+  seen.panels = {};
+  for (const id of OPENED) {
+    find(id).dispatchEvent(new MouseEvent("click", { bubbles: true }));
+    seen.panels[id] = {
+      heading: one(".panel h3").textContent,
+      weights: weights(),
+      open: all(".node.open").map((n) => n.dataset.node),
+      strips: all(".panel .bilens-strip").length,
+    };
+  }
+  const row = all(".panel tbody tr").find((tr) => tr.querySelectorAll(".to").length === 2);
+  row.dispatchEvent(new MouseEvent("mouseenter"));
+  seen.partners = [
+    [...row.querySelectorAll(".to")].map((to) => to.dataset.to),
+    all(".node.near").map((n) => n.dataset.node),
+  ];
+  row.dispatchEvent(new MouseEvent("mouseleave"));
+  one("input[value=folded]").click();
+  seen.folded = weights();
+  one("input[value=pairs]").click();
+  find("target").focus();
+  seen.walk = ["ArrowDown", "ArrowDown", "Enter"].map((name) => {
+    key(document.activeElement, name);
+    return [document.activeElement.dataset.node, one(".panel h3").textContent];
+  });
+  key(document.activeElement, "Escape");
+  seen.escaped = [document.activeElement.dataset.node, one(".panel h3").textContent, all(".node.open").length];
+  seen.stops = all('.node[tabindex="0"]').length;
+  key(document.body, "/");
+  seen.slash = document.activeElement === search;
+  input(search, SEARCHED);
+  seen.found = [all(".node.found").map((n) => n.dataset.node), one(".status").textContent];
+  key(search, "Enter");
+  seen.searched = one(".panel .where").textContent;
+  key(search, "Escape");
+  seen.cleared = [search.value, all(".node.found").length];
+  const box = one(".stage").getBoundingClientRect();
+  edge: for (let y = 5; y < box.height; y += 7)
+    for (let x = 5; x < box.width; x += 7) {
+      one(".stage").lastChild.dispatchEvent(
+        new MouseEvent("mousemove", { clientX: box.left + x, clientY: box.top + y, bubbles: true }),
+      );
+      if (!one(".tip").hidden) break edge;
+    }
+  seen.edge = one(".tip").textContent;
+  const before = color();
+  one(".theme").click();
+  seen.theme = [before, document.documentElement.dataset.theme, color()];
+  one(".theme").click();
+  seen.theme.push(document.documentElement.dataset.theme);
+  one("input[type=checkbox]").click();
+  seen.rest = drawn();
+  return seen;
+}
+const wait = () => {
+  if (!one(".node")) return setTimeout(wait, 50);
+  let seen;
+  try {
+    seen = act();
+  } catch (error) {
+    seen = { error: error.stack };
+  }
+  document.body.append(Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify(seen) }));
+};
+wait();
