@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens.decompose.decomposer import Decomposer
+from bilens.decompose.eigensweep import top_eigenpairs
 from bilens.decompose.outputs import Output
 from bilens.display import Tabular
 from bilens.errors import OutOfRangeError
@@ -168,7 +169,7 @@ def fidelity(
     view, model = decomposer.output_view, decomposer.model
     features = torch.arange(view.d_sae) if output is None else decomposer.feature_indices(output)
     e = decomposer.directions(features)
-    eigen = decomposer.eigen(features, k=k)
+    eigen = top_eigenpairs(decomposer.weights, e, k, progress=False)
     linear, constant = decomposer.linear(features), decomposer.constant(features)
     sums = _Sums(len(features), k, e.device)
     tokens, mask = text_starts(model, texts)
@@ -183,7 +184,8 @@ def fidelity(
         x, y = (cache[hook][kept].to(e) for hook in hooks)
         for part in torch.arange(len(x)).split(max(1, PAIRS_AT_ONCE // (len(features) * k))):
             f = view.activations(y[part])[:, features].to(e)
-            q = eigen.activations(x[part]).cumsum(-1)
+            projections = (x[part] @ eigen.vectors.flatten(0, 1).T).unflatten(-1, eigen.values.shape)
+            q = (eigen.values * projections**2).cumsum(-1)
             target = y[part] @ e.T - x[part] @ linear.T - constant
             sums.add(q, f, target)
     return sums.result(features, decomposer.output_names)
