@@ -2,21 +2,50 @@
 
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.data import ImageDataset, load_images
+from bilens.vision.eigenfeatures import Eigenfeatures, class_difference, eigenfeatures
+from bilens.vision.explanation import Explanation, explain
 from bilens.vision.loading import load_classifier, save_classifier
+from bilens.vision.masks import Mask, MaskStudy, adversarial_mask, mask_study
 from bilens.vision.model import BilinearClassifier, class_layer, class_matrices, with_one
+from bilens.vision.regularisation import RegularisationStudy, regularisation_study
+from bilens.vision.similarity import FeatureSimilarity, feature_similarity
+from bilens.vision.structure import ClassHOSVD, SharedNeurons, class_hosvd, shared_neurons
+from bilens.vision.top_down import TopDown, top_down
 from bilens.vision.training import ImageTrainConfig, TrainedClassifier, train_classifier
+from bilens.vision.truncation import Truncation, truncation
 
 __all__ = [
     "BilinearClassifier",
+    "ClassHOSVD",
     "ClassifierConfig",
+    "Eigenfeatures",
+    "Explanation",
+    "FeatureSimilarity",
     "ImageDataset",
     "ImageTrainConfig",
+    "Mask",
+    "MaskStudy",
+    "RegularisationStudy",
+    "SharedNeurons",
+    "TopDown",
     "TrainedClassifier",
+    "Truncation",
+    "adversarial_mask",
+    "class_difference",
+    "class_hosvd",
     "class_layer",
     "class_matrices",
+    "eigenfeatures",
+    "explain",
+    "feature_similarity",
     "load_classifier",
     "load_images",
+    "mask_study",
+    "regularisation_study",
     "save_classifier",
+    "shared_neurons",
+    "top_down",
     "train_classifier",
+    "truncation",
     "with_one",
 ]

@@ -6,14 +6,16 @@
 3. as images: a one-layer model's eigenvectors, seen through the embedding
 
 Two spaces to find eigenvectors in, of what the last layer reads:
-- `"embedding"` (as the paper): `x` is the last `hook_resid_pre`. With one layer `x = W_E^T pixels`, and the picture of v
-  is `W_E v`, so that `v . x` is the picture times the pixels. It is small and works at every depth; the pictures are
+- `"embedding"` (as the paper): `x` is the last `hook_resid_pre`. With one layer `x = W_E^T pixels`, and the picture of
+  v is `W_E v`, so that `v . x` is the picture times the pixels. It is small and works at every depth; the pictures are
   neither of unit length nor orthogonal, and an eigenvalue is as large as the embedding makes its picture short
 - `"pixels"`: one layer with the embedding folded in. Pictures are orthonormal, and eigenvalues compare: the largest is
   what an image of unit length can add at most. Both add up to the same logits
 
 Biases and residual additions are exact in homogeneous coordinates, `(x, 1)`: an eigenvector then has one more entry,
 the `offset`, and adds `lambda (v . x + offset)^2`. Without, the eigenfeatures are of the quadratic part only.
+What is linear in the image shows as a pair with opposite eigenvalues and offsets and nearly the same picture:
+`(v . x + o)^2 - (v . x - o)^2 = 4 o (v . x)`.
 
 Source: Pearce et al. 2025, sections 3 and 4.1.
 """
@@ -80,7 +82,7 @@ class Eigenfeatures(Tabular):
         """The pictures in rows and columns.
 
         Raises:
-            ArgumentError: a deeper model, whose last layer does not read pixels, or one whose images have no known shape.
+            ArgumentError: a deeper model, whose last layer does not read pixels, or images of no known shape.
         """
         if self.pictures is None:
             raise ArgumentError(
@@ -101,7 +103,7 @@ class Eigenfeatures(Tabular):
         return torch.nonzero(self.values[row] * sign > 0)[:k, 0].tolist()
 
     def to_frame(self, top: int | None = 10) -> "pd.DataFrame":
-        """One row per eigenfeature: `output, rank, eigenvalue, offset, share` (of the sum of squared eigenvalues found).
+        """One row per eigenfeature: `output, rank, eigenvalue, offset, share` (of the squared eigenvalues found).
 
         Args:
             top: of every output; `None` gives all.

@@ -79,7 +79,7 @@ class Explanation(Tabular):
         from bilens.viz.image_plots import explanation_figure
 
         cfg, pictures = self.features.model.cfg, self.features.pictures
-        images = []
+        images: list[list[Tensor]] = []
         for row, ranks in enumerate(self.ranks):
             if pictures is None:
                 images.append([])
@@ -102,8 +102,7 @@ class Explanation(Tabular):
 
     def __str__(self) -> str:
         logits = ", ".join(
-            f"{label} {self.logits[which]:.4g}"
-            for label, which in zip(self.features.labels, self.classes, strict=True)
+            f"{label} {self.logits[which]:.4g}" for label, which in zip(self.features.labels, self.classes, strict=True)
         )
         return f"logits: {logits}\n{self.to_frame().to_string(index=False, na_rep='')}"
 
@@ -153,7 +152,9 @@ def explain(
         takes = [rank for rank in order[::-1][:negative] if row[rank] < 0]
         ranks.append(adds + takes)
         shown.append(row[ranks[-1]].tolist())
-        rest = torch.ones(len(row), dtype=torch.bool, device=row.device).index_fill(0, row.new_tensor(ranks[-1]).long(), 0)
+        rest = torch.ones(len(row), dtype=torch.bool, device=row.device).index_fill(
+            0, row.new_tensor(ranks[-1]).long(), 0
+        )
         others.append(row[rest].sum().item())
     pixels = image.detach().flatten()
     return Explanation(pixels, logits, chosen, ranks, shown, others, features)

@@ -76,8 +76,8 @@ class Truncation(Tabular):
             "worst class": frame["worst_class"],
             "agreement with the whole model": frame["agreement"],
         }
-        axes = {"x_title": "eigenfeatures kept of every class, by |eigenvalue|", "y_title": "share of images"}
-        return line(frame["kept"], curves, f"truncation, over the {self.space}", **axes, log_x=True)
+        title, x_title = f"truncation, over the {self.space}", "eigenfeatures kept of every class, by |eigenvalue|"
+        return line(frame["kept"], curves, title, x_title=x_title, y_title="share of images", log_x=True)
 
     def __str__(self) -> str:
         frame, last = self.to_frame(), len(self.accuracy) - 1
