@@ -1,10 +1,12 @@
 """All recipes, by name."""
 
 from bilens.errors import ArgumentError, nearest
+from bilens.reproduce.images import IMAGES
 from bilens.reproduce.language import LANGUAGE
+from bilens.reproduce.negation import NEGATION
 from bilens.reproduce.reproduction import Recipe
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in LANGUAGE}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in [*IMAGES, *LANGUAGE, NEGATION]}
 
 
 def recipe(name: str) -> Recipe:
