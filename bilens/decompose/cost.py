@@ -16,7 +16,7 @@ import torch
 from bilens.decompose.block import block_size
 from bilens.decompose.refine import InteractionOperator
 
-TYPICAL_STEPS = 30
+TYPICAL_STEPS, STEPS_PER_PAIR = 20, 5
 # Products per step of Lanczos (the probe's included); steps per small eigenproblem; vectors held, half way.
 PRODUCTS_PER_STEP, STEPS_PER_CHECK, BASIS = 1.4, 5, 24
 # Products of a block per step that Lanczos would take, and small eigenproblems.
@@ -35,6 +35,7 @@ class Cost:
         tensor: of making the third-order tensor, once.
         block_step, block_finish: of blocks: per step that Lanczos would take, and per output.
         dense: per output.
+        typical_steps: of Lanczos, for as many pairs as are wanted.
     """
 
     search_dtype: torch.dtype
@@ -44,14 +45,16 @@ class Cost:
     block_step: float
     block_finish: float
     dense: float
+    typical_steps: float = TYPICAL_STEPS
 
-    def per_output(self, n: int, steps: float = TYPICAL_STEPS) -> dict[str, float]:
+    def per_output(self, n: int, steps: float | None = None) -> dict[str, float]:
         """Seconds per output of every method.
 
         Args:
             n: outputs in all.
-            steps: that Lanczos takes.
+            steps: that Lanczos takes; `None` is the typical number.
         """
+        steps = self.typical_steps if steps is None else steps
         return {
             "lanczos": steps * self.step + self.finish,
             "block": self.tensor / max(n, 1) + steps * self.block_step + self.block_finish,
@@ -113,6 +116,7 @@ def _measured(d_model: int, d_mlp: int, k: int, dtype: torch.dtype, device: torc
         block_step=BLOCK_PRODUCTS_PER_STEP * block_product,
         block_finish=form_all + BLOCK_CHECKS * block_check + finish,
         dense=dense,
+        typical_steps=TYPICAL_STEPS + STEPS_PER_PAIR * k,
     )
 
 

@@ -164,7 +164,7 @@ def top_eigenpairs(
     result = Leading.empty(n, k, u)
     how = chosen if method == "auto" else f"{chosen}, as asked"
     # Enough outputs to learn how many steps a spectrum takes, few enough to change over.
-    pilot = method == "auto" and "block" in possible and chosen != "dense" and n >= 2 * SMALLEST_CHUNK
+    pilot = method == "auto" and {"block", "lanczos"} <= set(possible) and chosen != "dense" and n >= 2 * SMALLEST_CHUNK
     start = 0
     with tqdm(total=n, desc="eigenpairs", unit="output", disable=progress is not True) as bar:
         while start < n:

@@ -28,7 +28,7 @@ def _low_rank(settings: Settings) -> tuple[Rows, Figures]:
 
     decomposers, texts = layers_and_texts(settings)
     found: dict[str, Fidelity] = {
-        f"layer {d.layer}": fidelity(d, texts, k=4 if settings.reduced else 32) for d in decomposers
+        f"layer {d.layer}": fidelity(d, texts, k=4 if settings.reduced else 16) for d in decomposers
     }
     rows = []
     for name, measured in found.items():
