@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from bilens.annealing import AnnealConfig, anneal
     from bilens.attribute import Circuit
     from bilens.config import BilinearTransformerConfig
     from bilens.decompose import Decomposer
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from bilens.viz.dashboard import FeatureDashboard
 
 _HOME = {
+    "AnnealConfig": "bilens.annealing",
     "BilensError": "bilens.errors",
     "BilinearConfig": "bilens.hf",
     "BilinearForCausalLM": "bilens.hf",
@@ -42,6 +44,7 @@ _HOME = {
     "FeatureStore": "bilens.sae",
     "HookedBilinearTransformer": "bilens.model",
     "TrainConfig": "bilens.training",
+    "anneal": "bilens.annealing",
     "build_feature_store": "bilens.sae",
     "evaluate_saes": "bilens.sae",
     "finetune_saes": "bilens.sae",
@@ -56,6 +59,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AnnealConfig",
     "BilensError",
     "BilinearConfig",
     "BilinearForCausalLM",
@@ -67,6 +71,7 @@ __all__ = [
     "HookedBilinearTransformer",
     "TrainConfig",
     "__version__",
+    "anneal",
     "build_feature_store",
     "evaluate_saes",
     "finetune_saes",

@@ -74,6 +74,37 @@ def train_lm(
     typer.echo(f"{result.validations[-1]}\nmodel written to {out}")
 
 
+@app.command()
+def anneal(
+    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id; with a gate, or with norms.")],
+    data: Annotated[str, typer.Argument(help="Texts, as for train-lm.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the model; run again to go on after an interruption.")],
+    valid: Annotated[str | None, typer.Option(help="Validation texts; without, 1 % of the texts is set aside.")] = None,
+    normalization: Annotated[
+        bool, typer.Option("--normalization", help="Take the norms away too; without, only the gate.")
+    ] = False,
+    scratch: Annotated[
+        str | None, typer.Option(help="A model to compare with, such as a bilinear one trained from scratch.")
+    ] = None,
+    ramp: Annotated[float, typer.Option(help="Share of the steps in which the nonlinearity goes.")] = 0.5,
+    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    epochs: Annotated[float, typer.Option(help="Passes over the texts.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Contexts per step.")] = 16,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
+    seed: int = 1,
+) -> None:
+    """Turn a gated or normalised model into a bilinear one while training it on."""
+    from bilens.annealing import AnnealConfig
+    from bilens.annealing import anneal as run
+
+    config = AnnealConfig(
+        normalization=normalization, ramp=ramp, epochs=epochs, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed
+    )
+    result = run(model, data, out, config, valid=valid, scratch=scratch, column=column)
+    typer.echo(f"{result}\nmodel written to {out}")
+
+
 @app.command("train-image")
 def train_image(
     data: Annotated[str, typer.Argument(help="digits, mnist, fashion_mnist, a folder, an .npz file or a hub dataset.")],
@@ -381,6 +412,30 @@ def trace(
         say=typer.echo,
     )
     _tell([circuit], out)
+
+
+@app.command()
+def gallery(
+    model: Annotated[
+        str | None, typer.Argument(help="Bundled name, folder or hub id; without, the bundled one.")
+    ] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Repeatable; without, every layer.")] = None,
+    n: Annotated[int, typer.Option(help="Entries of each kind and layer.")] = 3,
+    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
+    expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
+    k: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Texts for examples; without, the model's own.")] = None,
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_gallery.html"),
+) -> None:
+    """Pairs of features that make an AND, XOR, AND NOT or inhibition: a gallery in one self-contained HTML file."""
+    from bilens.data import load_texts
+    from bilens.reporting import gallery as write
+
+    texts = None if examples is None else load_texts(examples)
+    found = write(
+        model, layers=layer, n=n, saes=saes, expansion=expansion, k=k, examples=texts, out=out, say=typer.echo
+    )
+    _tell([found], out)
 
 
 @app.command()

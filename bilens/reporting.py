@@ -34,6 +34,7 @@ from bilens.data import TokenizedTexts
 from bilens.decompose import Decomposer
 from bilens.decompose.circuit import FeatureCircuit, feature_circuit, rank_features
 from bilens.decompose.eigensweep import EigenSweep
+from bilens.decompose.gallery import MotifGallery, motif_gallery
 from bilens.decompose.outputs import check_index
 from bilens.decompose.sweep import Sweep
 from bilens.errors import ArgumentError, ModelNotFoundError, OutOfRangeError
@@ -341,6 +342,48 @@ def trace(
         wordpiece=model.is_wordpiece,
     ).save(out)
     return circuit
+
+
+def gallery(
+    source: str | os.PathLike[str] | HookedBilinearTransformer | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    n: int = 3,
+    saes: str | os.PathLike[str] | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+    examples: Sequence[str] | None = None,
+    out: str | os.PathLike[str] = "bilens_gallery.html",
+    say: Callable[[str], None] = lambda line: None,
+) -> MotifGallery:
+    """Write the gallery of a model's motifs (AND, XOR, AND NOT, inhibition): one self-contained HTML file.
+
+    Args:
+        source: a bilinear model, or what `load_model` takes.
+        layers: `None` is all of them.
+        n: entries of each kind and layer.
+        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion, k: which SAEs, where there are several.
+        examples: texts to see what features fire on together; `None` takes the model's own (see `example_texts`).
+        out: the file.
+        say: is told what is going on.
+
+    Returns:
+        What is on the page.
+    """
+    model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
+    pairs = {
+        d.layer: (d.input_view.sae, d.output_view.sae) for d in layer_decomposers(model, layers, saes, expansion, k)
+    }
+    texts = list(examples) if examples is not None else example_texts(model)
+    say(f"model {model.cfg.model_name}, layers {', '.join(map(str, pairs))}: running {len(texts)} texts")
+    labelled = label_layers(model, pairs, texts).values()
+    found = motif_gallery(
+        [one.decomposer for one in labelled], [one.inputs for one in labelled], [one.outputs for one in labelled], n
+    )
+    subtitle = f"Pairs of features in {model.cfg.model_name} that do together what neither does alone"
+    found.to_page(subtitle=subtitle).save(out)
+    return found
 
 
 def _target(frozen: FrozenPass, token: str | None, minus: str | None, feature: str | None, position: int) -> Target:

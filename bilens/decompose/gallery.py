@@ -1,0 +1,586 @@
+"""A gallery of motifs: pairs of input features that make an AND, XOR, negation or inhibition, in weights and data.
+
+`Decomposer.motifs` reads truth tables from the weights, of all pairs. Here the pairs are those that do fire together on
+texts, and a motif counts only if the texts show it, too:
+
+1. pairs of input features that fire on one token at least `MIN_TOKENS` times, each of them without the other as often.
+   Two features of the same word say little about combining: what they fire on must differ (cosine of their activation
+   by token up to `SAME_TOKENS`)
+2. for all of them and every output feature that fires as often, the truth table from the weights at the features'
+   typical activations (`motifs.classify`), its strength in units of the output's typical activation. What is below
+   `FLOOR` is no motif here; for each kind the `CANDIDATES` strongest go on
+3. the same table measured: the output's mean pre-activation on tokens with the first alone, the second alone and both,
+   less that on tokens with neither. A motif holds if the measured table is of the same kind, the output fires more
+   often in the cases of `FIRING` than in the others, and the pair's own cross term on tokens with both has the sign it
+   should; its strength is then the least of the two gaps and the mean of that cross term
+4. families: input features by the cosine of their decoder directions, outputs by that of their interaction matrices
+   (`neighbours.cluster`). Motifs between the same families count once; of those with outputs of one family the
+   strongest is shown, the others are named with it
+
+The measured table is of everything that goes with a pair being active, not of the pair alone: what the pair itself adds
+is the cross term, `2 Q_ij f_i f_j`, token by token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bilens.decompose.decomposer import Decomposer
+from bilens.decompose.motifs import MOTIFS, classify, typical_activations
+from bilens.decompose.neighbours import cluster
+from bilens.decompose.results import _name as name_of
+from bilens.decompose.tensors import BilinearLayer
+from bilens.decompose.topn import coefficients_of, cofiring
+from bilens.display import Tabular
+from bilens.errors import ArgumentError
+from bilens.sae.examples import Example, FeatureActivations
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from bilens.viz.page import Page
+
+MIN_TOKENS = 30
+SAME_TOKENS = 0.5
+FLOOR = 0.02  # of the output's typical activation
+CANDIDATES = 400  # of each kind and layer, measured on texts
+INPUT_COSINE, OUTPUT_COSINE = 0.3, 0.2  # at which families are cut
+PAIRS = 256  # at a time, for all outputs
+ROWS = 32  # texts at a time
+POINTS = 60  # of each case in the plane of an entry
+EXAMPLES, BEFORE, AFTER = 4, 14, 5
+PROMOTED = 6
+CASES = ("neither", "first alone", "second alone", "both")
+# By kind: places in `CASES` where the output fires more often than in those after them.
+FIRING = {
+    "and": ((3,), (0, 1, 2)),
+    "xor": ((1, 2), (0, 3)),
+    "negation": ((1,), (0, 2, 3)),
+    "inhibition": ((1, 2), (3,)),
+}
+
+
+@dataclass(frozen=True)
+class GalleryEntry:
+    """One motif: an output feature and two input features (`i` is the one that a negation's `j` negates).
+
+    Attributes:
+        layer, kind, output, i, j: which; `kind` is one of `MOTIFS`.
+        output_name, i_name, j_name: labels.
+        table: `z(1, 0), z(0, 1), z(1, 1)` from the weights, at typical activations.
+        measured: mean pre-activation in each of `CASES`; `fires` the share of tokens on which the output fires,
+            `counts` the tokens.
+        typical: the output's mean activation where it fires, the unit of `strength`.
+        strength: the least of the weights' gap, the measured one and `|part|`, in that unit.
+        part, whole: on tokens where both fire, the means of the pair's cross term and of the whole pre-activation.
+        x, y, z: a sample of tokens: the layer's input along both decoder directions, and the pre-activation; `case` of
+            each.
+        examples: where both fire; the values are the pair's cross term. `wholes` are the pre-activations there.
+        promoted: tokens the output feature promotes most.
+        alike: the same motif of outputs of the same family, as labels `(output, i, j)`; one of each families of inputs.
+    """
+
+    layer: int
+    kind: str
+    output: int
+    i: int
+    j: int
+    output_name: str
+    i_name: str
+    j_name: str
+    table: tuple[float, float, float]
+    measured: tuple[float, float, float, float]
+    fires: tuple[float, float, float, float]
+    counts: tuple[int, int, int, int]
+    typical: float
+    strength: float
+    part: float
+    whole: float
+    x: Float[Tensor, "point"] = field(repr=False)
+    y: Float[Tensor, "point"] = field(repr=False)
+    z: Float[Tensor, "point"] = field(repr=False)
+    case: Int[Tensor, "point"] = field(repr=False)
+    examples: tuple[Example, ...] = field(repr=False)
+    wholes: tuple[float, ...] = field(repr=False)
+    promoted: tuple[str, ...] = field(repr=False)
+    alike: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
+
+    @property
+    def formula(self) -> str:
+        """`602 little ← 1064 little AND 1963 big`; an inhibition has ⊣."""
+        return formula(self.kind, self.output_name, self.i_name, self.j_name)
+
+
+def formula(kind: str, output: str, i: str, j: str) -> str:
+    """A motif in a line."""
+    sign = {"and": "AND", "xor": "XOR", "negation": "AND NOT", "inhibition": "AND"}[kind]
+    return f"{output} {'⊣' if kind == 'inhibition' else '←'} {i} {sign} {j}"
+
+
+@dataclass(frozen=True)
+class MotifGallery(Tabular):
+    """The motifs of some layers that hold in weights and data, by kind and falling strength.
+
+    Attributes:
+        entries: one per motif and families.
+        counts: one row per layer and kind: `layer, kind, in_weights, measured, held, families`: motifs by the weights
+            among the pairs that fire together; those of them measured (the strongest); those that hold on texts; and
+            how many of them there are between different families.
+        n_tokens: of the texts.
+        wordpiece: whether the tokens are word pieces (`HookedBilinearTransformer.is_wordpiece`).
+    """
+
+    entries: Sequence[GalleryEntry] = field(repr=False)
+    counts: "pd.DataFrame" = field(repr=False)
+    n_tokens: int
+    wordpiece: bool = False
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per entry: `layer, motif, strength, output, i, j`, their names, the weights' `z_10, z_01, z_11`, the
+        measured `neither, first_alone, second_alone, both`, `part, whole, alike` (how many)."""
+        import pandas as pd
+
+        rows = []
+        for e in self.entries:
+            row = {"layer": e.layer, "motif": e.kind, "strength": e.strength, "output": e.output, "i": e.i, "j": e.j}
+            row |= {"output_name": e.output_name, "i_name": e.i_name, "j_name": e.j_name}
+            row |= dict(zip(("z_10", "z_01", "z_11"), e.table, strict=True))
+            row |= {case.replace(" ", "_"): mean for case, mean in zip(CASES, e.measured, strict=True)}
+            rows.append(row | {"part": e.part, "whole": e.whole, "alike": len(e.alike)})
+        return pd.DataFrame(rows)
+
+    def plot(self) -> "go.Figure":
+        """How many families of motifs every layer has, kind by kind."""
+        from bilens.viz.plots import heatmap
+
+        table = self.counts.pivot(index="layer", columns="kind", values="families")[list(MOTIFS)]
+        return heatmap(table, [f"layer {layer}" for layer in table.index], list(MOTIFS), "families of motifs")
+
+    def to_page(self, title: str = "Motifs read from the weights", subtitle: str = "") -> "Page":
+        """All of it on one page."""
+        from bilens.viz.gallery_page import gallery_page
+
+        return gallery_page(self, title, subtitle)
+
+    def __str__(self) -> str:
+        columns = ["layer", "motif", "strength", "output_name", "i_name", "j_name", "part", "whole", "alike"]
+        frame = self.to_frame()
+        top = frame.head(20)[columns].to_string(index=False) if len(frame) else "no entries"
+        return f"{self.counts.to_string(index=False)}\n{top}"
+
+
+def motif_gallery(
+    decomposers: Sequence[Decomposer],
+    inputs: Sequence[FeatureActivations],
+    outputs: Sequence[FeatureActivations],
+    n: int = 3,
+    *,
+    min_tokens: int = MIN_TOKENS,
+    progress: bool = True,
+) -> MotifGallery:
+    """The strongest motifs of some layers; see the module for what they are.
+
+    All activations of one layer are held at once, which is meant for texts of some ten thousand tokens.
+
+    Args:
+        decomposers: one per layer, with both SAEs, the input SAE on what the layer reads.
+        inputs, outputs: what the SAEs' features fire on (`feature_activations`), over the same texts.
+        n: entries of each kind and layer.
+        min_tokens: how often a pair must fire together, and each of its features alone.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: no layers, or another number of activations than of layers; `n` or `min_tokens` below 1.
+        MissingSAEError, SAEMismatchError: as for `Decomposer.motifs`.
+    """
+    import pandas as pd
+
+    if not decomposers or not len(decomposers) == len(inputs) == len(outputs):
+        raise ArgumentError(
+            f"{len(decomposers)} decomposers, {len(inputs)} input and {len(outputs)} output activations: expected one "
+            "or more layers, and one each."
+        )
+    if min(n, min_tokens) < 1:
+        raise ArgumentError(f"n {n} and min_tokens {min_tokens} must be at least 1.")
+    entries: list[GalleryEntry] = []
+    counts = []
+    for d, ins, outs in zip(decomposers, inputs, outputs, strict=True):
+        found, counted = _layer_entries(d, ins, outs, n, min_tokens, progress)
+        entries += found
+        counts += counted
+    entries.sort(key=lambda entry: (MOTIFS.index(entry.kind), -entry.strength))
+    return MotifGallery(entries, pd.DataFrame(counts), int(inputs[0].mask.sum()), decomposers[0].model.is_wordpiece)
+
+
+@torch.no_grad()
+def _layer_entries(
+    d: Decomposer, inputs: FeatureActivations, outputs: FeatureActivations, n: int, min_tokens: int, progress: bool
+) -> tuple[list[GalleryEntry], list[dict[str, object]]]:
+    """The `n` first families of each kind of one layer, and how many of everything there are."""
+    directions = d.input_directions()
+    typical = typical_activations(outputs).to(directions)
+    often = ((outputs.offsets.diff() >= min_tokens) & (typical.cpu() > 0)).nonzero().flatten()
+    candidates = pair_motifs(
+        d.weights,
+        d.directions(often),
+        directions,
+        *pairs_together(inputs, min_tokens),
+        typical_activations(inputs).to(directions),
+        typical[often],
+        CANDIDATES,
+        title=f"layer {d.layer}",
+        progress=progress,
+    )
+    candidates = replace(candidates, outputs=often[candidates.outputs])
+    texts = _OnTexts.of(d, inputs)
+    coefficients = coefficients_of(
+        d.weights,
+        d.directions(candidates.outputs),
+        directions,
+        torch.arange(len(candidates.i)),
+        candidates.i,
+        candidates.j,
+    )
+    measured = [
+        texts.truth_table(*triple, coefficient)
+        for triple, coefficient in zip(candidates.triples, coefficients.tolist(), strict=True)
+    ]
+    strengths = [
+        _strength(table, kind, weights, typical[triple[0]].item(), min_tokens)
+        for table, kind, weights, triple in zip(
+            measured, candidates.kinds.tolist(), candidates.strengths.tolist(), candidates.triples, strict=True
+        )
+    ]
+    held = sorted((place for place, s in enumerate(strengths) if s > 0), key=lambda place: -strengths[place])
+    families = _families(d, candidates, held)
+    kinds = candidates.kinds.tolist()
+    entries, shown = [], dict.fromkeys(range(len(MOTIFS)), 0)
+    for members in _by_output(families):
+        best, kind = members[0], kinds[members[0]]
+        shown[kind] += 1
+        if shown[kind] > n:
+            continue
+        triples = [candidates.triples[member] for member in members]
+        entries.append(
+            GalleryEntry(
+                layer=d.layer,
+                kind=MOTIFS[kind],
+                **_named(d, triples[0]),
+                table=_floats(candidates.table[best]),
+                measured=_floats(measured[best].means),
+                fires=_floats(measured[best].fires),
+                counts=tuple(measured[best].counts.tolist()),
+                typical=typical[triples[0][0]].item(),
+                strength=strengths[best],
+                promoted=_promoted(d, triples[0][0]),
+                alike=tuple(_labels(d, triple) for triple in triples[1:]),
+                part=measured[best].part,
+                whole=measured[best].means[-1].item(),
+                **texts.shown(d, inputs, triples[0], coefficients[best].item()),
+            )
+        )
+    counted: list[dict[str, object]] = [
+        {
+            "layer": d.layer,
+            "kind": kind,
+            "in_weights": int(candidates.counts[place]),
+            "measured": kinds.count(place),
+            "held": sum(kinds[member] == place for member in held),
+            "families": sum(one[0] == place for one in families),
+        }
+        for place, kind in enumerate(MOTIFS)
+    ]
+    return entries, counted
+
+
+# --- pairs and their motifs -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Motifs of pairs by the weights; `counts` are of all there were, by kind. Strengths in the outputs' own units."""
+
+    outputs: Int[Tensor, "n"]
+    i: Int[Tensor, "n"]
+    j: Int[Tensor, "n"]
+    kinds: Int[Tensor, "n"]
+    table: Float[Tensor, "n 3"]
+    strengths: Float[Tensor, "n"]
+    counts: Int[Tensor, "kind"]
+
+    @cached_property
+    def triples(self) -> list[tuple[int, int, int]]:
+        return list(zip(self.outputs.tolist(), self.i.tolist(), self.j.tolist(), strict=True))
+
+
+def pairs_together(inputs: FeatureActivations, min_tokens: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+    """Pairs `i < j` that fire on one token at least so often, each as often without the other, and on other tokens."""
+    n = int(inputs.mask.sum())
+    both = (cofiring(replace(inputs, values=torch.ones_like(inputs.values))) * n).round()
+    alone = both.diagonal()[:, None] - both
+    different = token_cosines(inputs) <= SAME_TOKENS
+    i, j = (
+        (different & (both >= min_tokens) & (alone >= min_tokens) & (alone.mT >= min_tokens))
+        .triu(1)
+        .nonzero(as_tuple=True)
+    )
+    return i, j
+
+
+def token_cosines(activations: FeatureActivations) -> Float[Tensor, "d_sae d_sae"]:
+    """Of every two features' activation summed by token of the vocabulary: 1 if they fire on the same words."""
+    words = activations.tokens[activations.rows, activations.positions]
+    mass = torch.zeros(activations.d_sae, len(activations.strings))
+    mass.index_put_((_features(activations), words), activations.values.abs(), accumulate=True)
+    mass = torch.nn.functional.normalize(mass, dim=-1)
+    return mass @ mass.T
+
+
+def pair_motifs(
+    layer: BilinearLayer,
+    outputs: Float[Tensor, "n_out d_model"],
+    inputs: Float[Tensor, "d_sae d_model"],
+    i: Int[Tensor, "pair"],
+    j: Int[Tensor, "pair"],
+    activations: Float[Tensor, "d_sae"],
+    units: Float[Tensor, "n_out"],
+    n: int,
+    *,
+    title: str = "motifs",
+    progress: bool = True,
+) -> Candidates:
+    """The `n` strongest motifs of each kind among some pairs, for all outputs.
+
+    Args:
+        layer: its weights.
+        outputs, inputs: directions.
+        i, j: the pairs.
+        activations: typical ones of the inputs.
+        units: of the outputs' pre-activations; strengths are divided by them.
+        n: of each kind.
+        title, progress: of the bar.
+    """
+    left, right = (inputs * activations[:, None]) @ layer.W_gate, (inputs * activations[:, None]) @ layer.W_in
+    write = layer.W_out @ outputs.T
+    alone = (left * right) @ write
+    counts = torch.zeros(len(MOTIFS), dtype=torch.long)
+    none = torch.zeros(0, dtype=torch.long)
+    best = [[none, none, none, alone.new_zeros(0, 3), alone.new_zeros(0)] for _ in MOTIFS]
+    for rows in tqdm(
+        torch.arange(len(i)).split(PAIRS), desc=title, unit="pair", unit_scale=PAIRS, disable=not progress
+    ):
+        a, b = i[rows], j[rows]
+        cross = (left[a] * right[b] + right[a] * left[b]) @ write
+        # A motif is decided by its cross term: that is at least half of the largest case, so of the strength.
+        row, output = (2 * cross.abs() >= FLOOR * units).nonzero(as_tuple=True)
+        first, second = alone[a[row], output], alone[b[row], output]
+        table = torch.stack([first, second, first + second + cross[row, output]], 1)
+        kinds, strengths = classify(*table.T)
+        strengths = strengths / units[output]
+        kinds = torch.where(strengths >= FLOOR, kinds, -1)
+        counts += kinds.add(1).bincount(minlength=len(MOTIFS) + 1)[1:]
+        for kind, kept in enumerate(best):
+            least = kept[-1][-1] if len(kept[-1]) == n else 0
+            at = ((kinds == kind) & (strengths > least)).nonzero().flatten()
+            found = [output[at], a[row[at]], b[row[at]], table[at], strengths[at]]
+            merged = [torch.cat(parts) for parts in zip(kept, found, strict=True)]
+            order = merged[-1].argsort(descending=True, stable=True)[:n]
+            best[kind] = [part[order] for part in merged]
+    outs, firsts, seconds, tables, strengths = (torch.cat(parts) for parts in zip(*best, strict=True))
+    kinds = torch.repeat_interleave(torch.arange(len(MOTIFS)), torch.tensor([len(kept[0]) for kept in best]))
+    # Of a negation the first is the one that the second negates.
+    swap = (kinds == MOTIFS.index("negation")) & (tables[:, 1] > tables[:, 0])
+    firsts, seconds = torch.where(swap, seconds, firsts), torch.where(swap, firsts, seconds)
+    tables = torch.where(swap[:, None], tables[:, [1, 0, 2]], tables)
+    return Candidates(outs, firsts, seconds, kinds, tables, strengths, counts)
+
+
+# --- on texts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Means of an output over the tokens of each of `CASES`; `part` is that of the pair's cross term where both are."""
+
+    means: Float[Tensor, "4"]
+    fires: Float[Tensor, "4"]
+    counts: Int[Tensor, "4"]
+    part: float
+
+
+def cases_of(first: Bool[Tensor, "token"], second: Bool[Tensor, "token"]) -> Int[Tensor, "token"]:
+    """Which of `CASES` each token is."""
+    return first.long() + 2 * second.long()
+
+
+def measure(
+    z: Float[Tensor, "token"],
+    fires: Bool[Tensor, "token"],
+    cases: Int[Tensor, "token"],
+    cross: Float[Tensor, "token"],
+) -> Measured:
+    """Means of pre-activation, firing and the pair's cross term; zero where there is no token."""
+    counts = cases.bincount(minlength=len(CASES))
+    sums = (z.new_zeros(len(CASES)).index_add_(0, cases, values) for values in (z, fires.to(z), cross))
+    means, shares, parts = (total / counts.clamp_min(1) for total in sums)
+    return Measured(means, shares, counts, parts[-1].item())
+
+
+def _strength(found: Measured, kind: int, weights: float, typical: float, min_tokens: int) -> float:
+    """The least of the weights' gap, the measured one and the cross term; zero where the motif does not hold."""
+    if found.counts.min() < min_tokens:
+        return 0.0
+    first, second, both = (found.means[1:] - found.means[0])[:, None]
+    other, gap = classify(first, second, both)
+    turned = kind == MOTIFS.index("negation") and bool(second > first)
+    more, less = (found.fires[list(cases)] for cases in FIRING[MOTIFS[kind]])
+    if more.min() <= less.max():
+        return 0.0
+    adds = found.part if MOTIFS[kind] == "and" else -found.part
+    return min(weights, gap.item() / typical, adds / typical) if int(other) == kind and not turned else 0.0
+
+
+@dataclass(frozen=True)
+class _OnTexts:
+    """A layer on all tokens of the texts: its input, its input features' activations, the outputs' pre-activations."""
+
+    places: Int[Tensor, "text pos"]
+    acts: Float[Tensor, "d_sae token"]
+    x: Float[Tensor, "token d_model"]
+    z: Float[Tensor, "token d_sae_out"]
+    fires: Bool[Tensor, "token d_sae_out"]
+
+    @classmethod
+    def of(cls, d: Decomposer, inputs: FeatureActivations) -> "_OnTexts":
+        mask = inputs.mask.bool()
+        places = mask.flatten().cumsum(0).view_as(mask) - 1
+        found: list[tuple[Tensor, Tensor]] = []
+        for rows, kept in zip(inputs.tokens.split(ROWS), mask.split(ROWS), strict=True):
+            _, cache = d.model.run_with_cache(
+                rows.to(d.model.cfg.device),
+                names_filter=[d.normalized_hook, d.out_hook],
+                stop_at_layer=d.layer + 1,
+                return_cache_object=False,
+            )
+            found.append((cache[d.normalized_hook].cpu()[kept], cache[d.out_hook].cpu()[kept]))
+        x, y = (torch.cat(parts) for parts in zip(*found, strict=True))
+        acts = torch.zeros(inputs.d_sae, len(x))
+        acts[_features(inputs), places[inputs.rows, inputs.positions]] = inputs.values
+        return cls(places, acts, x, d.output_view.pre_activations(y), d.output_view.activations(y) > 0)
+
+    def cases(self, i: int, j: int) -> Int[Tensor, "token"]:
+        return cases_of(self.acts[i] != 0, self.acts[j] != 0)
+
+    def cross(self, i: int, j: int, coefficient: float) -> Float[Tensor, "token"]:
+        return coefficient * self.acts[i] * self.acts[j]
+
+    def truth_table(self, output: int, i: int, j: int, coefficient: float) -> Measured:
+        return measure(self.z[:, output], self.fires[:, output], self.cases(i, j), self.cross(i, j, coefficient))
+
+    def shown(
+        self, d: Decomposer, inputs: FeatureActivations, triple: tuple[int, int, int], coefficient: float
+    ) -> dict[str, Any]:
+        """The fields of an entry that are single tokens."""
+        output, i, j = triple
+        cases, z = self.cases(i, j), self.z[:, output]
+        both = cases == CASES.index("both")
+        ends = d.input_directions()[[i, j]]
+        part = self.cross(i, j, coefficient)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.cat([_some((cases == case).nonzero().flatten(), generator) for case in range(len(CASES))])
+        across, up = (self.x[drawn] @ torch.nn.functional.normalize(ends, dim=-1).T).T
+        examples = self._examples(inputs, part, both, coefficient)
+        return {
+            "x": across,
+            "y": up,
+            "z": z[drawn],
+            "case": cases[drawn],
+            "examples": tuple(example for example, _ in examples),
+            "wholes": tuple(z[place].item() for _, place in examples),
+        }
+
+    def _examples(
+        self, inputs: FeatureActivations, part: Float[Tensor, "token"], both: Bool[Tensor, "token"], sign: float
+    ) -> list[tuple[Example, int]]:
+        """Where the cross term is largest: one of each text."""
+        rows, positions = inputs.mask.bool().nonzero(as_tuple=True)
+        found: dict[int, tuple[Example, int]] = {}
+        order = torch.where(both, part * (1 if sign > 0 else -1), -torch.inf).argsort(descending=True)
+        for place in order[: int(both.sum())].tolist():
+            row, position = int(rows[place]), int(positions[place])
+            if row in found:
+                continue
+            last = int(inputs.mask[row].nonzero().max())
+            window = range(max(1, position - BEFORE), min(last, position + AFTER) + 1)
+            tokens = [inputs.strings[token] for token in inputs.tokens[row, window.start : window.stop].tolist()]
+            values = part[self.places[row, window.start : window.stop]].tolist()
+            found[row] = Example(tokens, values, position - window.start), place
+            if len(found) == EXAMPLES:
+                break
+        return list(found.values())
+
+
+def _features(activations: FeatureActivations) -> Int[Tensor, "entry"]:
+    """The feature of every entry."""
+    return torch.repeat_interleave(torch.arange(activations.d_sae), activations.offsets.diff())
+
+
+def _some(places: Int[Tensor, "n"], generator: torch.Generator) -> Int[Tensor, "m"]:
+    return places[torch.randperm(len(places), generator=generator)[:POINTS]]
+
+
+# --- families and names -----------------------------------------------------------------------------------------------
+
+
+Family = tuple[int, int, tuple[int, ...]]
+
+
+def _families(d: Decomposer, candidates: Candidates, held: Sequence[int]) -> dict[Family, int]:
+    """The strongest of those that hold between the same families of features: `(kind, output's, inputs')`."""
+    unit = torch.nn.functional.normalize(d.input_directions(), dim=-1).cpu()
+    family_in = cluster(unit @ unit.T, INPUT_COSINE).tolist()
+    outputs = sorted({candidates.triples[place][0] for place in held})
+    labels = d.clusters(outputs, OUTPUT_COSINE).labels.tolist() if len(outputs) > 1 else [0] * len(outputs)
+    family_out = dict(zip(outputs, labels, strict=True))
+    found: dict[Family, int] = {}
+    for place in held:
+        (output, i, j), kind = candidates.triples[place], int(candidates.kinds[place])
+        ends = (family_in[i], family_in[j])
+        ordered = ends if MOTIFS[kind] == "negation" else tuple(sorted(ends))
+        found.setdefault((kind, family_out[output], ordered), place)
+    return found
+
+
+def _by_output(families: dict[Family, int]) -> list[list[int]]:
+    """Families of one kind and one family of outputs together."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for (kind, output, _), place in families.items():
+        groups.setdefault((kind, output), []).append(place)
+    return list(groups.values())
+
+
+def _labels(d: Decomposer, triple: tuple[int, int, int]) -> tuple[str, str, str]:
+    output, i, j = triple
+    return name_of(d.output_names, output), name_of(d.input_names, i), name_of(d.input_names, j)
+
+
+def _named(d: Decomposer, triple: tuple[int, int, int]) -> dict[str, Any]:
+    names = ("output", "i", "j")
+    labels = dict(zip((f"{name}_name" for name in names), _labels(d, triple), strict=True))
+    return dict(zip(names, triple, strict=True)) | labels
+
+
+def _promoted(d: Decomposer, output: int) -> tuple[str, ...]:
+    logits = d.output_view.decoder[output] @ d.model.W_U
+    return tuple(d.token_strings(logits.topk(PROMOTED).indices))
+
+
+def _floats(values: Tensor) -> tuple[Any, ...]:
+    return tuple(values.tolist())
