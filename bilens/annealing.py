@@ -33,6 +33,7 @@ from bilens.data import TokenizedTexts, load_texts, pack
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, NotBilinearError, TrainingError
 from bilens.files import write_atomically
+from bilens.fingerprint import model_fingerprint
 from bilens.loading import load_model, save_model
 from bilens.model import ACTIVATIONS, MLP, HookedBilinearTransformer, RMSNorm
 from bilens.training import CHECKPOINT_FILE, TrainConfig, TrainingRun, Validation, validate
@@ -182,7 +183,8 @@ def anneal(
         column: the field that holds the text.
 
     Raises:
-        ArgumentError: nothing to anneal: no gate, and norms that are not there or not asked for.
+        ArgumentError: nothing to anneal: no gate, and norms that are not there or not asked for; or `out` is the
+            model's own folder.
         NotBilinearError: a one-branch MLP.
         TrainingError: no data, a model without a tokenizer, a loss that is not finite, or a checkpoint in `out` of
             another run.
@@ -191,6 +193,8 @@ def anneal(
     model = load_model(model) if isinstance(model, str | os.PathLike) else model
     scratch = load_model(scratch) if isinstance(scratch, str | os.PathLike) else scratch
     check_annealable(model, config)
+    if Path(model.cfg.model_name).resolve() == out.resolve():
+        raise ArgumentError(f"out is {str(out)!r}, the folder of the model to anneal; expected another one.")
     if model.tokenizer is None:
         raise TrainingError(f"the model {model.cfg.model_name!r} has no tokenizer to read the texts with.")
     texts = load_texts(data, column=column) if isinstance(data, str | os.PathLike) else list(data)
@@ -258,7 +262,7 @@ class AnnealingRun(TrainingRun):
         checkpoint: Path | None = None,
     ):
         check_annealable(model, config)
-        self.annealing = config
+        self.annealing, self.source = config, model_fingerprint(model)
         rows = pack(train.pieces(model.cfg.n_ctx), model.cfg.n_ctx, config.seed)[: N_FIT_BATCHES * config.batch_size]
         annealed = annealable(model, rows.split(config.batch_size), normalization=config.normalization)
         super().__init__(annealed, train, valid, config.training(model), checkpoint)
@@ -278,8 +282,8 @@ class AnnealingRun(TrainingRun):
 
     @property
     def _identity(self) -> dict[str, Any]:
-        facts = {"ramp": self.annealing.ramp, "normalization": self.annealing.normalization}
-        return super()._identity | {"annealing": facts}
+        facts = {"ramp": self.annealing.ramp, "anneal_normalization": self.annealing.normalization}
+        return super()._identity | {"annealing": facts | {"source": self.source}}
 
 
 # --- what is annealed -------------------------------------------------------------------------------------------------
@@ -288,7 +292,7 @@ class AnnealingRun(TrainingRun):
 SHARES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda z, beta: torch.sigmoid(beta * z),
     "gelu": lambda z, beta: torch.special.ndtr(beta * z),
-    "relu": lambda z, beta: beta * (z > 0) + (1 - beta) / 2,
+    "relu": lambda z, beta: beta * (z > 0).to(z.dtype) + (1 - beta) / 2,
 }
 
 

@@ -1,5 +1,6 @@
 """Annealing: the model as it was at the start, an ordinary bilinear one at the end, the function that was trained."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from typer.testing import CliRunner
 
-from bilens import annealing
 from bilens.annealing import (
     SHARES,
     AnnealConfig,
@@ -224,6 +224,11 @@ def test_a_resumed_run_is_the_same_run(gated: HookedBilinearTransformer, data: t
         assert torch.equal(a, b)
     with pytest.raises(TrainingError, match=r"ramp.*0\.5"):
         AnnealingRun(gated, *data, replace(TINY, ramp=1.0), tmp_path / "checkpoint.safetensors").fit()
+    other = copy.deepcopy(gated)
+    with torch.no_grad():
+        other.embed.W_E[0, 0] += 1
+    with pytest.raises(TrainingError, match=r"of another run.*source"):
+        AnnealingRun(other, *data, TINY, tmp_path / "checkpoint.safetensors").fit()
 
 
 def test_the_command(gated: HookedBilinearTransformer, split: tuple, tmp_path: Path) -> None:
@@ -247,6 +252,8 @@ def test_the_command(gated: HookedBilinearTransformer, split: tuple, tmp_path: P
     assert "annealed" in shown.output
     assert "from scratch" in shown.output
     assert load_model(tmp_path / "out").cfg.is_bilinear
+    with pytest.raises(ArgumentError, match="gated', the folder of the model to anneal"):
+        anneal(tmp_path / "gated", split[0], tmp_path / "gated")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -288,4 +295,18 @@ def test_config_refuses(wrong: dict, message: str) -> None:
 def test_every_gate_has_a_way() -> None:
     """A gate that the model learns to know is not forgotten here."""
     assert set(SHARES) == {gate for gate in ACTIVATIONS if gate is not None}
-    assert annealing.N_FIT_BATCHES > 0
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_train_in_half_precision(gate: str) -> None:
+    """Under autocast a gate gives what it gives in float32, to bfloat16's three digits, and passes gradients back."""
+    module = AnnealedGate(gate, torch.ones(4))
+    module.t = 0.3
+    z = torch.linspace(-4, 4, 12).view(3, 4).requires_grad_()
+    half = module(z.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), module(z.detach()), atol=0.02, rtol=0.02)
+    half.sum().backward()
+    assert z.grad is not None
+    assert module.scale.grad is not None
+    assert module.scale.grad.isfinite().all()

@@ -1,19 +1,20 @@
 """What an eigensolver would take per output on this machine: measured once per layer shape, then compared.
 
 The pieces are timed on random numbers of the layer's shape (a few milliseconds each), and multiplied by how often the
-solver needs them. How many steps Lanczos takes depends on the spectrum and is not known before a first chunk of outputs
-is done: until then a typical number stands for it. A block of vectors takes about as many products as Lanczos has
-steps, times a constant.
+solver needs them. How many steps Lanczos takes depends on the spectrum, and how long a step takes on how many there
+are: neither is known before a first few outputs are done, and until then a typical number stands for it. A block of
+vectors takes about as many products as Lanczos has steps, times a constant.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-from bilens.decompose.block import block_size
+from bilens.decompose.block import block_size, outputs_at_hand
 from bilens.decompose.refine import InteractionOperator
 
 TYPICAL_STEPS, STEPS_PER_PAIR = 20, 5
@@ -23,6 +24,13 @@ PRODUCTS_PER_STEP, STEPS_PER_CHECK, BASIS = 1.4, 5, 24
 BLOCK_PRODUCTS_PER_STEP, BLOCK_CHECKS = 0.5, 3
 BATCH = 128
 LARGEST_EIGH = 384  # larger ones are extrapolated: measuring must stay cheap
+
+
+class Pilot(NamedTuple):
+    """What Lanczos took for some outputs: steps, and seconds each."""
+
+    steps: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -47,16 +55,16 @@ class Cost:
     dense: float
     typical_steps: float = TYPICAL_STEPS
 
-    def per_output(self, n: int, steps: float | None = None) -> dict[str, float]:
+    def per_output(self, n: int, pilot: Pilot | None = None) -> dict[str, float]:
         """Seconds per output of every method.
 
         Args:
             n: outputs in all.
-            steps: that Lanczos takes; `None` is the typical number.
+            pilot: what Lanczos took for some of them; `None` is typical.
         """
-        steps = self.typical_steps if steps is None else steps
+        steps = self.typical_steps if pilot is None else pilot.steps
         return {
-            "lanczos": steps * self.step + self.finish,
+            "lanczos": steps * self.step + self.finish if pilot is None else pilot.seconds,
             "block": self.tensor / max(n, 1) + steps * self.block_step + self.block_finish,
             "dense": self.dense,
         }
@@ -91,15 +99,16 @@ def _measured(d_model: int, d_mlp: int, k: int, dtype: torch.dtype, device: torc
     # Two rounds of refinement, with two vectors beside the k wanted.
     finish = 2 * (k + 2) * product[dtype]
 
-    # Slices of the products that make the tensor, and of those that make matrices of it.
-    width, few, chunk = block_size(k), 4, min(BATCH, max(16, 2**24 // d_model**2))
-    left, right = random(few * d_model, d_mlp).to(fastest), random(d_mlp, d_model).to(fastest)
-    tensor = seconds(lambda: left @ right, device) * d_model / few
-    u, slab = random(chunk, d_model).to(fastest), random(d_model, few * d_model).to(fastest)
-    form_all = seconds(lambda: u @ slab, device) * d_model / few / chunk
-    block, matrices = random(chunk, width, d_model).to(fastest), random(chunk, d_model, d_model).to(fastest)
-    block_product = seconds(lambda: torch.bmm(block, matrices), device) / chunk
-    tiny = torch.bmm(block.to(dtype), block.to(dtype).mT)
+    # Slices of the products that make the tensor (half of it: it is symmetric), and of those that make matrices of it;
+    # the products of as many of these as are multiplied at a time.
+    width, few, chunk = block_size(k), 4, outputs_at_hand(d_model, fastest, device)
+    out, pairs = random(d_model, d_mlp).to(fastest), random(d_mlp, few * d_model).to(fastest)
+    tensor = seconds(lambda: out @ pairs, device) * d_model / few / 2
+    u, slab = random(BATCH, d_model).to(fastest), random(d_model, few * d_model).to(fastest)
+    form_all = seconds(lambda: u @ slab, device) * d_model / few / BATCH
+    block, matrices = random(chunk, d_model, width).to(fastest), random(chunk, d_model, d_model).to(fastest)
+    block_product = seconds(lambda: torch.bmm(matrices, block), device) / chunk
+    tiny = torch.bmm(block.to(dtype).mT, block.to(dtype))
     block_check = seconds(lambda: torch.linalg.eigh(tiny), device) / chunk
 
     # A product of one vector is 8 d_model d_mlp operations; forming Q is 2 d_model^2 d_mlp.

@@ -12,6 +12,7 @@
 products of the hidden units' interaction matrices (`inner`).
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
@@ -21,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens.decompose.block import COORDINATES, OutputTensor, block_size, leading_eigenpairs_of_blocks
-from bilens.decompose.cost import estimate
+from bilens.decompose.block import OutputTensor, block_size, leading_eigenpairs_of_blocks
+from bilens.decompose.cost import Pilot, estimate
 from bilens.decompose.eigen import by_magnitude, signed, sorted_eigenpairs
 from bilens.decompose.lanczos import leading_eigenpairs
 from bilens.decompose.refine import InteractionOperator, Leading, tied_units
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
 
 Method = Literal["auto", "lanczos", "block", "dense"]
 STATUSES = ("bounded", "converged", "dense")
-# What is held of every output of a chunk, a basis of forty vectors or a matrix, should stay in a CPU's cache; fewer
-# outputs multiply slowly.
+# What Lanczos holds of a chunk, forty vectors of each output, should stay in a CPU's cache; few outputs are slow.
 CACHE, CACHED_STEPS, SMALLEST_CHUNK, LARGEST_CHUNK = 2**24, 40, 128, 2048
+PILOT = 64  # outputs: enough to learn how many steps a spectrum takes, few enough to change over
+FORMED = 2**27  # bytes of matrices formed at a time: more are not formed faster
 GRAM_BLOCK = 2**22  # entries of K at a time
 # Of the squared norm: how far it, and the sum of squares found, may be off in float32.
 NORM_ROUNDING = 1e-5
@@ -160,34 +162,32 @@ def top_eigenpairs(
     norms = frobenius_norms(layer, u)
     traces = hidden_coefficients(layer, u) @ (layer.W_gate * layer.W_in).sum(0)
     operator = InteractionOperator.of(layer.W_gate.T, layer.W_in.T)
-    search, tensor = operator.to(cost.search_dtype), None
+    search, tensor, pilot = operator.to(cost.search_dtype), None, None
     result = Leading.empty(n, k, u)
     how = chosen if method == "auto" else f"{chosen}, as asked"
-    # Enough outputs to learn how many steps a spectrum takes, few enough to change over.
-    pilot = method == "auto" and {"block", "lanczos"} <= set(possible) and chosen != "dense" and n >= 2 * SMALLEST_CHUNK
+    wanted = method == "auto" and {"block", "lanczos"} <= set(possible) and chosen != "dense" and n >= 4 * PILOT
     start = 0
     with tqdm(total=n, desc="eigenpairs", unit="output", disable=progress is not True) as bar:
         while start < n:
-            current = "lanczos" if pilot else chosen
+            current = "lanczos" if wanted else chosen
             size = _chunk_size(layer, search.dtype, k, memory, current)
-            size = min(size, SMALLEST_CHUNK) if pilot else size
+            size = min(size, PILOT) if wanted else size
             rows = slice(start, min(start + size, n))
-            scale = norms[rows, None]
-            direction = u[rows] / torch.where(scale > 0, scale, 1.0)
+            direction = _scaled(u[rows], norms[rows])
             c = hidden_coefficients(layer, direction)
-            if current == "lanczos":
+            if wanted:
+                found, pilot = _timed_lanczos(operator, search, c, k, tolerance, seed)
+                chosen, wanted = _cheapest(cost.per_output(n, pilot), possible), False
+                how = f"{chosen}, as a first {len(c)} took lanczos {pilot.steps:.0f} steps"
+            elif current == "lanczos":
                 found = leading_eigenpairs(operator, search, c, k, tolerance=tolerance, seed=seed)
             elif current == "block":
-                tensor = tensor or OutputTensor.of(layer, cost.search_dtype)
+                tensor = tensor or OutputTensor.of(layer, cost.search_dtype, min(size, n - start))
                 found = leading_eigenpairs_of_blocks(operator, tensor, direction, c, k, tolerance=tolerance, seed=seed)
             else:
                 found = Leading.empty(len(c), k, u)
-            if pilot:
-                steps = found.steps.float().mean().item()
-                chosen, pilot = _cheapest(cost.per_output(n, steps), possible), False
-                how = f"{chosen}, as a first {size} took lanczos {steps:.0f} steps"
             _solve_whole(layer, operator, c, found, memory)
-            _put_in_order(found, scale, tolerance)
+            _put_in_order(found, norms[rows, None], tolerance)
             for name, values in vars(found).items():
                 getattr(result, name)[rows] = values
             start = rows.stop
@@ -197,7 +197,8 @@ def top_eigenpairs(
     searched = result.steps > 0
     if searched.any():
         how += f", {result.steps[searched].float().mean():.0f} steps on average"
-    milliseconds = ", ".join(f"{1e3 * s:.2g} ms {name}" for name, s in cost.per_output(n).items() if name in possible)
+    estimates = cost.per_output(n, pilot).items()
+    milliseconds = ", ".join(f"{1e3 * s:.2g} ms {name}" for name, s in estimates if name in possible)
     converged, dense = (torch.tensor(STATUSES.index(name), device=u.device) for name in ("converged", "dense"))
     sweep = EigenSweep(
         values=result.values,
@@ -215,7 +216,14 @@ def top_eigenpairs(
 
 
 @torch.no_grad()
-def choose_method(layer: BilinearLayer, outputs: Float[Tensor, "n d_model"], k: int = 2, memory: int = 2**30) -> str:
+def choose_method(
+    layer: BilinearLayer,
+    outputs: Float[Tensor, "n d_model"],
+    k: int = 2,
+    *,
+    tolerance: float = 1e-4,
+    memory: int = 2**30,
+) -> str:
     """What `top_eigenpairs` with method `"auto"` would take for these outputs, from a first chunk of them.
 
     It is measured, so it may differ between machines and moments; what is chosen here can be given as `method`.
@@ -226,8 +234,12 @@ def choose_method(layer: BilinearLayer, outputs: Float[Tensor, "n d_model"], k: 
     chosen = _cheapest(cost.per_output(len(outputs)), possible)
     if "block" not in possible or chosen == "dense":
         return chosen
-    pilot = top_eigenpairs(layer, outputs[:SMALLEST_CHUNK], k, memory=memory, method="lanczos", progress=False)
-    return _cheapest(cost.per_output(len(outputs), pilot.steps.float().mean().item()), possible)
+    layer = layer.to(torch.promote_types(layer.W_out.dtype, torch.float32))
+    u = outputs[:PILOT].to(layer.W_out)
+    c = hidden_coefficients(layer, _scaled(u, frobenius_norms(layer, u)))
+    operator = InteractionOperator.of(layer.W_gate.T, layer.W_in.T)
+    _, pilot = _timed_lanczos(operator, operator.to(cost.search_dtype), c, k, tolerance, seed=0)
+    return _cheapest(cost.per_output(len(outputs), pilot), possible)
 
 
 def frobenius_norms(layer: BilinearLayer, u: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
@@ -263,13 +275,32 @@ def _check_arguments(outputs: Tensor, d_model: int, k: int, tolerance: float, me
 
 def _possible(layer: BilinearLayer, k: int, search_dtype: torch.dtype, memory: int) -> list[str]:
     """The methods that can find `k` pairs of this layer in this memory."""
-    d_model = len(layer.W_gate)
+    d_model, d_mlp = layer.W_gate.shape
     methods = ["dense"]
     if 4 * k <= d_model:  # the search must be able to hold the pairs wanted several times over
         methods.append("lanczos")
-    if 2 * block_size(k) <= d_model and 2 * _bytes_of_tensor(d_model, search_dtype) <= memory:
+    if 2 * block_size(k) <= d_model and 2 * OutputTensor.bytes_of(d_model, d_mlp, search_dtype) <= memory:
         methods.append("block")
     return methods
+
+
+def _scaled(u: Float[Tensor, "n d_model"], norms: Float[Tensor, "n"]) -> Float[Tensor, "n d_model"]:
+    """Directions whose interaction matrices have norm 1, or 0."""
+    return u / torch.where(norms > 0, norms, 1.0)[:, None]
+
+
+def _timed_lanczos(
+    operator: InteractionOperator,
+    search: InteractionOperator,
+    c: Float[Tensor, "n d_mlp"],
+    k: int,
+    tolerance: float,
+    seed: int,
+) -> tuple[Leading, Pilot]:
+    start = time.perf_counter()
+    found = leading_eigenpairs(operator, search, c, k, tolerance=tolerance, seed=seed)
+    steps = found.steps.float().mean().item()
+    return found, Pilot(steps, (time.perf_counter() - start) / len(c))
 
 
 def _cheapest(seconds: dict[str, float], possible: list[str]) -> str:
@@ -284,7 +315,7 @@ def _chunk_size(layer: BilinearLayer, search_dtype: torch.dtype, k: int, memory:
     if method == "dense":
         each = _bytes_of_whole(layer)
     elif method == "block":
-        shared += _bytes_of_tensor(d_model, search_dtype)
+        shared += OutputTensor.bytes_of(d_model, d_mlp, search_dtype)
         each = 2 * coarse * d_model**2 + 8 * item * block_size(k) * d_model + 4 * (k + 2) * d_mlp * item
     else:
         products = d_mlp * (3 * item + 6 * coarse) + 4 * (k + 2) * d_mlp * item
@@ -297,15 +328,9 @@ def _chunk_size(layer: BilinearLayer, search_dtype: torch.dtype, k: int, memory:
         )
     largest = LARGEST_CHUNK
     if layer.W_gate.device.type == "cpu":
-        held = CACHED_STEPS * d_model * item
-        if method == "block":
-            held = coarse * d_model**2
-        largest = max(SMALLEST_CHUNK, CACHE // held)
+        enough = FORMED // (coarse * d_model**2) if method == "block" else CACHE // (CACHED_STEPS * d_model * item)
+        largest = max(SMALLEST_CHUNK, enough)
     return min(fits, largest)
-
-
-def _bytes_of_tensor(d_model: int, search_dtype: torch.dtype) -> int:
-    return search_dtype.itemsize * (d_model**3 + 4 * COORDINATES * d_model**2)
 
 
 def _bytes_of_whole(layer: BilinearLayer) -> int:

@@ -200,7 +200,7 @@ def _agree(
         # What "auto" chooses is measured, so it may differ between processes and days: it is chosen once.
         decomposer = decomposers[0]
         u = decomposer.directions(torch.arange(decomposer.output_view.d_sae), settings["side"])
-        solver = method if method != "auto" else choose_method(decomposer.weights, u, settings["k"], memory)
+        solver = method if method != "auto" else choose_method(decomposer.weights, u, settings["k"], memory=memory)
         facts = identity | {"solver": solver}
         write_atomically(path, lambda beside: beside.write_text(json.dumps(facts, indent=1)))
     parallel.barrier()

@@ -700,8 +700,8 @@ def _on_algebra(algebra: "pd.DataFrame") -> list[str]:
         )
         special = "more than" if row.p < 0.05 / len(algebra) else "no more than"
         lines.append(
-            f"Layer {row.layer}: under negation its output {does} the word's valence (fade {row.fade:.2f}); its own "
-            f"product of negation and valence is {row.fade_cross:.2f} of that, {special} for other halvings of the "
+            f"Layer {row.layer}: under negation its output {does} the word's valence (fade {row.fade:.2f}). Its own "
+            f"product of negation and valence makes {row.fade_cross:.2f} of this, {special} for other halvings of the "
             f"same words (mean {row.fade_chance:.2f}, p = {row.p:.3f})."
         )
     return lines

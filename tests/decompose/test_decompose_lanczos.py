@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import bilens
 from bilens.decompose import inner
-from bilens.decompose.cost import Cost, estimate
+from bilens.decompose.cost import Cost, Pilot, estimate
 from bilens.decompose.eigen import sorted_eigenpairs
 from bilens.decompose.eigensweep import STATUSES, frobenius_norms, top_eigenpairs
 from bilens.decompose.lanczos import _random_unit, leading_eigenpairs
@@ -328,14 +328,14 @@ def test_the_choice_follows_the_cost():
     # The tensor is made once, and blocks are the better, the more steps a spectrum takes.
     slow = Cost(torch.bfloat16, step=1e-5, finish=1e-4, tensor=0.1, block_step=2e-6, block_finish=1e-4, dense=2e-3)
     cheapest = {
-        (n, steps): min(slow.per_output(n, steps).items(), key=lambda item: item[1])[0]
+        (n, steps): min(slow.per_output(n, Pilot(steps, 1e-4 + 1e-5 * steps)).items(), key=lambda item: item[1])[0]
         for n in (10, 1000)
         for steps in (10, 50)
     }
     assert cheapest == {(10, 10): "lanczos", (10, 50): "lanczos", (1000, 10): "lanczos", (1000, 50): "block"}
     assert cost is estimate(16, 32, 2, torch.float32, torch.device("cpu"))
     # The spectrum is learnt from a first chunk.
-    assert ", as a first 128 took lanczos " in sweep(gaussian(0), random(1, 300, D), method="auto").method
+    assert ", as a first 64 took lanczos " in sweep(gaussian(0), random(1, 300, D), method="auto").method
     # More than a quarter of all pairs is a whole spectrum.
     assert "dense" in sweep(gaussian(0, 16, 32), random(1, 3, 16), 5, "auto").method.split(";")[0]
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilens.errors import ArgumentError, TrainingError
-from bilens.toy import GATES, BooleanConfig, ToyLayer, train_boolean
-from bilens.toy.boolean import closed_form, diagonal_moved, homogeneous_matrices, recover, truth
+from bilens.toy import BooleanConfig, ToyLayer, train_boolean
+from bilens.toy.boolean import GATES, closed_form, diagonal_moved, homogeneous_matrices, recover, truth
 
 TABLES = {
     "and": [0, 0, 0, 1],
