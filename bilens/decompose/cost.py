@@ -17,17 +17,19 @@ import torch
 from bilens.decompose.block import block_size, outputs_at_hand
 from bilens.decompose.refine import InteractionOperator
 
-TYPICAL_STEPS, STEPS_PER_PAIR = 20, 5
+TYPICAL_STEPS, STEPS_PER_PAIR, FEWEST_STEPS = 20, 5, 18
 # Products per step of Lanczos (the probe's included); steps per small eigenproblem; vectors held, half way.
 PRODUCTS_PER_STEP, STEPS_PER_CHECK, BASIS = 1.4, 5, 24
 # Products of a block per step that Lanczos would take, and small eigenproblems.
 BLOCK_PRODUCTS_PER_STEP, BLOCK_CHECKS = 0.5, 3
+TWICE = 40  # after so many steps one takes twice as long: there is more to be orthogonal to, out of the cache
 BATCH = 128
+FEW = 0.75  # of what an output takes among a few is what it takes among many
 LARGEST_EIGH = 384  # larger ones are extrapolated: measuring must stay cheap
 
 
 class Pilot(NamedTuple):
-    """What Lanczos took for some outputs: steps, and seconds each."""
+    """What Lanczos took for a few outputs: steps, and seconds each."""
 
     steps: float
     seconds: float
@@ -39,7 +41,7 @@ class Cost:
 
     Attributes:
         search_dtype: what searches multiply in, the faster of bfloat16 and the layer's own dtype.
-        step, finish: of Lanczos: per step and per output.
+        step, finish: of Lanczos: per early step, and per output.
         tensor: of making the third-order tensor, once.
         block_step, block_finish: of blocks: per step that Lanczos would take, and per output.
         dense: per output.
@@ -64,10 +66,17 @@ class Cost:
         """
         steps = self.typical_steps if pilot is None else pilot.steps
         return {
-            "lanczos": steps * self.step + self.finish if pilot is None else pilot.seconds,
+            "lanczos": self._lanczos(steps) if pilot is None else FEW * pilot.seconds,
             "block": self.tensor / max(n, 1) + steps * self.block_step + self.block_finish,
             "dense": self.dense,
         }
+
+    def open_to_lanczos(self, n: int) -> bool:
+        """Whether Lanczos might be faster than blocks, if the spectrum is one on which it takes as few steps as ever."""
+        return self._lanczos(FEWEST_STEPS) < self.per_output(n)["block"]
+
+    def _lanczos(self, steps: float) -> float:
+        return steps * (1 + steps / TWICE) * self.step + self.finish
 
 
 def estimate(d_model: int, d_mlp: int, k: int, dtype: torch.dtype, device: torch.device) -> Cost:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens.decompose.block import OutputTensor, block_size, leading_eigenpairs_of_blocks
-from bilens.decompose.cost import Pilot, estimate
+from bilens.decompose.cost import Cost, Pilot, estimate
 from bilens.decompose.eigen import by_magnitude, signed, sorted_eigenpairs
 from bilens.decompose.lanczos import leading_eigenpairs
 from bilens.decompose.refine import InteractionOperator, Leading, tied_units
@@ -165,7 +165,7 @@ def top_eigenpairs(
     search, tensor, pilot = operator.to(cost.search_dtype), None, None
     result = Leading.empty(n, k, u)
     how = chosen if method == "auto" else f"{chosen}, as asked"
-    wanted = method == "auto" and {"block", "lanczos"} <= set(possible) and chosen != "dense" and n >= 4 * PILOT
+    wanted = method == "auto" and n >= 4 * PILOT and _undecided(cost, n, chosen, possible)
     start = 0
     with tqdm(total=n, desc="eigenpairs", unit="output", disable=progress is not True) as bar:
         while start < n:
@@ -232,7 +232,7 @@ def choose_method(
     cost = estimate(d_model, d_mlp, k, torch.promote_types(layer.W_out.dtype, torch.float32), outputs.device)
     possible = _possible(layer, k, cost.search_dtype, memory)
     chosen = _cheapest(cost.per_output(len(outputs)), possible)
-    if "block" not in possible or chosen == "dense":
+    if not _undecided(cost, len(outputs), chosen, possible):
         return chosen
     layer = layer.to(torch.promote_types(layer.W_out.dtype, torch.float32))
     u = outputs[:PILOT].to(layer.W_out)
@@ -301,6 +301,11 @@ def _timed_lanczos(
     found = leading_eigenpairs(operator, search, c, k, tolerance=tolerance, seed=seed)
     steps = found.steps.float().mean().item()
     return found, Pilot(steps, (time.perf_counter() - start) / len(c))
+
+
+def _undecided(cost: Cost, n: int, chosen: str, possible: list[str]) -> bool:
+    """Whether the choice between blocks and Lanczos waits for a first few outputs."""
+    return {"block", "lanczos"} <= set(possible) and chosen != "dense" and cost.open_to_lanczos(n)
 
 
 def _cheapest(seconds: dict[str, float], possible: list[str]) -> str:
