@@ -72,7 +72,7 @@ class Cost:
         }
 
     def open_to_lanczos(self, n: int) -> bool:
-        """Whether Lanczos might be faster than blocks, if the spectrum is one on which it takes as few steps as ever."""
+        """Whether Lanczos might be faster than blocks, on a spectrum on which it takes as few steps as ever."""
         return self._lanczos(FEWEST_STEPS) < self.per_output(n)["block"]
 
     def _lanczos(self, steps: float) -> float:
