@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bilens.config import config_from_published, config_to_published
-from bilens.data import TokenizedTexts, load_texts, pack
+from bilens.data import Texts, TokenizedTexts, pack, training_and_validation
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, NotBilinearError, TrainingError
 from bilens.files import write_atomically
@@ -161,11 +161,11 @@ class AnnealingResult(Tabular):
 
 def anneal(
     model: HookedBilinearTransformer | str | os.PathLike[str],
-    data: str | os.PathLike[str] | Sequence[str],
+    data: Texts,
     out: str | os.PathLike[str],
     config: AnnealConfig | None = None,
     *,
-    valid: str | os.PathLike[str] | Sequence[str] | None = None,
+    valid: Texts | None = None,
     scratch: HookedBilinearTransformer | str | os.PathLike[str] | None = None,
     column: str = "text",
 ) -> AnnealingResult:
@@ -197,16 +197,9 @@ def anneal(
         raise ArgumentError(f"out is {str(out)!r}, the folder of the model to anneal; expected another one.")
     if model.tokenizer is None:
         raise TrainingError(f"the model {model.cfg.model_name!r} has no tokenizer to read the texts with.")
-    texts = load_texts(data, column=column) if isinstance(data, str | os.PathLike) else list(data)
-    if valid is None:
-        held = max(1, len(texts) // 100)
-        valid, texts = texts[:held], texts[held:]
-    elif isinstance(valid, str | os.PathLike):
-        valid = load_texts(valid, column=column)
-    if not texts:
-        raise TrainingError("there is one text; with no validation texts at least two are needed.")
+    texts = training_and_validation(data, valid, column=column)
     out.mkdir(parents=True, exist_ok=True)
-    train, held_out = (TokenizedTexts.from_texts(list(part), model.tokenizer) for part in (texts, valid))
+    train, held_out = (TokenizedTexts.from_texts(part, model.tokenizer) for part in texts)
     run = AnnealingRun(model, train, held_out, config, out / CHECKPOINT_FILE)
     before = validate(model, held_out)
     at_once = validate(folded(run.model), held_out)

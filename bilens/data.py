@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
 from jaxtyping import Int
@@ -12,15 +12,19 @@ from torch import Tensor
 
 from bilens.errors import EmptyTextError, TrainingError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Texts: TypeAlias = Union[str, os.PathLike[str], Sequence[str], "Dataset"]
 SPECIAL_TOKENS = ("[UNK]", "[BOS]", "[EOS]")
 
 
-def load_texts(source: str | os.PathLike[str], split: str = "train", column: str = "text") -> list[str]:
-    """Texts from a file or a hub dataset, through `datasets`.
+def load_texts(source: Texts, split: str = "train", column: str = "text") -> list[str]:
+    """Texts from a file or a hub dataset, through `datasets`, or those that are given.
 
     Args:
         source: a `.jsonl`/`.json` file (or `.gz` of one) with a text column, a `.txt` file whose paragraphs are the
-            texts, a `.parquet` file, or a hub dataset id.
+            texts, a `.parquet` file, a hub dataset id, a `datasets.Dataset`, or texts.
         split: of a hub dataset.
         column: which field holds the text.
 
@@ -28,16 +32,37 @@ def load_texts(source: str | os.PathLike[str], split: str = "train", column: str
         TrainingError: no such file, one that cannot be read, no such column, or a column of something else than text.
         EmptyTextError: nothing but empty texts, or nothing at all.
     """
-    data = open_dataset(source, split)
-    if column not in data.column_names:
-        raise TrainingError(f"{source} has no column {column!r}; it has {data.column_names}.")
-    other = next((text for text in data[column] if not isinstance(text, str | None)), None)
+    data: Any = source
+    name = where = "the data"
+    if isinstance(source, str | os.PathLike):
+        data, name = open_dataset(source, split), str(source)
+    if hasattr(data, "column_names"):
+        if column not in data.column_names:
+            raise TrainingError(f"{name} has no column {column!r}; it has {data.column_names}.")
+        data, where = data[column], f"{name}: column {column!r}"
+    data = list(data)
+    other = next((text for text in data if not isinstance(text, str | None)), None)
     if other is not None:
-        raise TrainingError(f"{source}: column {column!r} holds {other!r}, expected text.")
-    texts = [text for text in data[column] if text and text.strip()]
+        raise TrainingError(f"{where} holds {other!r}, expected text.")
+    texts = [text for text in data if text and text.strip()]
     if not texts:
-        raise EmptyTextError(f"{source}: every text is empty.")
+        raise EmptyTextError(f"{name}: every text is empty.")
     return texts
+
+
+def training_and_validation(data: Texts, valid: Texts | None, *, column: str = "text") -> tuple[list[str], list[str]]:
+    """Texts to train on and texts to validate on; without `valid`, 1 % of the first are set aside.
+
+    Raises:
+        TrainingError, EmptyTextError: as for `load_texts`; one text alone cannot be divided.
+    """
+    texts = load_texts(data, column=column)
+    if valid is not None:
+        return texts, load_texts(valid, column=column)
+    if len(texts) == 1:
+        raise TrainingError("the data hold one text; with no validation texts at least two are needed.")
+    held = max(1, len(texts) // 100)
+    return texts[held:], texts[:held]
 
 
 def open_dataset(source: str | os.PathLike[str], split: str = "train", *, streaming: bool = False) -> Any:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from bilens.checkpoint import load_checkpoint, save_checkpoint
 from bilens.config import config_from_published
-from bilens.data import TokenizedTexts, load_texts, pack, train_tokenizer
+from bilens.data import Texts, TokenizedTexts, pack, train_tokenizer, training_and_validation
 from bilens.display import Tabular
 from bilens.errors import TrainingError
 from bilens.files import write_atomically
@@ -129,11 +129,11 @@ def validate(
 
 
 def train_lm(
-    data: str | os.PathLike[str],
+    data: Texts,
     out: str | os.PathLike[str],
     config: TrainConfig | None = None,
     *,
-    valid: str | os.PathLike[str] | None = None,
+    valid: Texts | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     vocab_size: int = 4096,
     column: str = "text",
@@ -145,7 +145,7 @@ def train_lm(
     A run that stopped early is continued by calling it again with the same arguments and `out`.
 
     Args:
-        data: training texts (see `bilens.data.load_texts`).
+        data: training texts, or where to load them (see `bilens.data.load_texts`).
         out: the folder of the model; also of the checkpoint while the run lasts.
         config: the architecture and the optimisation; `None` takes the defaults.
         valid: validation texts; `None` sets 1 % of the training texts aside.
@@ -160,14 +160,7 @@ def train_lm(
     """
     config, out = config or TrainConfig(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    train_texts = load_texts(data, column=column)
-    if valid is None:
-        held = max(1, len(train_texts) // 100)
-        valid_texts, train_texts = train_texts[:held], train_texts[held:]
-        if not train_texts:
-            raise TrainingError(f"{data} holds one text; with no validation file at least two are needed.")
-    else:
-        valid_texts = load_texts(valid, column=column)
+    train_texts, valid_texts = training_and_validation(data, valid, column=column)
     hf_tokenizer, name = _tokenizer(out, tokenizer, train_texts, vocab_size, config.n_ctx)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     published = config.published(name)

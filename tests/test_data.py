@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilens.data import TokenizedTexts, load_texts, pack, train_tokenizer
+from bilens.data import TokenizedTexts, load_texts, pack, train_tokenizer, training_and_validation
 from bilens.errors import EmptyTextError, TrainingError
 
 BOS, EOS = 1, 2
@@ -62,6 +62,23 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     for text in ("old", "and something new"):
         path.write_text(json.dumps({"text": text}) + "\n")
         assert load_texts(path) == [text]
+
+
+def test_texts_that_are_given() -> None:
+    """Lists and `datasets` objects are read like files; 1 % is set aside where nothing else validates."""
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"story": STORIES, "n": list(range(len(STORIES)))})
+    assert load_texts([*STORIES, " "]) == load_texts(dataset, column="story") == STORIES
+    with pytest.raises(TrainingError, match=r"the data holds 3, expected text"):
+        load_texts(["hello", 3])  # type: ignore[list-item]
+    with pytest.raises(TrainingError, match=r"the data has no column 'text'; it has \['story', 'n'\]"):
+        load_texts(dataset)
+    many = [f"story {i}" for i in range(300)]
+    assert training_and_validation(many, None) == (many[3:], many[:3])
+    assert training_and_validation(many, STORIES) == (many, STORIES)
+    with pytest.raises(TrainingError, match=r"one text.*at least two"):
+        training_and_validation(["alone"], None)
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:

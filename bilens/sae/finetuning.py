@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens.checkpoint import load_checkpoint, save_checkpoint
-from bilens.data import TokenizedTexts, load_texts, pack
+from bilens.data import Texts, TokenizedTexts, load_texts, pack
 from bilens.errors import SAEMismatchError, TrainingError
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.training import save_half
@@ -58,7 +58,7 @@ class FinetuneConfig:
 def finetune_saes(
     model: HookedBilinearTransformer,
     saes: Mapping[str, SAE[Any]],
-    data: str | os.PathLike[str] | Sequence[str],
+    data: Texts,
     out: str | os.PathLike[str],
     config: FinetuneConfig | None = None,
     *,
@@ -85,7 +85,7 @@ def finetune_saes(
         TrainingError: a checkpoint of another run, or a loss that is not finite.
     """
     config, out = config or FinetuneConfig(), Path(out)
-    texts = load_texts(data, column=column) if isinstance(data, str | os.PathLike) else list(data)
+    texts = load_texts(data, column=column)
     pieces = TokenizedTexts.from_texts(texts, model.tokenizer).pieces(model.cfg.n_ctx)
     for name, sae in saes.items():
         folder = out / name

@@ -536,7 +536,7 @@ def _rows(
         data = open_dataset(data, split, streaming=True)
     if isinstance(data, Dataset | IterableDataset):
         return StreamedRows(data, column, model._require_tokenizer(), n_ctx)
-    texts = load_texts(data, split, column) if isinstance(data, str | os.PathLike) else list(data)
+    texts = load_texts(data, split, column)
     pieces = TokenizedTexts.from_texts(texts, model._require_tokenizer()).pieces(n_ctx)
     n_tokens = sum(map(len, pieces))
     if n_tokens < config.batch_size:
