@@ -1,8 +1,12 @@
-"""Tokens that break pages, and a reader of pages as a browser reads them."""
+"""Tokens that break pages, a reader of pages as a browser reads them, and a browser."""
 
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 TOKENS = [
     "</script><script>alert(1)</script>",
@@ -88,3 +92,25 @@ class Reader(HTMLParser):
 @pytest.fixture
 def read():
     return Reader
+
+
+@pytest.fixture(scope="session")
+def dump(tmp_path_factory):
+    """The page's elements after its scripts have run, `sign` among them; without a browser the test is skipped.
+
+    The browser's clock may run ahead of its scripts on a busy machine: then it is given more time.
+    """
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    options += ["--disable-component-update", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]
+
+    def run(path, sign: str, size: str = "1400,1000") -> str:
+        for budget in (8_000, 60_000, 400_000):
+            timed = [f"--window-size={size}", f"--virtual-time-budget={budget}", "--dump-dom", path.as_uri()]
+            done = subprocess.run([CHROMIUM, *options, *timed], capture_output=True, text=True, timeout=180, check=True)
+            if sign in done.stdout:
+                return done.stdout
+        raise AssertionError(f"{path} never shows {sign}")
+
+    return run
