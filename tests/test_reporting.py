@@ -66,6 +66,7 @@ def test_ranking_correlation_is_pearsons(labelled):
     expected = torch.corrcoef(torch.stack([torch.cat(predicted), torch.cat(actual)]))[0, 1]
     # Single rows and batches of rows differ in float32 rounding only.
     assert ranked.correlation[0].item() == pytest.approx(expected.item(), abs=1e-3)
+    assert ranked.plot().data[0].y[0] == ranked.correlation[0]
 
 
 def test_circuit_shows_what_the_attribution_says(labelled):
@@ -80,6 +81,7 @@ def test_circuit_shows_what_the_attribution_says(labelled):
     assert set(circuit.shown) <= circuit.input_summaries.keys()
     assert "completeness error" in str(circuit)
     assert "<iframe" in circuit._repr_html_()
+    assert circuit.plot().data
 
 
 def test_interesting_circuits_of_a_text_fire_on_it(labelled):

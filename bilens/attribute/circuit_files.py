@@ -2,8 +2,8 @@
 
     safetensors     numeric columns as tensors, the rest as JSON in the header: what `Circuit.load` reads back, exactly
     networkx        a hyper-edge is a node of kind `pair`: its members point to it with half of the weight each, and it
-                    points to its output with the whole
-    GraphML         of the same
+                    points to its output with the whole; `from_networkx` takes it back, nodes removed meanwhile or not
+    GraphML         of the same, `load_graphml` reads it; characters that XML cannot hold stand as escapes such as \x00
     JSON            `metadata`, `qParams`, `nodes`, `links` as circuit-tracer's viewer and Neuronpedia read them. That
                     format has one feature per (layer, index) and edges between two nodes, so the MLP input of layer `l`
                     is its layer `2l`, the output `2l + 1`, and hyper-edges are folded half to each member. What it has
@@ -25,11 +25,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bilens.attribute.circuit_graph import Circuit
+from bilens.attribute.circuit_graph import EDGE_COLUMNS, HEAD_COLUMNS, HYPEREDGE_COLUMNS, NODE_COLUMNS, Circuit
 from bilens.errors import CheckpointError
 from bilens.files import write_atomically
 
-FRAMES = ("nodes", "edges", "hyperedges", "heads")
+COLUMNS = {"nodes": NODE_COLUMNS, "edges": EDGE_COLUMNS, "hyperedges": HYPEREDGE_COLUMNS, "heads": HEAD_COLUMNS}
+FRAMES = tuple(COLUMNS)
 FORMAT = "bilens circuit 1"
 
 
@@ -86,18 +87,26 @@ def _scalars(circuit: Circuit) -> dict[str, Any]:
 
 
 def to_networkx(circuit: Circuit) -> Any:
-    """A `networkx.DiGraph`: node and edge attributes are the frames' columns; see the module for hyper-edges."""
+    """A `networkx.DiGraph`: node and edge attributes are the frames' columns, what is no number or text as JSON; see
+    the module for hyper-edges."""
     import networkx as nx
 
     graph = nx.DiGraph(model=circuit.model_name, target=circuit.target, position=circuit.position)
-    graph.graph |= {"text": " ".join(circuit.tokens), "kept_share": circuit.kept_share}
+    graph.graph |= {"text": " ".join(circuit.tokens), "kept_share": circuit.kept_share, "n_found": circuit.n_found}
+    graph.graph |= {"tokens": json.dumps(circuit.tokens), "shares": json.dumps(circuit.shares)}
     for row in circuit.nodes.to_dict("records"):
         graph.add_node(row.pop("id"), **row)
+    heads: dict[tuple[str, str], list[Any]] = {}
+    for row in circuit.heads.to_dict("records"):
+        heads.setdefault((row["source"], row["target"]), []).append([row[column] for column in HEAD_COLUMNS[2:]])
     for row in circuit.edges.to_dict("records"):
-        graph.add_edge(row.pop("source"), row.pop("target"), **row)
+        ends = row.pop("source"), row.pop("target")
+        graph.add_edge(*ends, **row, heads=json.dumps(heads.get(ends, [])))
     for row in circuit.hyperedges.to_dict("records"):
         pair = f"{row['i']} x {row['j']} -> {row['target']}"
-        graph.add_node(pair, kind="pair", name=pair, value=row["weight"], influence=row["influence"])
+        graph.add_node(
+            pair, kind="pair", name=pair, i=row["i"], j=row["j"], value=row["weight"], influence=row["influence"]
+        )
         graph.add_edge(pair, row["target"], weight=row["weight"], influence=row["influence"])
         for member in {row["i"], row["j"]}:
             share = 1.0 if row["i"] == row["j"] else 0.5
@@ -110,7 +119,65 @@ def save_graphml(circuit: Circuit, path: str | PathLike[str]) -> None:
     import networkx as nx
 
     graph = to_networkx(circuit)
+    for data in (graph.graph, *(data for _, data in graph.nodes(data=True)), *(d for *_, d in graph.edges(data=True))):
+        data.update({name: _for_xml(value) for name, value in data.items() if isinstance(value, str)})
     write_atomically(Path(path), lambda beside: nx.write_graphml(graph, beside))
+
+
+def from_networkx(graph: Any) -> Circuit:
+    """The circuit of a graph that `to_networkx` made, or what was left of it; rows may come in another order.
+
+    Raises:
+        CheckpointError: a graph without the attributes that `to_networkx` writes.
+    """
+    try:
+        rows: dict[str, list[Any]] = {name: [] for name in FRAMES}
+        for name, data in graph.nodes(data=True):
+            if data["kind"] != "pair":
+                # GraphML has no empty texts.
+                rows["nodes"].append([name, *(data.get(column, "") for column in NODE_COLUMNS[1:])])
+            elif graph.has_node(data["i"]) and graph.has_node(data["j"]):
+                hyperedge = [data["i"], data["j"], None, data["value"], data["influence"]]
+                rows["hyperedges"] += [[*hyperedge[:2], output, *hyperedge[3:]] for output in graph.successors(name)]
+        for source, target, data in graph.edges(data=True):
+            if "pair" not in (graph.nodes[source]["kind"], graph.nodes[target]["kind"]):
+                rows["edges"].append([source, target, *(data.get(column, "") for column in EDGE_COLUMNS[2:])])
+                rows["heads"] += [[source, target, *way] for way in json.loads(data["heads"])]
+        about = graph.graph
+        return Circuit(
+            model_name=about.get("model", ""),
+            target=about["target"],
+            position=about["position"],
+            tokens=json.loads(about["tokens"]),
+            shares=json.loads(about["shares"]),
+            kept_share=about["kept_share"],
+            n_found=about["n_found"],
+            **{name: pd.DataFrame(rows[name], columns=list(COLUMNS[name])) for name in FRAMES},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"this graph is none that Circuit.to_networkx made: {error!r}") from error
+
+
+def load_graphml(path: str | PathLike[str]) -> Circuit:
+    """Read what `save_graphml` wrote.
+
+    Raises:
+        CheckpointError: another GraphML file, or none.
+    """
+    from xml.etree.ElementTree import ParseError
+
+    import networkx as nx
+
+    try:
+        graph = nx.read_graphml(Path(path))
+    except (nx.NetworkXError, ParseError, ValueError) as error:
+        raise CheckpointError(f"{path} is no GraphML: {error}") from error
+    return from_networkx(graph)
+
+
+def _for_xml(text: str) -> str:
+    """Control characters and lone surrogates, which XML has no place for, as escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 # --- circuit-tracer and Neuronpedia -----------------------------------------------------------------------------------

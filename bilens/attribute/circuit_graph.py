@@ -139,6 +139,13 @@ class Circuit(Tabular):
         return frame[["id", "value", "sum", "relative_error"]].reset_index(drop=True)
 
     @property
+    def completeness_error(self) -> float:
+        """The largest gap between any expanded node's value and the sum of what goes into it: rounding, and nothing
+        else, because what was pruned is summed in the `other` nodes."""
+        frame = self.completeness
+        return float((frame["sum"].fillna(0.0) - frame.value).abs().max()) if len(frame) else 0.0
+
+    @property
     def relative_error(self) -> float:
         """The largest relative error of any node's completeness."""
         return float(self.nodes.relative_error.max())
@@ -210,11 +217,33 @@ class Circuit(Tabular):
 
         return to_networkx(self)
 
+    @classmethod
+    def from_networkx(cls, graph: "nx.DiGraph") -> "Circuit":
+        """What `to_networkx` gave, taken back; nodes and edges may have been removed.
+
+        Raises:
+            CheckpointError: another graph.
+        """
+        from bilens.attribute.circuit_files import from_networkx
+
+        return from_networkx(graph)
+
     def save_graphml(self, path: str | PathLike[str]) -> None:
         """Write `to_networkx()` as GraphML (Gephi, Cytoscape, yEd)."""
         from bilens.attribute.circuit_files import save_graphml
 
         save_graphml(self, path)
+
+    @classmethod
+    def load_graphml(cls, path: str | PathLike[str]) -> "Circuit":
+        """Read what `save_graphml` wrote.
+
+        Raises:
+            CheckpointError: a file that `save_graphml` did not write.
+        """
+        from bilens.attribute.circuit_files import load_graphml
+
+        return load_graphml(path)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything into one safetensors file; `Circuit.load` reads it back."""

@@ -233,8 +233,9 @@ def freeze(
             "reconstructions. Detach them with model.reset_saes()."
         )
     if not isinstance(text_or_tokens, str | Tensor):
-        text_or_tokens = torch.tensor(text_or_tokens)
-    tokens = model.input_to_tokens(text_or_tokens)
+        are_texts = any(isinstance(each, str) for each in text_or_tokens)
+        text_or_tokens = list(text_or_tokens) if are_texts else torch.tensor(text_or_tokens)
+    tokens = model.input_to_tokens(text_or_tokens)  # type: ignore[arg-type]
     if len(tokens) != 1:
         raise ArgumentError(f"{len(tokens)} texts were given; attribution takes one at a time.")
     views = check_saes(model, saes)

@@ -119,9 +119,14 @@ def read_targets(frozen: FrozenPass, targets: Target | Sequence[Target]) -> Read
         MissingSAEError, OutOfRangeError, TokenizationError: no such SAE, feature, position or token.
         SAEMismatchError: a feature of an SAE without linear reads.
     """
-    targets = [targets] if isinstance(targets, Target) else list(targets)
+    targets = [targets] if isinstance(targets, Target | str) else list(targets)
     if not targets:
         raise ArgumentError("no target was given; make one with Target.logit, Target.feature or Target.direction.")
+    for target in targets:
+        if not isinstance(target, Target):
+            raise ArgumentError(
+                f"target {target!r} is no Target; make one with Target.logit, Target.feature or Target.direction."
+            )
     parts = [_read_one(frozen, target) for target in targets]
     return Reads.concatenate(parts)
 

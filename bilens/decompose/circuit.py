@@ -23,6 +23,7 @@ from bilens.sae.examples import FeatureActivations, FeatureSummary
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
     from bilens.viz.page import Page
 
@@ -72,6 +73,10 @@ class FeatureCircuit:
     def to_frame(self) -> "pd.DataFrame":
         """The pairs of the attribution; see `Attribution.to_frame`."""
         return self.attribution.to_frame()
+
+    def plot(self) -> "go.Figure":
+        """The pairs of the attribution; see `Attribution.plot`."""
+        return self.attribution.plot()
 
     def to_page(self) -> "Page":
         """The views of a report, for this feature alone."""
@@ -215,6 +220,13 @@ class RankedFeatures(Tabular):
                 "density": self.density.tolist(),
             }
         )
+
+    def plot(self) -> "go.Figure":
+        """The two factors of the score, feature by feature."""
+        from bilens.viz.plots import scatter
+
+        labels, shares = self.to_frame().name.tolist(), self.cross_share.tolist()
+        return scatter(shares, self.correlation.tolist(), labels, x_title="cross share", y_title="correlation")
 
     def __str__(self) -> str:
         return self.to_frame().head(20).round(4).to_string(index=False)

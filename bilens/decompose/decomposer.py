@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bilens.decompose.between import PairInteractions, top_pairs
 from bilens.decompose.cp import CPCurve, CPDecomposition, cp_decompose
-from bilens.decompose.eigen import sorted_eigenpairs
+from bilens.decompose.eigen import Order, sorted_eigenpairs
 from bilens.decompose.hosvd import HOSVD, input_gram, output_gram, singular
 from bilens.decompose.inner import double, inner_products
 from bilens.decompose.motifs import Motifs, find_motifs
@@ -160,15 +160,18 @@ class Decomposer:
         return constant_term(self.weights, self.directions(output, side))
 
     @typed
-    def eigen(self, output: Output, k: int | None = None, side: Side = "encoder") -> Eigencircuits:
-        """Eigenpairs of the interaction matrix in the residual basis, by falling absolute eigenvalue.
+    def eigen(
+        self, output: Output, k: int | None = None, side: Side = "encoder", *, order: Order = "size"
+    ) -> Eigencircuits:
+        """Eigenpairs of the interaction matrix in the residual basis, by falling absolute eigenvalue or by sign.
 
         Args:
             output: as for `interaction`.
             k: how many; `None` gives all `d_model`.
             side: as for `interaction`.
+            order: `"size"`; `"positive"`, the most positive first; `"negative"`, the most negative first.
         """
-        values, vectors = sorted_eigenpairs(self.interaction(output, side=side), k)
+        values, vectors = sorted_eigenpairs(self.interaction(output, side=side), k, order)
         decoder = None if self._input is None else self._input.decoder.to(vectors)
         return Eigencircuits(values, vectors, self.output_indices(output), decoder, self.input_names)
 

@@ -1,16 +1,20 @@
 """Eigenpairs of symmetric matrices in the order and sign that a reader expects."""
 
+from typing import Literal, get_args
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.errors import OutOfRangeError
+from bilens.errors import ArgumentError, OutOfRangeError, nearest
+
+Order = Literal["size", "positive", "negative"]
 
 
 def sorted_eigenpairs(
-    matrix: Float[Tensor, "*n d d"], k: int | None = None
+    matrix: Float[Tensor, "*n d d"], k: int | None = None, order: Order = "size"
 ) -> tuple[Float[Tensor, "*n k"], Float[Tensor, "*n k d"]]:
-    """Eigenvalues by falling absolute value, and their unit eigenvectors as rows.
+    """Eigenvalues by falling absolute value (or by sign), and their unit eigenvectors as rows.
 
     Of two eigenvalues `+a` and `-a` that differ by rounding only, the positive one comes first. Each vector's entry of
     largest absolute value is positive.
@@ -18,17 +22,26 @@ def sorted_eigenpairs(
     Args:
         matrix: symmetric.
         k: how many; `None` gives all.
+        order: `"size"` is by absolute value; `"positive"` from the most positive down, `"negative"` from the most
+            negative up, each followed by those of the other sign if `k` is more than there are.
 
     Raises:
+        ArgumentError: another order.
         OutOfRangeError: `k` is not in 1..d.
     """
+    if order not in get_args(Order):
+        known = get_args(Order)
+        raise ArgumentError(
+            f"order is {order!r}, expected one of {', '.join(map(repr, known))}." + nearest(order, known)
+        )
     d = matrix.shape[-1]
     if k is not None and not 1 <= k <= d:
         raise OutOfRangeError(f"k is {k}, expected 1 to {d} (or None for all).")
     values, columns = torch.linalg.eigh(matrix)
-    order = by_magnitude(values)[..., :k]
-    values = values.gather(-1, order)
-    vectors = columns.mT.gather(-2, order[..., None].expand(*order.shape, d))
+    places = by_magnitude(values) if order == "size" else values.argsort(-1, descending=order == "positive")
+    places = places[..., :k]
+    values = values.gather(-1, places)
+    vectors = columns.mT.gather(-2, places[..., None].expand(*places.shape, d))
     return values, signed(vectors)
 
 

@@ -26,19 +26,21 @@ from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.eigensweep import top_eigenpairs
 from bilens.decompose.outputs import Output
 from bilens.display import Tabular
-from bilens.errors import OutOfRangeError
+from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.sae.texts import text_starts
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+SPREAD = 1e-6  # of the root mean square: activations that differ by less are equal but for float32 rounding
 PAIRS_AT_ONCE = 2**25  # numbers (token x feature x eigenpair) held at a time: 128 MB in float32
 
 
 @dataclass(frozen=True)
 class Fidelity(Tabular):
-    """How well 1, 2, ..., k eigencircuits reproduce each output feature; NaN where it is active on fewer than 2 tokens.
+    """How well 1, 2, ..., k eigencircuits reproduce each output feature; NaN where it is active on fewer than 2 tokens,
+    or alike on all of them (as one that fires at the first word of a text alone).
 
     Attributes:
         features: the output features.
@@ -63,8 +65,8 @@ class Fidelity(Tabular):
         return self.correlation.shape[1]
 
     def eligible(self, min_active: int = 20) -> Tensor:
-        """Which features are active on so many tokens: a correlation over fewer says little."""
-        return self.n_active >= min_active
+        """Which features have a correlation, and over so many active tokens: one over few says little."""
+        return (self.n_active >= min_active) & self.correlation.isfinite().any(-1)
 
     def to_frame(self, k: int | None = None) -> "pd.DataFrame":
         """One row per feature: `feature, name, n_active, density, correlation, correlation_all, explained_variance`.
@@ -91,19 +93,29 @@ class Fidelity(Tabular):
         """Share of features whose correlation over active tokens is above each threshold: one row per k."""
         import pandas as pd
 
-        kept = self.correlation[self.eligible(min_active)]
+        eligible = self.correlation[self.eligible(min_active)]
+        columns = [column[column.isfinite()] for column in eligible.T]
         rows = [
-            {"k": r + 1, "median": _median(kept[:, r])}
-            | {f"> {threshold:g}": (kept[:, r] > threshold).double().mean().item() for threshold in thresholds}
-            for r in range(self.k)
+            {"k": r + 1, "median": _median(kept)}
+            | {f"> {threshold:g}": (kept > threshold).double().mean().item() for threshold in thresholds}
+            for r, kept in enumerate(columns)
         ]
         return pd.DataFrame(rows)
 
     def plot(self, *, min_active: int = 20) -> "go.Figure":
-        """Correlation against k: median and quartiles of the features."""
+        """Correlation against k: median and quartiles of the features.
+
+        Raises:
+            ArgumentError: no feature is active on so many tokens.
+        """
         from bilens.viz.plots import line
 
         kept = self.correlation[self.eligible(min_active)]
+        if not kept.isfinite().any():
+            raise ArgumentError(
+                f"none of the {len(self.features)} features is active on {min_active} or more of the {self.n_tokens} "
+                "tokens, and not alike on all: give fidelity more texts, or plot a smaller min_active."
+            )
         quantiles = {"upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25}
         curves = {name: kept.nanquantile(q, dim=0).tolist() for name, q in quantiles.items()}
         return line(
@@ -219,7 +231,7 @@ class _Sums:
         over_active = _correlation(n_active, a["f"], a["ff"], a["q"], a["qq"], a["qf"])
         n_tokens = torch.full_like(n_active, self.n_tokens)
         over_all = _correlation(n_tokens, a["f"], a["ff"], self.all["q"], self.all["qq"], a["qf"])
-        variance = a["tt"] - a["t"] ** 2 / n_active
+        variance = _squares(n_active, a["t"], a["tt"])
         enough = n_active >= 2
         return Fidelity(
             features=features.cpu(),
@@ -234,8 +246,13 @@ class _Sums:
 
 def _correlation(n: Tensor, f: Tensor, ff: Tensor, q: Tensor, qq: Tensor, qf: Tensor) -> Tensor:
     """Pearson's, from sums."""
-    covariance = qf - q * f / n
-    return covariance / ((ff - f**2 / n) * (qq - q**2 / n)).clamp_min(0).sqrt()
+    return (qf - q * f / n) / (_squares(n, f, ff) * _squares(n, q, qq)).sqrt()
+
+
+def _squares(n: Tensor, x: Tensor, xx: Tensor) -> Tensor:
+    """The sum of squared deviations from the mean, from sums; NaN where it is rounding."""
+    squares = xx - x**2 / n
+    return squares.where(squares > SPREAD**2 * xx, torch.nan)
 
 
 def _median(values: Tensor) -> Any:

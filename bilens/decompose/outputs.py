@@ -29,7 +29,7 @@ def read_output(output: Any, d_model: int) -> Int[Tensor, "*n"] | Float[Tensor, 
     """Features or directions as a tensor, which of them by its dtype.
 
     Raises:
-        ArgumentError: neither integers nor floats, a float where a feature's number is meant, or NaN.
+        ArgumentError: neither integers nor floats, nothing at all, a float where a feature's number is meant, or NaN.
         SAEMismatchError: directions of another width than `d_model`.
     """
     if isinstance(output, Tensor):
@@ -41,6 +41,8 @@ def read_output(output: Any, d_model: int) -> Int[Tensor, "*n"] | Float[Tensor, 
             tensor = torch.as_tensor(np.asarray(output))
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"output {output!r} is neither features (integers) nor directions (floats).") from error
+        if tensor.shape == (0,) and tensor.is_floating_point():  # numpy takes an empty list for floats
+            raise ArgumentError("output is empty: expected at least one feature or direction.")
     if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         if tensor.ndim > 1:
             raise ArgumentError(

@@ -24,7 +24,7 @@ class Eigencircuits(Tabular):
     """Eigenpairs of the interaction matrices of one output (no leading axis) or of `n`.
 
     Attributes:
-        values: `lambda`, by falling absolute value.
+        values: `lambda`, by falling absolute value (or in the order asked for).
         vectors: unit eigenvectors as rows, largest entry positive.
         outputs: the output features, or 0..n-1 for directions.
         decoder: the input SAE's decoder directions, where there is one, for reading the vectors in features.

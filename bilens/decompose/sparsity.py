@@ -157,7 +157,7 @@ class Outliers(Tabular):
             if a in place and b in place:
                 matrix[place[a], place[b]] = matrix[place[b], place[a]] = entry
         labels = [name_of(self.input_names, feature) for feature in shown]
-        return heatmap(matrix.tolist(), labels, labels, "outlier interactions")
+        return heatmap(matrix, labels, labels, "outlier interactions")
 
     def __str__(self) -> str:
         return self.to_frame().head(20).to_string(index=False)

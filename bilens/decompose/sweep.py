@@ -32,6 +32,7 @@ from bilens.loading import read_config, read_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 MANIFEST = "sweep.json"
 BLOCK = 2048  # output features
@@ -108,6 +109,15 @@ class Sweep(Tabular):
             frame.insert(0, "layer", layer)
             frames.append(frame)
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    def plot(self) -> "go.Figure":
+        """How low-rank the layers are: the share of the leading eigenpairs, its median and quartiles."""
+        from bilens.viz.plots import line
+
+        quantiles = {"upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25}
+        shares = {layer: self[layer].eigen.shares for layer in self.layers}
+        curves = {name: [share.quantile(q).item() for share in shares.values()] for name, q in quantiles.items()}
+        return line(list(shares), curves, x_title="layer", y_title="share of the leading eigenpairs")
 
     def __str__(self) -> str:
         frame = self.to_frame()

@@ -4,6 +4,7 @@ Tolerances: 1e-5 of the sum of a node's absolute parts, as for every attribution
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -52,6 +53,17 @@ def same(one: Circuit, other: Circuit) -> None:
         pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name), check_dtype=False)
     for name in ("model_name", "target", "position", "tokens", "shares", "kept_share", "n_found"):
         assert getattr(one, name) == getattr(other, name)
+
+
+def in_order(circuit: Circuit) -> Circuit:
+    """Rows sorted: a graph keeps none."""
+    return replace(
+        circuit,
+        **{
+            name: (frame := getattr(circuit, name)).sort_values(list(frame.columns[:4]), ignore_index=True)
+            for name in FRAMES
+        },
+    )
 
 
 def into(circuit: Circuit) -> pd.Series:
@@ -173,6 +185,7 @@ def test_names_and_display(frozen_small, circuit):
     assert bilens.Circuit is Circuit
     completeness = circuit.completeness
     assert (completeness.relative_error <= COMPLETE).all()
+    assert circuit.completeness_error == (completeness["sum"] - completeness.value).abs().max()
 
 
 def test_default_target_is_the_likeliest_token(text_model):
@@ -180,6 +193,8 @@ def test_default_target_is_the_likeliest_token(text_model):
     circuit = Circuit.trace(text_model, saes_of(2, **SMALL), "Mira lost a red kite", max_nodes=10)
     assert circuit.target == f"logit {text_model.tokenizer.decode([int(logits.argmax())])!r}"
     assert circuit.nodes[circuit.nodes.kind == "embedding"].name.isin(circuit.tokens).all()
+    with pytest.raises(ArgumentError, match="2 texts were given"):
+        Circuit.trace(text_model, saes_of(2, **SMALL), ["Mira lost a red kite", "a green frog"])
 
 
 def test_round_trip(circuit, tmp_path):
@@ -211,6 +226,26 @@ def test_networkx_and_graphml(circuit, tmp_path):
     assert dict(read.nodes["target"]) == dict(graph.nodes["target"])
     for one, other, weight in graph.edges(data="weight"):
         assert read[one][other]["weight"] == pytest.approx(weight)
+
+
+def test_networkx_and_graphml_are_read_back(circuit, tmp_path):
+    control = replace(circuit, tokens=["a\x00b", *circuit.tokens[1:]], nodes=circuit.nodes.assign(token="\x1f </data>"))
+    for one in (circuit, circuit.merged(), control):
+        one.save_graphml(tmp_path / "circuit.graphml")
+        for read in (Circuit.from_networkx(one.to_networkx()), Circuit.load_graphml(tmp_path / "circuit.graphml")):
+            same(in_order(replace(read, nodes=read.nodes.assign(token=one.nodes.token))), in_order(one))
+    assert set(read.nodes.token) == {"\\x1f </data>"}
+    graph = circuit.to_networkx()
+    graph.remove_node(circuit.hyperedges.i[0])
+    smaller = Circuit.from_networkx(graph)
+    assert len(smaller.nodes) == len(circuit.nodes) - 1
+    named = circuit.hyperedges[["i", "j", "target"]] == circuit.hyperedges.i[0]
+    assert len(smaller.hyperedges) == len(circuit.hyperedges) - named.any(axis=1).sum()
+    with pytest.raises(CheckpointError, match=r"none that Circuit\.to_networkx made"):
+        Circuit.from_networkx(nx.path_graph(3, nx.DiGraph))
+    (tmp_path / "other.graphml").write_text("no XML")
+    with pytest.raises(CheckpointError, match="no GraphML"):
+        Circuit.load_graphml(tmp_path / "other.graphml")
 
 
 # What circuit-tracer's models and Neuronpedia's schema ask for: name -> types, and which of them must be there.

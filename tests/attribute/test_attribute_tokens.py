@@ -174,6 +174,8 @@ def test_bad_input(frozen_kinds):
     frozen = frozen_kinds[True, True]
     with pytest.raises(ArgumentError, match="no target was given"):
         attribute_tokens(frozen, [])
+    with pytest.raises(ArgumentError, match=r"target 'what' is no Target; make one with Target\.logit"):
+        read_targets(frozen, "what")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="steps is 0"):
         integrated_gradients(frozen, TARGETS[0], steps=0)
     with pytest.raises(ArgumentError, match="attention is 'froze', expected one of 'frozen', 'real'"):

@@ -457,3 +457,5 @@ def test_directions_of_another_width(decomposer, shape):
     for call in (decomposer.interaction, decomposer.linear, decomposer.constant, decomposer.eigen):
         with pytest.raises(SAEMismatchError, match=r"directions of shape \(.*layer writes 16 dimensions"):
             call(torch.zeros(shape))
+        with pytest.raises(ArgumentError, match="output is empty"):
+            call([])

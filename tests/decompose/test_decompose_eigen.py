@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from bilens.decompose import Decomposer
 from bilens.decompose.eigen import sorted_eigenpairs
-from bilens.errors import MissingSAEError, OutOfRangeError
+from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError
 from tests.random_saes import make_sae
 
 D = 16
@@ -60,6 +60,19 @@ def test_k_takes_the_first(seed, d, data):
     all_values, all_vectors = sorted_eigenpairs(matrix)
     assert torch.equal(values, all_values[:k])
     assert torch.equal(vectors, all_vectors[:k])
+
+
+@given(seeds, st.integers(2, 24), st.data())
+def test_by_sign(seed, d, data):
+    matrix, k = symmetric(seed, d), data.draw(st.integers(1, d))
+    ascending = torch.linalg.eigvalsh(matrix)
+    for order, expected in (("positive", ascending.flip(0)), ("negative", ascending)):
+        values, vectors = sorted_eigenpairs(matrix, k, order)
+        assert_close(values, expected[:k], atol=1e-11, rtol=0)
+        # Of a matrix of norm about d, in float64.
+        assert_close(matrix @ vectors.T, vectors.T * values, atol=1e-11, rtol=0)
+    with pytest.raises(ArgumentError, match=r"order is 'positiv', expected one of .* 'positive'"):
+        sorted_eigenpairs(matrix, k, "positiv")
 
 
 @pytest.mark.parametrize("k", [0, -1, 5, 100])
@@ -134,6 +147,8 @@ def test_eigenpairs_are_those_of_the_interaction_matrix(decomposer):
     Q, eigen = decomposer.interaction(7), decomposer.eigen(7)
     # float32 eigh of a matrix of norm about one.
     assert_close(Q @ eigen.vectors.T, eigen.vectors.T * eigen.values, atol=1e-5, rtol=0)
+    lowest = decomposer.eigen(torch.tensor([7, 7]), k=3, order="negative")
+    assert torch.equal(lowest.values[1], eigen.values.sort().values[:3])
 
 
 def test_orthogonal_branches_give_a_plus_minus_pair(models):

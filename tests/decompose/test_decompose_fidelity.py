@@ -78,6 +78,19 @@ def test_some_features_are_those_rows_of_all(models):
     assert some.to_frame()["name"].tolist() == ["out 7", "out 3"]
 
 
+def test_what_does_not_vary_has_no_correlation(models):
+    """The same text again and again: a feature that fires at one place of it has one activation, up to rounding."""
+    decomposer = make(models(False, True))
+    once, found = (fidelity(decomposer, TEXTS[:1] * n, k=3) for n in (1, 7))
+    alike = once.n_active == 1
+    assert alike.sum() > 3
+    assert (found.n_active[alike] == 7).all()
+    assert found.correlation[alike].isnan().all()
+    assert found.explained_variance[alike].isnan().all()
+    assert found.correlation_all[alike].isfinite().all()
+    assert not found.correlation.isinf().any()
+
+
 def test_tables_and_figures(models):
     found = fidelity(make(models(False, True)), TEXTS, k=4)
     frame = found.to_frame(k=2)
@@ -86,12 +99,15 @@ def test_tables_and_figures(models):
     shares = found.shares((0.0, 0.5), min_active=3)
     assert shares.k.tolist() == [1, 2, 3, 4]
     assert (shares["> 0"] >= shares["> 0.5"]).all()
+    assert found.shares((-1.1,), min_active=0)["> -1.1"].tolist() == [1.0] * 4  # those without a correlation left out
     assert len(found.plot(min_active=3).data) == 3
     assert sum(found.histogram(min_active=3).data[0].y) == found.correlation[found.eligible(3), 1].isfinite().sum()
     assert len(found.scatter(min_active=3).data[0].x) == found.correlation[found.eligible(3), 1].isfinite().sum()
     assert "features on" in str(found)
     with pytest.raises(OutOfRangeError, match="k is 5, expected 1 to 4"):
         found.to_frame(k=5)
+    with pytest.raises(ArgumentError, match="features is active on 1000 or more of the"):
+        found.plot(min_active=1000)
 
 
 def test_what_is_refused(models):

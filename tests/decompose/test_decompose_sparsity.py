@@ -117,7 +117,9 @@ def test_results_show_themselves(decomposer):
     assert outliers.outputs.tolist() == [7] * 6
     assert len(outliers.plot(top=4).data[0].z) <= 4
     assert "entry" in str(outliers)
-    assert len(decomposer.outliers(7, k=1, fence=1e9, progress=False).to_frame()) == 0
+    none = decomposer.outliers(7, k=1, fence=1e9, progress=False)
+    assert len(none.to_frame()) == 0
+    assert len(none.plot().data[0].z) == 0
 
 
 def test_bad_arguments(decomposer, models):

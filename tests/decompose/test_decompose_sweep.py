@@ -62,6 +62,7 @@ def test_what_was_computed_comes_back(models, tmp_path, full):
                 assert frame[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-4, abs=1e-5)
     assert len(found.to_frame()) == 2 * D_SAE
     assert "medians" in str(found)
+    assert list(found.plot().data[1].y) == [found[layer].eigen.shares.quantile(0.5).item() for layer in found.layers]
 
 
 def test_a_stopped_sweep_goes_on(models, tmp_path, monkeypatch):
