@@ -12,7 +12,7 @@ same number. Features of an SAE without linear reads (a bilinear encoder, matchi
 without an SAE on its MLP's input, and MLPs without one on their output, are where the graph ends.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.attribute.frozen import FrozenPass, SAEs, freeze, names_by_hook
+from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.sweep import KINDS, Numbering, Sweep, head_sums, sweep
 from bilens.attribute.targets import Reads, Target, read_targets
 from bilens.display import Tabular
@@ -91,7 +91,7 @@ class Circuit(Tabular):
         max_nodes: int = 200,
         node_threshold: float = 0.8,
         edge_threshold: float = 0.98,
-        names: Mapping[str, Sequence[str]] | None = None,
+        names: Names | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> "Circuit":
         """Trace a target on a text back to the tokens.
@@ -104,7 +104,7 @@ class Circuit(Tabular):
             max_nodes: kept at most, and expanded at most per stage (the features of one SAE).
             node_threshold: the fewest nodes are kept whose influences are this part of all.
             edge_threshold: likewise for the edges between them.
-            names: labels of features, by hook or SAE name (`2-mlp-in`, or its folder's name).
+            names: labels of features, by hook or SAE name (`2-mlp-in`, or its folder's name), or a `FeatureStore`.
             dtype: of the algebra.
 
         Raises:
@@ -289,7 +289,7 @@ def trace_circuit(
     max_nodes: int = 200,
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
-    names: Mapping[str, Sequence[str]] | None = None,
+    names: Names | None = None,
 ) -> Circuit:
     """`Circuit.trace` on a forward pass that is there already; the arguments are the same."""
     for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):

@@ -26,9 +26,11 @@ from bilens.decompose.tensors import BilinearLayer
 from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError, nearest
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.loading import HOOK_TO_POINT, hook_of, point_of
+from bilens.sae.store import FeatureStore
 from bilens.sae.view import LINEAR_ENCODERS, SAEView
 
 INPUT_POINTS = ("mlp-in", "resid-mid")  # where an SAE may read an MLP's input; the first that is there is taken
+Names: TypeAlias = Mapping[str, Sequence[str]] | FeatureStore
 SAEs: TypeAlias = SAE[Any] | Sequence[SAE[Any]] | Mapping[str, SAE[Any]]
 
 
@@ -328,16 +330,18 @@ def _hook_by_label(name: str) -> str:
     return hook_of(match[2], int(match[1])) if match else name
 
 
-def names_by_hook(saes: Mapping[str, Any], names: Mapping[str, Sequence[str]] | None) -> dict[str, Sequence[str]]:
+def names_by_hook(saes: Mapping[str, Any], names: Names | None) -> dict[str, Sequence[str]]:
     """Labels of features by hook, given by hook or by the SAE's name.
 
     Args:
         saes: by hook, anything with `.view.d_sae`.
-        names: one label per feature of each SAE named.
+        names: one label per feature of each SAE named; or a feature store, which may know other SAEs as well.
 
     Raises:
         ArgumentError: names of an SAE that is not there, or not one per feature.
     """
+    if isinstance(names, FeatureStore):
+        names = {name: names.labels(name) for name in names.names if _hook_by_label(name) in saes}
     found = {}
     for name, labels in (names or {}).items():
         hook = _hook_by_label(name)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.attribute.algebra import attention_back, head_parts, mlp_branches, pair_products
-from bilens.attribute.frozen import FrozenPass, names_by_hook
+from bilens.attribute.frozen import FrozenPass, Names, names_by_hook
 from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
 from bilens.decompose.results import BIAS_SOURCES
 from bilens.display import Tabular
@@ -216,7 +216,7 @@ def split(
     *,
     attention: Attention = "heads",
     mlps: MLPs = "features",
-    names: dict[str, Sequence[str]] | None = None,
+    names: Names | None = None,
 ) -> Split:
     """Split a target exactly over what it was made of.
 
@@ -227,7 +227,7 @@ def split(
             to the embeddings and MLPs of every source position.
         mlps: what each MLP is split into: nothing (`"whole"`), the features that the SAE on its output writes
             (`"features"`), or pairs of features of the SAE on its input (`"pairs"`). Whole where no such SAE was given.
-        names: labels of features by hook or SAE name.
+        names: labels of features by hook or SAE name, or a `FeatureStore`.
 
     Raises:
         MissingSAEError: pairs without any SAE on an MLP's input.

@@ -27,6 +27,7 @@ from bilens.attribute import (
 from bilens.attribute.sweep import linear_rows, sweep
 from bilens.attribute.targets import read_targets
 from bilens.errors import ArgumentError, CheckpointError, MissingSAEError, NotBilinearError
+from bilens.sae.store import build_feature_store
 from tests.attribute.conftest import MODEL_KINDS, N_LAYERS, TOKENS, model_of, saes_of
 from tests.conftest import make_model
 from tests.random_saes import make_sae
@@ -186,6 +187,18 @@ def test_names_and_display(frozen_small, circuit):
     completeness = circuit.completeness
     assert (completeness.relative_error <= COMPLETE).all()
     assert circuit.completeness_error == (completeness["sum"] - completeness.value).abs().max()
+
+
+def test_names_from_a_feature_store(text_model, texts, tmp_path):
+    """The store may know SAEs that are not traced."""
+    hooks = {"0-mlp-out": "blocks.0.hook_mlp_out", "1-mlp-out": "blocks.1.hook_mlp_out"}
+    saes = {name: make_sae("topk", hook, seed=layer) for layer, (name, hook) in enumerate(hooks.items())}
+    store = build_feature_store(text_model, saes, texts[:8], tmp_path)
+    traced = Circuit.trace(text_model, saes["1-mlp-out"], texts[0], max_nodes=20, names=store)
+    features = traced.nodes[traced.nodes.kind == "feature"]
+    labels = store.labels("1-mlp-out")
+    assert len(features)
+    assert features.name.tolist() == [labels[feature] for feature in features.feature]
 
 
 def test_default_target_is_the_likeliest_token(text_model):
