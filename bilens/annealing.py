@@ -20,7 +20,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bilens.checks import check_amounts, check_rates, check_sizes
 from bilens.config import config_from_published, config_to_published
 from bilens.data import Texts, TokenizedTexts, pack, training_and_validation
 from bilens.display import Tabular
@@ -55,7 +55,7 @@ class AnnealConfig:
         epochs: passes over the training texts.
         batch_size: packed rows of the model's context per step.
         lr: peak learning rate; reached after `warmup` of the steps, then decayed linearly to zero.
-        weight_decay, grad_clip: of AdamW.
+        weight_decay, grad_clip: of AdamW, on the gates' scales too.
         bf16: autocast to bfloat16 in training (validation is in float32).
         seed: of the order of texts.
         eval_every, checkpoint_every: steps.
@@ -80,10 +80,11 @@ class AnnealConfig:
     def __post_init__(self) -> None:
         if not 0 < self.ramp <= 1:
             raise ArgumentError(f"ramp is {self.ramp!r}, expected a share of the steps: above 0, at most 1.")
-        for name in ("epochs", "batch_size", "lr", "grad_clip", "eval_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value > 0):
-                raise ArgumentError(f"{name} is {value!r}, expected a number above 0.")
+        check_sizes(batch_size=self.batch_size, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
+        check_rates(epochs=self.epochs, lr=self.lr, grad_clip=self.grad_clip)
+        check_amounts(weight_decay=self.weight_decay)
+        if not 0 <= self.warmup < 1:
+            raise ArgumentError(f"warmup is {self.warmup!r}, expected a share of the steps: 0 or more, below 1.")
 
     def training(self, model: HookedBilinearTransformer) -> TrainConfig:
         """The configuration of the run that trains `model` on."""
@@ -117,7 +118,8 @@ class AnnealingResult(Tabular):
         at_once: every nonlinearity replaced by its fit, nothing trained.
         validations: while annealing, and after its last step.
         after: the model as folded.
-        scratch: another model on the same texts, where one was given: a bilinear one trained from scratch.
+        scratch: another model on the same texts, where one was given: a bilinear one trained from scratch. With another
+            tokenizer, its `nats_per_character` alone compares.
     """
 
     model: HookedBilinearTransformer = field(repr=False)
@@ -186,8 +188,8 @@ def anneal(
         ArgumentError: nothing to anneal: no gate, and norms that are not there or not asked for; or `out` is the
             model's own folder.
         NotBilinearError: a one-branch MLP.
-        TrainingError: no data, a model without a tokenizer, a loss that is not finite, or a checkpoint in `out` of
-            another run.
+        TrainingError: no data, a model (or `scratch`) without a tokenizer, a loss that is not finite, or a checkpoint
+            in `out` of another run.
     """
     config, out = config or AnnealConfig(), Path(out)
     model = load_model(model) if isinstance(model, str | os.PathLike) else model
@@ -195,29 +197,30 @@ def anneal(
     check_annealable(model, config)
     if Path(model.cfg.model_name).resolve() == out.resolve():
         raise ArgumentError(f"out is {str(out)!r}, the folder of the model to anneal; expected another one.")
-    if model.tokenizer is None:
-        raise TrainingError(f"the model {model.cfg.model_name!r} has no tokenizer to read the texts with.")
+    for one in (model, scratch):
+        if one is not None and one.tokenizer is None:
+            raise TrainingError(f"the model {one.cfg.model_name!r} has no tokenizer to read the texts with.")
     texts = training_and_validation(data, valid, column=column)
     out.mkdir(parents=True, exist_ok=True)
     train, held_out = (TokenizedTexts.from_texts(part, model.tokenizer) for part in texts)
     run = AnnealingRun(model, train, held_out, config, out / CHECKPOINT_FILE)
     before = validate(model, held_out)
     at_once = validate(folded(run.model), held_out)
+    compared = None if scratch is None else validate(scratch, TokenizedTexts.from_texts(texts[1], scratch.tokenizer))
     validations = run.fit()
     annealed = folded(run.model)
     after = validate(annealed, held_out, step=run.n_steps)
-    compared = None if scratch is None else validate(scratch, held_out)
     result = AnnealingResult(annealed.eval(), config, before, at_once, validations, after, compared)
     save_model(annealed, out)
-    facts = {"config": asdict(config), "from": model.cfg.model_name, "stages": _rows(result.stages)}
-    facts["validations"] = [asdict(v) for v in validations]
+    facts = {
+        "config": asdict(config),
+        "from": model.cfg.model_name,
+        "stages": {name: asdict(validation) for name, validation in result.stages.items()},
+        "validations": [asdict(validation) for validation in validations],
+    }
     write_atomically(out / "annealing.json", lambda path: path.write_text(json.dumps(facts, indent=1) + "\n"))
     (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return result
-
-
-def _rows(stages: dict[str, Validation]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(validation) for name, validation in stages.items()}
 
 
 def check_annealable(model: HookedBilinearTransformer, config: AnnealConfig) -> None:

@@ -194,6 +194,14 @@ def test_annealing_norms(gated: HookedBilinearTransformer, split: tuple, tmp_pat
     assert result.scratch is None
 
 
+def test_another_model_reads_the_texts_with_its_own_tokenizer(
+    gated: HookedBilinearTransformer, split: tuple, tmp_path: Path
+) -> None:
+    other = load_model()
+    result = anneal(gated, split[0], tmp_path, replace(TINY, epochs=0.1), valid=split[1], scratch=other)
+    assert result.scratch == validate(other, TokenizedTexts.from_texts(split[1], other.tokenizer))
+
+
 def test_the_scales_are_trained_and_progress_reaches_one(gated: HookedBilinearTransformer, data: tuple) -> None:
     run = AnnealingRun(gated, *data, TINY)
     start = [block.mlp.act.scale.clone() for block in run.model.blocks]
@@ -272,6 +280,8 @@ def test_what_cannot_be_annealed_is_refused(tmp_path: Path, tokenizer: Any, spli
         anneal(make_model(tokenizer=tokenizer, bilinear=False, gate="relu"), split[0], tmp_path / "out")
     with pytest.raises(TrainingError, match="no tokenizer"):
         anneal(make_model(gate="silu"), split[0], tmp_path / "out")
+    with pytest.raises(TrainingError, match="no tokenizer"):
+        anneal(make_model(gate="silu", tokenizer=tokenizer), split[0], tmp_path / "out", scratch=make_model())
     with pytest.raises(TrainingError, match="at least two"):
         anneal(make_model(gate="silu", tokenizer=tokenizer), ["one text"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -285,6 +295,9 @@ def test_what_cannot_be_annealed_is_refused(tmp_path: Path, tokenizer: Any, spli
         ({"lr": math.nan}, "lr is nan, expected a number above 0"),
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
+        ({"batch_size": 2.5}, r"batch_size is 2\.5, expected a positive whole number"),
+        ({"warmup": 1.0}, r"warmup is 1\.0, expected a share of the steps"),
+        ({"weight_decay": -0.1}, r"weight_decay is -0\.1, expected 0 or more"),
     ],
 )
 def test_config_refuses(wrong: dict, message: str) -> None:

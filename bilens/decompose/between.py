@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.decompose.results import _name
+from bilens.decompose.results import name_of
 from bilens.decompose.tensors import BilinearLayer, hidden_coefficients
 from bilens.display import Tabular
 from bilens.errors import OutOfRangeError
@@ -61,9 +61,9 @@ class PairInteractions(Tabular):
                     "i": i,
                     "j": j,
                     "coefficient": coefficient,
-                    "output_name": _name(self.output_names, output),
-                    "left": _name(self.left_names, i),
-                    "right": _name(self.right_names, j),
+                    "output_name": name_of(self.output_names, output),
+                    "left": name_of(self.left_names, i),
+                    "right": name_of(self.right_names, j),
                 }
                 for output, *pairs in zip(
                     self.outputs.tolist(), self.i.tolist(), self.j.tolist(), self.coefficients.tolist(), strict=True
@@ -77,7 +77,7 @@ class PairInteractions(Tabular):
         from bilens.viz.plots import bars
 
         pairs = zip(self.i[0, :top].tolist(), self.j[0, :top].tolist(), strict=True)
-        labels = [f"{_name(self.left_names, i)} x {_name(self.right_names, j)}" for i, j in pairs]
+        labels = [f"{name_of(self.left_names, i)} x {name_of(self.right_names, j)}" for i, j in pairs]
         return bars(labels, self.coefficients[0, :top].tolist(), "interactions")
 
     def __str__(self) -> str:

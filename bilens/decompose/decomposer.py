@@ -80,7 +80,7 @@ class Decomposer:
     SAEs in half precision are read in float32 at least: the expansion is exact only where the SAE's own rounding is.
 
     Raises:
-        ArgumentError: as many names as features are needed.
+        ArgumentError: as many names as features are needed, and an integer for the layer.
         NotBilinearError: a gated or one-branch model.
         SAEMismatchError: an SAE of another width, hook or layer.
         OutOfRangeError: no such layer.
@@ -89,7 +89,7 @@ class Decomposer:
     def __init__(
         self,
         model: HookedBilinearTransformer,
-        layer: int,
+        layer: SupportsIndex,
         input_sae: SAE[Any] | None = None,
         output_sae: SAE[Any] | None = None,
         *,
@@ -97,10 +97,8 @@ class Decomposer:
         output_names: Sequence[str] | None = None,
     ):
         n_layers = model.cfg.n_layers
-        if not -n_layers <= layer < n_layers:
-            raise OutOfRangeError(f"layer {layer} is outside the model's {n_layers} layers, 0 to {n_layers - 1}.")
         self.model = model
-        self.layer = layer % n_layers
+        self.layer = check_index(layer, n_layers, "layer {} is outside the model's {} layers", negative=True)
         self.weights = BilinearLayer.of(model, self.layer)
         at = f"blocks.{self.layer}"
         self.normalized_hook, self.resid_mid_hook = f"{at}.ln2.hook_normalized", f"{at}.hook_resid_mid"

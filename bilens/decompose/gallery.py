@@ -32,13 +32,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens.decompose.decomposer import Decomposer
-from bilens.decompose.motifs import MOTIFS, classify, typical_activations
+from bilens.decompose.motifs import MOTIFS, classify, negated_first, typical_activations
 from bilens.decompose.neighbours import cluster
-from bilens.decompose.results import _name as name_of
+from bilens.decompose.results import name_of
 from bilens.decompose.tensors import BilinearLayer
 from bilens.decompose.topn import coefficients_of, cofiring
 from bilens.display import Tabular
-from bilens.errors import ArgumentError
+from bilens.errors import ArgumentError, SAEMismatchError
 from bilens.sae.examples import Example, FeatureActivations
 
 if TYPE_CHECKING:
@@ -143,18 +143,18 @@ class MotifGallery(Tabular):
     wordpiece: bool = False
 
     def to_frame(self) -> "pd.DataFrame":
-        """One row per entry: `layer, motif, strength, output, i, j`, their names, the weights' `z_10, z_01, z_11`, the
-        measured `neither, first_alone, second_alone, both`, `part, whole, alike` (how many)."""
+        """One row per entry: `layer, motif, strength, output, i, j, output_name, i_name, j_name`, the weights' `z_10,
+        z_01, z_11`, the measured `neither, first_alone, second_alone, both`, `part, whole, alike` (how many)."""
         import pandas as pd
 
-        rows = []
-        for e in self.entries:
-            row = {"layer": e.layer, "motif": e.kind, "strength": e.strength, "output": e.output, "i": e.i, "j": e.j}
-            row |= {"output_name": e.output_name, "i_name": e.i_name, "j_name": e.j_name}
-            row |= dict(zip(("z_10", "z_01", "z_11"), e.table, strict=True))
-            row |= {case.replace(" ", "_"): mean for case, mean in zip(CASES, e.measured, strict=True)}
-            rows.append(row | {"part": e.part, "whole": e.whole, "alike": len(e.alike)})
-        return pd.DataFrame(rows)
+        plain = ("layer", "kind", "strength", "output", "i", "j", "output_name", "i_name", "j_name")
+        measured = (case.replace(" ", "_") for case in CASES)
+        rows = [
+            (*(getattr(e, name) for name in plain), *e.table, *e.measured, e.part, e.whole, len(e.alike))
+            for e in self.entries
+        ]
+        columns = [*plain, "z_10", "z_01", "z_11", *measured, "part", "whole", "alike"]
+        return pd.DataFrame(rows, columns=columns).rename(columns={"kind": "motif"})
 
     def plot(self) -> "go.Figure":
         """How many families of motifs every layer has, kind by kind."""
@@ -197,8 +197,10 @@ def motif_gallery(
         progress: show a bar.
 
     Raises:
-        ArgumentError: no layers, or another number of activations than of layers; `n` or `min_tokens` below 1.
-        MissingSAEError, SAEMismatchError: as for `Decomposer.motifs`.
+        ArgumentError: no layers, or another number of activations than of layers; activations on different texts; `n`
+            or `min_tokens` below 1.
+        MissingSAEError: a decomposer without one of its SAEs.
+        SAEMismatchError: activations of an SAE of another size, or one on another hook than the layer reads.
     """
     import pandas as pd
 
@@ -209,6 +211,14 @@ def motif_gallery(
         )
     if min(n, min_tokens) < 1:
         raise ArgumentError(f"n {n} and min_tokens {min_tokens} must be at least 1.")
+    for d, ins, outs in zip(decomposers, inputs, outputs, strict=True):
+        for which, given, view in (("input", ins, d.input_view), ("output", outs, d.output_view)):
+            if given.d_sae != view.d_sae:
+                raise SAEMismatchError(
+                    f"layer {d.layer}: activations of {given.d_sae} {which} features, and an SAE of {view.d_sae}."
+                )
+            if not torch.equal(given.tokens, inputs[0].tokens):
+                raise ArgumentError(f"layer {d.layer}: {which} activations on other texts than the first ones.")
     entries: list[GalleryEntry] = []
     counts = []
     for d, ins, outs in zip(decomposers, inputs, outputs, strict=True):
@@ -395,10 +405,7 @@ def pair_motifs(
             best[kind] = [part[order] for part in merged]
     outs, firsts, seconds, tables, strengths = (torch.cat(parts) for parts in zip(*best, strict=True))
     kinds = torch.repeat_interleave(torch.arange(len(MOTIFS)), torch.tensor([len(kept[0]) for kept in best]))
-    # Of a negation the first is the one that the second negates.
-    swap = (kinds == MOTIFS.index("negation")) & (tables[:, 1] > tables[:, 0])
-    firsts, seconds = torch.where(swap, seconds, firsts), torch.where(swap, firsts, seconds)
-    tables = torch.where(swap[:, None], tables[:, [1, 0, 2]], tables)
+    firsts, seconds, tables = negated_first(kinds, firsts, seconds, tables)
     return Candidates(outs, firsts, seconds, kinds, tables, strengths, counts)
 
 
@@ -496,7 +503,8 @@ class _OnTexts:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.cat([_some((cases == case).nonzero().flatten(), generator) for case in range(len(CASES))])
         across, up = (self.x[drawn] @ torch.nn.functional.normalize(ends, dim=-1).T).T
-        examples = self._examples(inputs, part, both, coefficient)
+        # Those with the coefficient's sign, the largest first.
+        examples = self._examples(inputs, part, (part if coefficient > 0 else -part).where(both, -torch.inf))
         return {
             "x": across,
             "y": up,
@@ -507,13 +515,12 @@ class _OnTexts:
         }
 
     def _examples(
-        self, inputs: FeatureActivations, part: Float[Tensor, "token"], both: Bool[Tensor, "token"], sign: float
+        self, inputs: FeatureActivations, part: Float[Tensor, "token"], order_by: Float[Tensor, "token"]
     ) -> list[tuple[Example, int]]:
-        """Where the cross term is largest: one of each text."""
+        """The cross term around where `order_by` is largest: one place of each text, none where it is `-inf`."""
         rows, positions = inputs.mask.bool().nonzero(as_tuple=True)
         found: dict[int, tuple[Example, int]] = {}
-        order = torch.where(both, part * (1 if sign > 0 else -1), -torch.inf).argsort(descending=True)
-        for place in order[: int(both.sum())].tolist():
+        for place in order_by.argsort(descending=True)[: int(order_by.isfinite().sum())].tolist():
             row, position = int(rows[place]), int(positions[place])
             if row in found:
                 continue

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.decompose.results import _name as name_of
+from bilens.decompose.results import name_of
 from bilens.decompose.sparsity import Triangle, check_fence, feature_entries, outside
 from bilens.decompose.tensors import BilinearLayer
 from bilens.display import Tabular
@@ -208,13 +208,14 @@ def find_motifs(
         order = merged[-1].argsort(descending=True, stable=True)[:n]
         best = [part[order] for part in merged]
     rows, i, j, kinds, table, strengths = best
-    return _negated_first(Motifs(rows, i, j, kinds, table, strengths, dict(zip(MOTIFS, counts.tolist(), strict=True))))
+    i, j, table = negated_first(kinds, i, j, table)
+    return Motifs(rows, i, j, kinds, table, strengths, dict(zip(MOTIFS, counts.tolist(), strict=True)))
 
 
-def _negated_first(motifs: Motifs) -> Motifs:
-    """Let `j` be the one that negates."""
-    table = motifs.table
-    swap = (motifs.kinds == MOTIFS.index("negation")) & (table[:, 1] > table[:, 0])
-    i, j = torch.where(swap, motifs.j, motifs.i), torch.where(swap, motifs.i, motifs.j)
-    table = torch.where(swap[:, None], table[:, [1, 0, 2]], table)
-    return Motifs(motifs.outputs, i, j, motifs.kinds, table, motifs.strengths, motifs.counts)
+def negated_first(
+    kinds: Int[Tensor, "n"], i: Int[Tensor, "n"], j: Int[Tensor, "n"], table: Float[Tensor, "n 3"]
+) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n 3"]]:
+    """`i, j, table` of motifs with each negation turned so that `j` is the one that negates."""
+    swap = (kinds == MOTIFS.index("negation")) & (table[:, 1] > table[:, 0])
+    turned = torch.where(swap[:, None], table[:, [1, 0, 2]], table)
+    return torch.where(swap, j, i), torch.where(swap, i, j), turned

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.decompose.inner import cosines, double, inner_products
-from bilens.decompose.results import _name
+from bilens.decompose.results import name_of
 from bilens.decompose.tensors import BilinearLayer
 from bilens.display import Tabular
 from bilens.errors import OutOfRangeError
@@ -53,7 +53,7 @@ class FeatureCosines:
             chosen = torch.cat([drawn, *closest]).unique()
             i, j = i[chosen], j[chosen]
         labels = [
-            f"{_name(names, a)} / {_name(names, b)}"
+            f"{name_of(names, a)} / {name_of(names, b)}"
             for a, b in zip(features[i].tolist(), features[j].tolist(), strict=True)
         ]
         return scatter(
@@ -102,13 +102,13 @@ class Neighbours(Tabular):
         rows = []
         for n, output in enumerate(self.outputs.tolist()):
             for rank in range(self.by_interaction.shape[1]):
-                row = {"output": output, "output_name": _name(self.names, output), "rank": rank}
+                row = {"output": output, "output_name": name_of(self.names, output), "rank": rank}
                 for kind, neighbours in both.items():
                     neighbour = int(neighbours[n, rank])
                     at = place[output], place[neighbour]
                     values = {"interaction": self.cosines.interaction[at], "direction": self.cosines.direction[at]}
                     row[f"{kind}_neighbour"] = neighbour
-                    row[f"{kind}_name"] = _name(self.names, neighbour)
+                    row[f"{kind}_name"] = name_of(self.names, neighbour)
                     row[f"{kind}_cosine"] = values.pop(kind).item()
                     row[f"{kind}_other_cosine"] = values.popitem()[1].item()
                 rows.append(row)
@@ -165,7 +165,7 @@ class FeatureClusters(Tabular):
         return pd.DataFrame(
             {
                 "feature": self.features[order].tolist(),
-                "name": [_name(self.names, feature) for feature in self.features[order].tolist()],
+                "name": [name_of(self.names, feature) for feature in self.features[order].tolist()],
                 "cluster": labels.tolist(),
                 "size": self.sizes[labels].tolist(),
             }

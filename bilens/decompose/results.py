@@ -39,7 +39,7 @@ class Eigencircuits(Tabular):
 
     def activations(self, x: Float[Tensor, "*p d_model"]) -> Float[Tensor, "*p k"] | Float[Tensor, "*p n k"]:
         """`lambda (v . x)^2` of every eigencircuit on every input; they add up to the quadratic part of the output."""
-        projections = (x @ self.vectors.flatten(0, -2).T).unflatten(-1, self.values.shape)
+        projections = (x.to(self.vectors) @ self.vectors.flatten(0, -2).T).unflatten(-1, self.values.shape)
         return self.values * projections**2
 
     def cosines(self) -> Float[Tensor, "*n k d_sae"]:
@@ -62,7 +62,7 @@ class Eigencircuits(Tabular):
                 "rank": rank,
                 "eigenvalue": values[n, rank].item(),
                 "i": i,
-                "name": _name(self.names, i),
+                "name": name_of(self.names, i),
                 "cosine": cosines[n, rank, i].item(),
             }
             for n, output in enumerate(self.outputs.tolist())
@@ -145,9 +145,9 @@ class TopInteractions(Tabular):
                         "j": j,
                         "kind": "self" if i == j else "cross",
                         "coefficient": coefficient,
-                        "output_name": _name(self.output_names, output),
-                        "i_name": _name(self.input_names, i),
-                        "j_name": _name(self.input_names, j),
+                        "output_name": name_of(self.output_names, output),
+                        "i_name": name_of(self.input_names, i),
+                        "j_name": name_of(self.input_names, j),
                     }
                 )
         return pd.DataFrame(rows)
@@ -157,7 +157,7 @@ class TopInteractions(Tabular):
         from bilens.viz.plots import heatmap
 
         matrix = self.submatrix if self.submatrix.ndim == 2 else self.submatrix[0]
-        names = [_name(self.input_names, i) for i in self.features.tolist()]
+        names = [name_of(self.input_names, i) for i in self.features.tolist()]
         return heatmap(matrix.tolist(), names, names, "interactions")
 
     def __str__(self) -> str:
@@ -261,8 +261,8 @@ class Attribution(Tabular):
                         "f_j": self.activations[s].item(),
                         "coefficient": weight * self.coefficients[s, t].item(),
                         "contribution": weight * self.contributions[s, t].item(),
-                        "i_name": _name(self.input_names, i),
-                        "j_name": _name(self.input_names, j),
+                        "i_name": name_of(self.input_names, i),
+                        "j_name": name_of(self.input_names, j),
                     }
                 )
         columns = ["i", "j", "kind", "f_i", "f_j", "coefficient", "contribution", "i_name", "j_name"]
@@ -293,5 +293,6 @@ class Attribution(Tabular):
         return "\n".join(lines)
 
 
-def _name(names: Sequence[str] | None, index: int) -> str:
+def name_of(names: Sequence[str] | None, index: int) -> str:
+    """The name of a feature, or its index where features have none."""
     return str(index) if names is None else names[index]

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens.decompose.results import _name as name_of
+from bilens.decompose.results import name_of
 from bilens.decompose.tensors import BilinearLayer, interaction_matrix
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError

@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens.decompose.cost import seconds
-from bilens.decompose.results import _name as name_of
+from bilens.decompose.results import name_of
 from bilens.decompose.tensors import BilinearLayer
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError

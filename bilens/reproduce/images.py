@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bilens.reproduce.reproduction import PEARCE_2025, Figures, Recipe, Rows, Settings
+from bilens.reproduce.reproduction import PEARCE_2025, Figures, Make, Recipe, Rows, Settings
 
 if TYPE_CHECKING:
     from bilens.vision import BilinearClassifier, ImageDataset, ImageTrainConfig
@@ -22,7 +22,7 @@ def _trained(settings: Settings) -> "tuple[ImageDataset, BilinearClassifier, flo
     from bilens.vision import train_classifier
 
     data, config = _data(settings)
-    found = train_classifier(data, config, progress=False)
+    found = train_classifier(data, config)
     return data, found.model, found.test_accuracy
 
 
@@ -54,7 +54,7 @@ def _regularisation(settings: Settings) -> tuple[Rows, Figures]:
 
     data, config = _data(settings)
     noises = (0.0, 0.3) if settings.reduced else (0.0, 0.15, 0.3, 0.6, 1.0)
-    found = regularisation_study(data, noises, config, progress=False)
+    found = regularisation_study(data, noises, config)
     frame = found.to_frame()
     rows = [
         (f"test accuracy with noise {row.noise:g}", "falls slowly with noise", f"{row.test_accuracy:.1%}")
@@ -70,7 +70,7 @@ def _stability(settings: Settings) -> tuple[Rows, Figures]:
     seeds, sizes = (2, (16, 32)) if settings.reduced else (3, (32, 128, 256))
     models = {
         str(size): [
-            train_classifier(data, replace(config, d_hidden=size, seed=settings.seed + seed), progress=False).model
+            train_classifier(data, replace(config, d_hidden=size, seed=settings.seed + seed)).model
             for seed in range(seeds)
         ]
         for size in sizes
@@ -103,9 +103,8 @@ def _masks(settings: Settings) -> tuple[Rows, Figures]:
     masks = [adversarial_mask(model, target) for target in range(model.cfg.d_output)]
     scale = data.test_images.flatten(1).norm(dim=1).mean().item()
     strengths = [round(part * scale, 2) for part in (0.1, 0.25, 0.5, 0.75, 1.0)]
-    found = mask_study(
-        masks, data.test_images, data.test_labels, strengths, n_random=3 if settings.reduced else 20, progress=False
-    )
+    n_random = 3 if settings.reduced else 20
+    found = mask_study(masks, data.test_images, data.test_labels, strengths, n_random=n_random)
     rows = [
         (
             f"accuracy under a mask {row.strength / scale:.0%} as long as the mean image",
@@ -124,8 +123,8 @@ def _structure(settings: Settings) -> tuple[Rows, Figures]:
     _, model, accuracy = _trained(settings)
     hosvd = class_hosvd(model)
     ranks = (5, 10) if settings.reduced else (5, 10, 20, 40)
-    shared = shared_neurons(model, data.test_images, data.test_labels, ranks, progress=False)
-    deep = train_classifier(data, replace(config, n_layer=2, d_hidden=min(64, config.d_hidden)), progress=False)
+    shared = shared_neurons(model, data.test_images, data.test_labels, ranks)
+    deep = train_classifier(data, replace(config, n_layer=2, d_hidden=min(64, config.d_hidden)))
     rows = [("test accuracy of one layer", "", f"{accuracy:.1%}")]
     rows += [
         (f"accuracy with {row.rank} shared neurons (CP, cosine of tensors {row.cosine:.2f})", "", f"{row.accuracy:.1%}")
@@ -140,7 +139,7 @@ def _structure(settings: Settings) -> tuple[Rows, Figures]:
     return rows, figures
 
 
-def _recipe(name: str, where: str, about: str, make) -> Recipe:  # type: ignore[no-untyped-def]
+def _recipe(name: str, where: str, about: str, make: Make) -> Recipe:
     return Recipe(name, f"{PEARCE_2025}, {where}", about, SMALLER, make)
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from bilens.decompose import Decomposer
-from bilens.decompose.fidelity import Fidelity, fidelity
+from bilens.decompose.fidelity import fidelity
 from bilens.loading import load_model
 from bilens.reporting import example_texts, layer_decomposers
 from bilens.reproduce.reproduction import PEARCE_2025, Figures, Recipe, Rows, Settings
@@ -15,7 +15,7 @@ THRESHOLD = 0.75
 MIN_ACTIVE = 20
 
 
-def layers_and_texts(settings: Settings) -> tuple[list[Decomposer], list[str]]:
+def _layers_and_texts(settings: Settings) -> tuple[list[Decomposer], list[str]]:
     """The decomposers of all layers, and the texts to measure on."""
     model = load_model(settings.model)
     texts = example_texts(model) if settings.texts is None else list(settings.texts)
@@ -26,10 +26,8 @@ def layers_and_texts(settings: Settings) -> tuple[list[Decomposer], list[str]]:
 def _low_rank(settings: Settings) -> tuple[Rows, Figures]:
     from bilens.viz.plots import line
 
-    decomposers, texts = layers_and_texts(settings)
-    found: dict[str, Fidelity] = {
-        f"layer {d.layer}": fidelity(d, texts, k=4 if settings.reduced else 16) for d in decomposers
-    }
+    decomposers, texts = _layers_and_texts(settings)
+    found = {f"layer {d.layer}": fidelity(d, texts, k=4 if settings.reduced else 16) for d in decomposers}
     rows = []
     for name, measured in found.items():
         share = measured.shares([THRESHOLD], min_active=MIN_ACTIVE).set_index("k")

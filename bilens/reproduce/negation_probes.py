@@ -26,20 +26,19 @@ Cell = Literal["P", "N", "nP", "nN"]
 CELLS: tuple[Cell, ...] = ("P", "N", "nP", "nN")
 CELL_NAMES: dict[Cell, str] = {"P": "positive", "N": "negative", "nP": "not positive", "nN": "not negative"}
 
+POSITIONS = ("adjective", "full stop")  # where everything is read
+
 WORDS, NEGATIONS, RENDERINGS = len(ADJECTIVES), 2, len(SUBJECTS) * len(PLAIN)
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One of them, with its labels; `half` is that of its adjective."""
+    """One of them, with its labels."""
 
     text: str
-    subject: str
     adjective: str
     positive: bool
     negated: bool
-    frame: int
-    half: int
 
     @property
     def cell(self) -> Cell:
@@ -49,13 +48,11 @@ class Sentence:
 def sentences() -> list[Sentence]:
     """All of them: adjective by adjective, plain before negated; values per sentence are (word, negated, rendering)."""
     return [
-        Sentence(
-            frame.format(subject, word), subject, word, word in POSITIVE, negated, place, ADJECTIVES.index(word) % 2
-        )
+        Sentence(frame.format(subject, word), word, word in POSITIVE, negated)
         for word in ADJECTIVES
         for negated, frames in ((False, PLAIN), (True, NEGATED))
         for subject in SUBJECTS
-        for place, frame in enumerate(frames)
+        for frame in frames
     ]
 
 

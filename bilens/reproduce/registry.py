@@ -6,7 +6,8 @@ from bilens.reproduce.language import LANGUAGE
 from bilens.reproduce.negation import NEGATION
 from bilens.reproduce.reproduction import Recipe
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in [*IMAGES, *LANGUAGE, NEGATION]}
+RECIPES: dict[str, Recipe] = {one.name: one for one in [*IMAGES, *LANGUAGE, NEGATION]}
+"""All there are, by name."""
 
 
 def recipe(name: str) -> Recipe:

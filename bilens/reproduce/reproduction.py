@@ -9,12 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import pandas as pd
-
 from bilens.display import Tabular
 from bilens.files import write_atomically
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
     from bilens.viz.page import Page
@@ -23,7 +22,6 @@ Rows: TypeAlias = Sequence[tuple[str, str, str]]
 Figures: TypeAlias = "Mapping[str, go.Figure]"
 
 PEARCE_2025 = "Pearce et al. 2025 (arXiv 2410.08417)"
-PEARCE_2024 = "Pearce et al. 2024 (arXiv 2406.03947)"
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,10 @@ class Reproduction(Tabular):
     rows: Rows
     figures: Figures = field(repr=False)
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> "pd.DataFrame":
         """One row per quantity: `what, paper, here`."""
+        import pandas as pd
+
         return pd.DataFrame(self.rows, columns=["what", "paper", "here"])
 
     def plot(self) -> "go.Figure":
@@ -90,6 +90,9 @@ class Reproduction(Tabular):
         return f"{self.name}: {self.source}; smaller here: {self.scaled_down}\n{self.to_frame().to_string(index=False)}"
 
 
+Make: TypeAlias = Callable[[Settings], tuple[Rows, Figures]]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to make one.
@@ -106,8 +109,9 @@ class Recipe:
     source: str
     about: str
     scaled_down: str
-    make: Callable[[Settings], tuple[Rows, Figures]] = field(repr=False)
+    make: Make = field(repr=False)
 
     def run(self, settings: Settings | None = None) -> Reproduction:
+        """Make it; `None` takes the settings' defaults."""
         rows, figures = self.make(settings or Settings())
         return Reproduction(self.name, self.source, self.scaled_down, rows, figures)

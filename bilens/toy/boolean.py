@@ -21,10 +21,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bilens.checks import check_rates, check_sizes
 from bilens.decompose.tensors import BilinearLayer, constant_term, interaction_matrix, linear_term
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, nearest
-from bilens.toy.layer import ToyLayer, check_rates, check_sizes, optimise
+from bilens.toy.layer import ToyLayer, optimise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +41,7 @@ GATES: dict[str, tuple[float, float, float]] = {
     "xnor": (1, -1, 2),
 }
 BooleanTask: TypeAlias = tuple[str, int, int]
-N_CHECKED = 4096  # random inputs on which a layer is judged, where there are too many to take all
+N_JUDGED = 4096  # random inputs on which a layer is judged, where there are too many to take all
 
 
 @dataclass(frozen=True)
@@ -71,21 +72,26 @@ class BooleanConfig:
         sizes = ("n_inputs", "d_hidden", "steps", "batch_size")
         check_sizes(**{name: getattr(self, name) for name in sizes})
         check_rates(lr=self.lr)
+        if self.n_inputs < 2:
+            raise ArgumentError(f"n_inputs is {self.n_inputs}; a gate needs two.")
+        if isinstance(self.tasks, str):
+            raise ArgumentError(f"tasks is {self.tasks!r}, expected a list of them: [{self.tasks!r}].")
         if not self.resolved:
             raise ArgumentError(f"tasks is empty; expected gates among {', '.join(GATES)}.")
 
     @property
     def resolved(self) -> list[BooleanTask]:
         """The tasks, each with its inputs."""
-        if self.n_inputs < 2:
-            raise ArgumentError(f"n_inputs is {self.n_inputs}; a gate needs two.")
         apart = [(i, i + 1) for i in range(0, self.n_inputs - 1, 2)]
         pairs = apart + [pair for pair in combinations(range(self.n_inputs), 2) if pair not in apart]
         tasks = [(t, *pairs[n % len(pairs)]) if isinstance(t, str) else t for n, t in enumerate(self.tasks)]
-        for gate, i, j in tasks:
+        for task in tasks:
+            if not isinstance(task, Sequence) or len(task) != 3:
+                raise ArgumentError(f"task {task!r}: expected a gate and its two inputs, as ('xor', 0, 3).")
+            gate, i, j = task
             if gate not in GATES:
                 raise ArgumentError(f"no gate {gate!r}; there are {', '.join(GATES)}." + nearest(gate, GATES))
-            if i == j or not (0 <= i < self.n_inputs and 0 <= j < self.n_inputs):
+            if i == j or not {i, j} <= set(range(self.n_inputs)):
                 raise ArgumentError(
                     f"{gate} of inputs {i} and {j}: expected two different ones of 0..{self.n_inputs - 1}."
                 )
@@ -183,7 +189,7 @@ def recover(layer: ToyLayer, tasks: Sequence[BooleanTask]) -> BooleanRecovery:
     """Compare a layer with the closed forms of the gates it is to compute."""
     n_inputs = len(layer.W_gate)
     as_trained = homogeneous_matrices(layer.weights())
-    bits = _check_bits(n_inputs)
+    bits = _judged_bits(n_inputs)
     errors = layer(bits.float()).double() - truth(tasks, bits)
     return BooleanRecovery(
         list(tasks),
@@ -196,11 +202,11 @@ def recover(layer: ToyLayer, tasks: Sequence[BooleanTask]) -> BooleanRecovery:
     )
 
 
-def _check_bits(n_inputs: int) -> Bool[Tensor, "input n"]:
+def _judged_bits(n_inputs: int) -> Bool[Tensor, "input n"]:
     """All inputs, or random ones where those are too many."""
-    if 2**n_inputs <= N_CHECKED:
+    if 2**n_inputs <= N_JUDGED:
         return torch.arange(2**n_inputs)[:, None].bitwise_right_shift(torch.arange(n_inputs)).bitwise_and(1).bool()
-    return torch.randint(2, (N_CHECKED, n_inputs), generator=torch.Generator().manual_seed(0)).bool()
+    return torch.randint(2, (N_JUDGED, n_inputs), generator=torch.Generator().manual_seed(0)).bool()
 
 
 # --- closed forms -----------------------------------------------------------------------------------------------------

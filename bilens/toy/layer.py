@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bilens.decompose.tensors import BilinearLayer
-from bilens.errors import ArgumentError, TrainingError
+from bilens.errors import TrainingError
 
 
 class ToyLayer(nn.Module):
@@ -34,8 +34,10 @@ class ToyLayer(nn.Module):
 
         self.W_gate, self.W_in, self.W_out = normal(d_in, d_hidden), normal(d_in, d_hidden), normal(d_hidden, d_out)
         for name, size in (("b_gate", d_hidden), ("b_in", d_hidden), ("b_out", d_out)):
-            zeros = torch.zeros(size)
-            setattr(self, name, nn.Parameter(zeros)) if bias else self.register_buffer(name, zeros)
+            if bias:
+                self.register_parameter(name, nn.Parameter(torch.zeros(size)))
+            else:
+                self.register_buffer(name, torch.zeros(size))
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         return ((x @ self.W_gate + self.b_gate) * (x @ self.W_in + self.b_in)) @ self.W_out + self.b_out
@@ -54,7 +56,6 @@ def optimise(
     lr: float,
     weight_decay: float = 0.0,
     after: Callable[[int], None] = lambda step: None,
-    decay: bool = True,
     desc: str = "training",
     progress: bool = True,
 ) -> None:
@@ -64,10 +65,9 @@ def optimise(
         parameters: to train.
         loss_at: the loss of a step, counted from 0.
         steps: how many.
-        lr: learning rate at the start.
+        lr: learning rate at the start; it falls to zero as a cosine.
         weight_decay: of AdamW.
         after: called after every step with how many have been taken.
-        decay: whether the learning rate falls to zero, as a cosine.
         desc: of the progress bar.
         progress: show it.
 
@@ -75,15 +75,14 @@ def optimise(
         TrainingError: the loss is no number any more.
     """
     optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if decay else None
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with tqdm(total=steps, unit="step", desc=desc, disable=not progress, mininterval=0.5) as bar:
         for step in range(steps):
             loss = loss_at(step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if schedule is not None:
-                schedule.step()
+            schedule.step()
             bar.update()
             after(step + 1)
             if step % 100 == 99 or step == steps - 1:
@@ -91,17 +90,3 @@ def optimise(
                 if not isfinite(now):
                     raise TrainingError(f"the loss is {now} at step {step}; lower the learning rate {lr}.")
                 bar.set_postfix(loss=f"{now:.3g}")
-
-
-def check_sizes(**sizes: float) -> None:
-    """Refuse what must be a positive whole number and is not (`ArgumentError`, named)."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(f"{name} is {value!r}, expected a positive whole number.")
-
-
-def check_rates(**rates: float) -> None:
-    """Refuse a learning rate and the like that is not a finite number above zero (`ArgumentError`, named)."""
-    for name, value in rates.items():
-        if not (isinstance(value, int | float) and isfinite(value) and value > 0):
-            raise ArgumentError(f"{name} is {value!r}, expected a number above 0.")

@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens.checks import check_amounts, check_rates, check_sizes
 from bilens.decompose.eigen import sorted_eigenpairs
 from bilens.decompose.outputs import check_index
 from bilens.decompose.results import Eigencircuits
 from bilens.decompose.tensors import BilinearLayer, interaction_matrix
 from bilens.display import Tabular
-from bilens.errors import ArgumentError
-from bilens.toy.layer import ToyLayer, check_rates, check_sizes, optimise
+from bilens.errors import ArgumentError, OutOfRangeError
+from bilens.toy.layer import ToyLayer, optimise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +48,7 @@ class ModularConfig:
         p: the modulus.
         d_hidden: hidden units.
         train_share: of all pairs, the part that is trained on.
-        steps, lr, weight_decay: of AdamW on all training pairs at once.
+        steps, lr, weight_decay: of AdamW on all training pairs at once; the learning rate falls to zero as a cosine.
         seed: of the weights and the split.
 
     Raises:
@@ -65,12 +66,20 @@ class ModularConfig:
     def __post_init__(self) -> None:
         check_sizes(p=self.p, d_hidden=self.d_hidden, steps=self.steps)
         check_rates(lr=self.lr)
+        check_amounts(weight_decay=self.weight_decay)
         if self.p < 3:
             raise ArgumentError(f"p is {self.p}, expected 3 or more.")
         if not 0 < self.train_share < 1:
             raise ArgumentError(f"train_share is {self.train_share!r}, expected a share of the pairs between 0 and 1.")
-        if self.weight_decay < 0:
-            raise ArgumentError(f"weight_decay is {self.weight_decay!r}, expected 0 or more.")
+        if not 0 < self.n_train < self.p**2:
+            raise ArgumentError(
+                f"train_share {self.train_share} of {self.p**2} pairs leaves no pairs to train or test on."
+            )
+
+    @property
+    def n_train(self) -> int:
+        """Pairs trained on."""
+        return round(self.train_share * self.p**2)
 
 
 @dataclass(frozen=True)
@@ -172,9 +181,15 @@ class FourierStructure(Tabular):
         )
 
     def plot(self, which: int = 0, k: int = 4) -> "go.Figure":
-        """The first `k` eigenvectors of one class, half by half."""
+        """The first `k` eigenvectors of one class, half by half.
+
+        Raises:
+            OutOfRangeError: no such class, or `k` below 1.
+        """
         from bilens.viz.toy_plots import curve_grid
 
+        if k < 1:
+            raise OutOfRangeError(f"k is {k}, expected at least 1.")
         row = self._class(which)
         halves = self.circuits.vectors[row, :k].unflatten(-1, (2, self.p))
         curves = [{"a": a, "b": b} for a, b in halves]
@@ -191,9 +206,8 @@ class FourierStructure(Tabular):
         from bilens.viz.plots import bars, heatmap
 
         if which is None:
-            kept = torch.arange(len(self.spectrum))
             return bars(
-                [f"frequency {f}" for f in kept.tolist()],
+                [f"frequency {f}" for f in range(len(self.spectrum))],
                 self.spectrum,
                 "where the squared eigenvalues of all classes lie",
                 value_title="share",
@@ -210,9 +224,9 @@ class FourierStructure(Tabular):
 
     def plot_spectrum(self, which: int = 0) -> "go.Figure":
         """Eigenvalues of one class."""
-        row = self._class(which)
         from bilens.viz.plots import spectrum
 
+        row = self._class(which)
         return spectrum(self.circuits.values[row], f"eigenvalues of class {row}")
 
     def _class(self, which: int) -> int:
@@ -233,18 +247,14 @@ def train_modular(config: ModularConfig | None = None, *, progress: bool = True)
         progress: show a bar.
 
     Raises:
-        ArgumentError: a share of the pairs that is none of them, or all.
         TrainingError: the loss is no number any more.
     """
     config = config or ModularConfig()
     p, generator = config.p, torch.Generator().manual_seed(config.seed)
     layer = ToyLayer(2 * p, config.d_hidden, p, bias=False, generator=generator)
     order = torch.randperm(p * p, generator=generator)
-    n_train = round(config.train_share * p * p)
-    if not 0 < n_train < p * p:
-        raise ArgumentError(f"train_share {config.train_share} of {p * p} pairs leaves no pairs to train or test on.")
     inputs, sums = all_pairs(p)
-    train, test = order[:n_train], order[n_train:]
+    train, test = order[: config.n_train], order[config.n_train :]
     curve: dict[str, list] = {"steps": [], "train_loss": [], "train_accuracy": [], "test_accuracy": []}
 
     def loss_at(step: int) -> Tensor:

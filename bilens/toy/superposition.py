@@ -6,10 +6,11 @@
 3. for every output the interaction matrix in the feature basis, `D Q D^T` (`bilens.decompose.tensors`), should be 1 (or
    1/2 twice) at the target's place and zero elsewhere; what is elsewhere is interference
 
-A matrix `D Q D^T` has rank d at most, so it cannot be zero everywhere else for all outputs. But an entry `(i, j)` only
-matters where both features are active, which is seldom where features are sparse; and there are `d (d + 1) / 2`
-independent quadratic forms of x, so up to that many squares can be right whenever one feature is active alone.
-Sparse features therefore fit with cross interactions that are large and rarely met.
+The columns of every `D Q D^T` lie in the d dimensions that the columns of D span. These do not hold the unit vectors of
+all n features, so not all outputs can be zero everywhere else. But an entry `(i, j)` only matters where both features
+are active, which is seldom where features are sparse; and there are `d (d + 1) / 2` independent quadratic forms of x,
+so up to that many squares can be right whenever one feature is active alone. Sparse features therefore fit with cross
+interactions that are large and rarely met.
 
 Source: the setting is that of Elhage et al. 2022, "Toy models of superposition" (arXiv 2209.10652), with a bilinear
 layer in place of the ReLU.
@@ -25,17 +26,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bilens.checks import check_rates, check_sizes
+from bilens.decompose.outputs import check_index
 from bilens.decompose.tensors import in_basis, interaction_matrix
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, nearest
-from bilens.toy.layer import ToyLayer, check_rates, check_sizes, optimise
+from bilens.toy.layer import ToyLayer, optimise
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 Target = Literal["squares", "products"]
-N_CHECKED = 20_000
+N_JUDGED = 20_000  # samples on which a model is judged
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class SuperpositionConfig:
             )
         if self.target == "products" and self.n_features % 2:
             raise ArgumentError(f"n_features is {self.n_features}; products pair features, expected an even number.")
+        if isinstance(self.sparsities, float | int):
+            raise ArgumentError(f"sparsities is {self.sparsities!r}, expected a list of them: [{self.sparsities!r}].")
         if not self.sparsities:
             raise ArgumentError("sparsities is empty; expected one or more probabilities.")
         for sparsity in self.sparsities:
@@ -154,7 +159,6 @@ class SuperposedModel(Tabular):
         Raises:
             OutOfRangeError: no such output.
         """
-        from bilens.decompose.outputs import check_index
         from bilens.viz.toy_plots import matrix_grid
 
         output = check_index(output, len(self.pairs), "output {} is outside the {} outputs")
@@ -262,7 +266,7 @@ def _train(config: SuperpositionConfig, sparsity: float) -> SuperposedModel:
 
     optimise([directions, *layer.parameters()], loss_at, config.steps, lr=config.lr, progress=False)
     with torch.no_grad():
-        errors, targets = errors_and_targets(N_CHECKED)
+        errors, targets = errors_and_targets(N_JUDGED)
         explained = 1 - (errors.pow(2).sum() / (targets - targets.mean(0)).pow(2).sum()).item()
         weights = layer.weights()
         matrices = interaction_matrix(weights, torch.eye(len(config.pairs), dtype=torch.float64))

@@ -37,7 +37,7 @@ HEADINGS = {
     "negation": ("AND NOT", "The first feature drives the output unless the second is there."),
     "inhibition": ("Inhibition", "Two features that do little alone hold the output down together."),
 }
-WIDTH, HEIGHT, MARGIN, RADIUS = 330, 250, 24, 3
+WIDTH, HEIGHT, MARGIN, EDGE, RADIUS = 330, 250, 24, 6, 3  # of a plane; margins left and below, edges right and above
 MOST_ALIKE = 8
 
 
@@ -55,8 +55,8 @@ def gallery_page(gallery: "MotifGallery", title: str, subtitle: str = "") -> Pag
         entries = [entry for entry in gallery.entries if entry.kind == kind]
         page.section(heading, meaning if entries else f"{meaning} None holds on these texts.")
         for entry in entries:
-            title = formula(kind, *(_short(name) for name in (entry.output_name, entry.i_name, entry.j_name)))
-            page.section(f"{title} (layer {entry.layer})", *_entry(entry, gallery.wordpiece), level=3)
+            line = formula(kind, *map(_short, (entry.output_name, entry.i_name, entry.j_name)))
+            page.section(f"{line} (layer {entry.layer})", *_entry(entry, gallery.wordpiece), level=3)
     return page
 
 
@@ -129,7 +129,7 @@ class Plane(View):
     def html(self) -> str:
         entry = self.entry
         x, y, z = (numbers(values, "coordinates", None) for values in (entry.x, entry.y, entry.z))
-        across, up = _Axis(x, MARGIN, WIDTH - 6), _Axis(y, HEIGHT - MARGIN, 6)
+        across, up = _Axis(x, MARGIN, WIDTH - EDGE), _Axis(y, HEIGHT - MARGIN, EDGE)
         limit = full_scale(z)
         both = CASES.index("both")
         # Those with both on top.
@@ -144,13 +144,13 @@ class Plane(View):
                 "</circle>"
             )
         zero = (
-            f'<path d="M{across(0):.1f} 6V{HEIGHT - MARGIN}M{MARGIN} {up(0):.1f}H{WIDTH - 6}" stroke="currentColor" '
-            'stroke-opacity="0.35"/>'
+            f'<path d="M{across(0):.1f} {EDGE}V{HEIGHT - MARGIN}M{MARGIN} {up(0):.1f}H{WIDTH - EDGE}" '
+            'stroke="currentColor" stroke-opacity="0.35"/>'
         )
         text = 'fill="currentColor" fill-opacity="0.7" font-size="11" text-anchor="middle"'
         middle = HEIGHT / 2
         labels = (
-            f'<text x="{WIDTH / 2}" y="{HEIGHT - 6}" {text}>{escape(entry.i_name)} →</text>'
+            f'<text x="{WIDTH / 2}" y="{HEIGHT - EDGE}" {text}>{escape(entry.i_name)} →</text>'
             f'<text x="12" y="{middle}" {text} transform="rotate(-90 12 {middle})">{escape(entry.j_name)} →</text>'
         )
         name = escape(f"tokens along {entry.i_name} and {entry.j_name}, coloured by {entry.output_name}")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bilens.viz.markup import Numbers, ViewError, full_scale, numbers
-from bilens.viz.plots import DIVERGING, FAINT, GREY, _signed, _text, template
+from bilens.viz.markup import Numbers, ViewError, full_scale, numbers, plotly_text, signed_colors
+from bilens.viz.plots import DIVERGING, FAINT, GREY, template
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -132,7 +132,7 @@ class _Canvas:
         self.width, self.height = max(width, 320), max(height, 120)
         self.figure.update_layout(
             template=template(),
-            title_text=_text(title),
+            title_text=plotly_text(title),
             width=self.width,
             height=self.height,
             margin={"l": 0, "r": 0, "t": 0, "b": 0},
@@ -142,7 +142,7 @@ class _Canvas:
     def text(self, text: str, x: float, y: float, xanchor: str, yanchor: str, size: int) -> None:
         """Words; line breaks are kept."""
         self.figure.add_annotation(
-            text="<br>".join(_text(line) for line in text.split("\n")),
+            text="<br>".join(plotly_text(line) for line in text.split("\n")),
             x=x / self.width,
             y=1 - y / self.height,
             xref="paper",
@@ -205,7 +205,7 @@ class _Canvas:
         import plotly.graph_objects as go
 
         xaxis, yaxis = self._axes(x, y, width, height)
-        shown = [_text(label) if isinstance(label, str) else label for label in labels]
+        shown = [plotly_text(label) if isinstance(label, str) else label for label in labels]
         low, high = min(values.min(initial=0), 0), max(values.max(initial=0), 0)
         room = (0.45 if across else 0.05) * (high - low or 1)
         plain = {"automargin": False, "title": {"text": ""}, "fixedrange": True}
@@ -222,7 +222,7 @@ class _Canvas:
                 x=values if across else shown,
                 y=shown if across else values,
                 orientation="h" if across else "v",
-                marker={"color": _signed(values), "line": {"width": 0}},
+                marker={"color": signed_colors(values), "line": {"width": 0}},
                 text=[f"{value:+.3g}" for value in values] if across else None,
                 textposition="outside" if across else None,
                 textfont={"size": 11},

@@ -80,6 +80,16 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c in _JOINERS else _MARKS.get(c) or ascii(c)[1:-1] for c in text)
 
 
+def plotly_text(label: str) -> str:
+    """A label as plotly shows it literally: it reads tags, some entities, `%{x}` and, where MathJax is loaded, `$`."""
+    return html.escape(visible(label), quote=False).replace("$", "&#36;").replace("{", "&#123;")
+
+
+def signed_colors(values: NDArray[np.float64]) -> list[str]:
+    """Red below zero, blue from there on."""
+    return [NEGATIVE if value < 0 else POSITIVE for value in values]
+
+
 def spaced(tokens: Iterable[str], wordpiece: bool) -> list[tuple[str, str]]:
     """For each token, the space that WordPiece implies before it ("" elsewhere) and its visible text."""
     if not wordpiece:

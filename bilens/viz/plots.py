@@ -4,7 +4,6 @@ Figures have no background of their own and greys that read on white and on blac
 Labels are text: markup in them is shown, not obeyed.
 """
 
-import html
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from bilens.viz.markup import NEGATIVE, POSITIVE, Numbers, ViewError, full_scale, names, numbers, visible
+from bilens.viz.markup import (
+    NEGATIVE,
+    POSITIVE,
+    Numbers,
+    ViewError,
+    full_scale,
+    names,
+    numbers,
+    plotly_text,
+    signed_colors,
+)
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -92,7 +101,8 @@ def heatmap(
     limit = full_scale(values, scale)
     y, yaxis = _labelled(names(row_labels, rows, "row labels"))
     x, xaxis = _labelled(names(col_labels, columns, "column labels"))
-    hover = f"{_text(row_title) or 'row'}: %{{y}}<br>{_text(col_title) or 'column'}: %{{x}}<br><b>%{{z:.4g}}</b>"
+    row, column = plotly_text(row_title) or "row", plotly_text(col_title) or "column"
+    hover = f"{row}: %{{y}}<br>{column}: %{{x}}<br><b>%{{z:.4g}}</b>"
     cells = go.Heatmap(
         z=values,
         x=x,
@@ -123,7 +133,7 @@ def spectrum(values: Numbers, title: str = "", *, value_title: str = "eigenvalue
         x=np.arange(len(given)),
         y=given[order],
         customdata=order,
-        marker={"color": _signed(given[order]), "line": {"width": 0}},
+        marker={"color": signed_colors(given[order]), "line": {"width": 0}},
         hovertemplate="rank %{x} (index %{customdata})<br><b>%{y:.4g}</b><extra></extra>",
     )
     figure = _figure(title, "rank by magnitude", value_title, height=320)
@@ -142,7 +152,7 @@ def bars(labels: Sequence[str], values: Numbers, title: str = "", *, value_title
         x=given,
         y=y,
         orientation="h",
-        marker={"color": _signed(given), "line": {"width": 0}},
+        marker={"color": signed_colors(given), "line": {"width": 0}},
         text=[f"{value:.3g}" for value in given],
         textposition="outside",
         cliponaxis=False,
@@ -186,7 +196,7 @@ def scatter(
         x=across,
         y=up,
         mode="markers",
-        customdata=[_text(label) for label in names(labels, len(across), "labels")],
+        customdata=[plotly_text(label) for label in names(labels, len(across), "labels")],
         marker={"color": POSITIVE, "size": 7, "opacity": 0.65, "line": {"width": 0}},
         hovertemplate="%{customdata}<br>(%{x:.4g}, %{y:.4g})<extra></extra>",
         showlegend=False,
@@ -228,7 +238,7 @@ def gate(
     up = numbers(y, "y (one per x)", len(across))
     shown = numbers(values, "values (one per x)", len(across))
     of = np.array(names(kinds, len(across), "kinds"))
-    hover = np.array([_text(label) for label in names(labels, len(across), "labels")])
+    hover = np.array([plotly_text(label) for label in names(labels, len(across), "labels")])
     limit = full_scale(shown)
     figure = _figure(title, x_title, y_title, height=460)
     for kind, symbol in zip(dict.fromkeys(of.tolist()), cycle(SYMBOLS), strict=False):
@@ -237,7 +247,7 @@ def gate(
             go.Scatter(
                 x=across[at],
                 y=up[at],
-                name=_text(kind),
+                name=plotly_text(kind),
                 mode="markers",
                 customdata=np.stack([hover[at], shown[at]], -1),
                 marker={
@@ -250,7 +260,7 @@ def gate(
                 hovertemplate="%{customdata[0]}<br><b>%{customdata[1]:.4g}</b><extra>%{fullData.name}</extra>",
             )
         )
-    bar = {"thickness": 10, "outlinewidth": 0, "len": 0.9, "title": {"text": _text(value_title), "side": "right"}}
+    bar = {"thickness": 10, "outlinewidth": 0, "len": 0.9, "title": {"text": plotly_text(value_title), "side": "right"}}
     figure.update_layout(
         coloraxis={"colorscale": DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar},
         margin_t=72,
@@ -305,7 +315,7 @@ def line(
             go.Scatter(
                 x=across,
                 y=up,
-                name=_text(name),
+                name=plotly_text(name),
                 mode="lines+markers" if len(across) <= 40 else "lines",
                 line={"width": 2},
                 marker={"size": 6},
@@ -322,14 +332,9 @@ def _figure(title: str, x_title: str, y_title: str, height: int) -> "go.Figure":
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    figure.update_layout(template=template(), title_text=_text(title), height=height)
-    figure.update_layout(xaxis_title_text=_text(x_title), yaxis_title_text=_text(y_title))
+    figure.update_layout(template=template(), title_text=plotly_text(title), height=height)
+    figure.update_layout(xaxis_title_text=plotly_text(x_title), yaxis_title_text=plotly_text(y_title))
     return figure
-
-
-def _text(label: str) -> str:
-    """A label as plotly shows it literally: it reads tags, some entities, `%{x}` and, where MathJax is loaded, `$`."""
-    return html.escape(visible(label), quote=False).replace("$", "&#36;").replace("{", "&#123;")
 
 
 def _labelled(labels: Sequence[str], longest: int = LONGEST_LABEL) -> tuple[list[str], dict[str, Any]]:
@@ -338,12 +343,8 @@ def _labelled(labels: Sequence[str], longest: int = LONGEST_LABEL) -> tuple[list
     categories = []
     for label in labels:
         seen[label] = seen.get(label, -1) + 1
-        categories.append(_text(label) + "\u200b" * seen[label])  # plotly would merge equal categories
+        categories.append(plotly_text(label) + "\u200b" * seen[label])  # plotly would merge equal categories
     shown = range(0, len(labels), -(-len(labels) // MOST_TICKS) or 1)
     short = [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
-    ticks = {"tickvals": list(shown), "ticktext": [_text(short[place]) for place in shown]}
+    ticks = {"tickvals": list(shown), "ticktext": [plotly_text(short[place]) for place in shown]}
     return categories, {"type": "category", "tickmode": "array", "ticklabelstandoff": 4, **ticks}
-
-
-def _signed(values: np.ndarray) -> list[str]:
-    return [NEGATIVE if value < 0 else POSITIVE for value in values]

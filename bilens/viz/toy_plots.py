@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bilens.viz.markup import Numbers, ViewError, full_scale, numbers
-from bilens.viz.plots import COLORS, DIVERGING, GREY, _text, template
+from bilens.viz.markup import Numbers, ViewError, full_scale, numbers, plotly_text
+from bilens.viz.plots import COLORS, DIVERGING, GREY, template
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,7 +45,7 @@ def matrix_grid(
     figure = make_subplots(
         rows=rows,
         cols=columns,
-        column_titles=[_text(label) for label in column_labels],
+        column_titles=[plotly_text(label) for label in column_labels],
         horizontal_spacing=0.24 / columns,
         vertical_spacing=min(0.06, 0.3 / rows),
     )
@@ -53,8 +53,8 @@ def matrix_grid(
         for j, matrix in enumerate(row):
             cells = go.Heatmap(
                 z=matrix,
-                x=list(map(_text, axis_labels)),
-                y=list(map(_text, axis_labels)),
+                x=list(map(plotly_text, axis_labels)),
+                y=list(map(plotly_text, axis_labels)),
                 coloraxis="coloraxis",
                 xgap=1,
                 ygap=1,
@@ -62,16 +62,16 @@ def matrix_grid(
             )
             figure.add_trace(cells, row=i + 1, col=j + 1)
     # By name: plotly would take a number for the category of that name, such as "1".
-    ticks = list(map(_text, axis_labels))[:: -(-n // MOST_LABELS) or 1]
+    ticks = list(map(plotly_text, axis_labels))[:: -(-n // MOST_LABELS) or 1]
     axis = {"type": "category", "showgrid": False, "zeroline": False, "tickvals": ticks, "tickangle": 0}
     figure.update_xaxes(axis)
     figure.update_yaxes(axis, autorange="reversed")
     for i, label in enumerate(row_labels):
-        figure.update_yaxes(title_text=_text(label), row=i + 1, col=1)
+        figure.update_yaxes(title_text=plotly_text(label), row=i + 1, col=1)
     bar = {"thickness": 10, "outlinewidth": 0, "len": 0.9}
     figure.update_layout(
         template=template(),
-        title_text=_text(title),
+        title_text=plotly_text(title),
         width=columns * (CELL + 30) + 130,
         height=rows * CELL + TOP + 40,
         margin_t=TOP,
@@ -104,7 +104,7 @@ def curve_grid(
         rows=len(rows),
         cols=1,
         shared_xaxes=True,
-        subplot_titles=list(map(_text, titles)),
+        subplot_titles=list(map(plotly_text, titles)),
         vertical_spacing=min(0.12, 0.4 / max(1, len(rows))),
     )
     names = list(dict.fromkeys(name for curves in rows for name in curves))
@@ -113,7 +113,7 @@ def curve_grid(
             up = numbers(curve, f"curve {name!r}", None)
             trace = go.Scatter(
                 y=up,
-                name=_text(name),
+                name=plotly_text(name),
                 legendgroup=name,
                 showlegend=at == 0,
                 mode="lines+markers",
@@ -122,8 +122,10 @@ def curve_grid(
                 hovertemplate="%{fullData.name} %{x}<br><b>%{y:.4g}</b><extra></extra>",
             )
             figure.add_trace(trace, row=at + 1, col=1)
-    figure.update_layout(template=template(), title_text=_text(title), height=len(rows) * LINE + TOP + 40, margin_t=TOP)
+    figure.update_layout(
+        template=template(), title_text=plotly_text(title), height=len(rows) * LINE + TOP + 40, margin_t=TOP
+    )
     figure.update_yaxes(matches="y", nticks=4)
-    figure.update_xaxes(title_text=_text(x_title), row=len(rows), col=1)
+    figure.update_xaxes(title_text=plotly_text(x_title), row=len(rows), col=1)
     figure.update_annotations(font={"size": 12, "color": GREY})
     return figure

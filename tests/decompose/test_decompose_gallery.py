@@ -1,9 +1,12 @@
 """What stands in a gallery is in the weights and in the data, and all of it is found."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from bilens.decompose import Decomposer
 from bilens.decompose.gallery import (
     CASES,
     FIRING,
@@ -20,7 +23,7 @@ from bilens.decompose.gallery import (
 )
 from bilens.decompose.motifs import MOTIFS, classify
 from bilens.decompose.tensors import BilinearLayer, in_basis, interaction_matrix
-from bilens.errors import ArgumentError
+from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError
 from bilens.loading import load_model
 from bilens.reporting import LabelledLayer, example_texts, label_layers
 from bilens.sae.loading import load_sae
@@ -198,6 +201,7 @@ def test_nothing_holds_where_nothing_fires_so_often(labelled):
     assert not none.entries
     assert (none.counts.families == 0).all()
     assert "no entries" in str(none)
+    assert {"motif", "output", "z_10", "first_alone", "alike"} <= set(none.to_frame().columns)
     assert "None holds on these texts" in none.to_page().to_html()
 
 
@@ -209,3 +213,10 @@ def test_bad_arguments(labelled):
         motif_gallery([d], [ins, ins], [outs])
     with pytest.raises(ArgumentError, match="n 0 and min_tokens 30 must be at least 1"):
         motif_gallery([d], [ins], [outs], 0)
+    fewer = replace(ins, offsets=ins.offsets[:101])
+    with pytest.raises(SAEMismatchError, match="layer 3: activations of 100 input features, and an SAE of 2048"):
+        motif_gallery([d], [fewer], [outs])
+    with pytest.raises(ArgumentError, match="layer 3: output activations on other texts"):
+        motif_gallery([d], [ins], [replace(outs, tokens=outs.tokens[1:])])
+    with pytest.raises(MissingSAEError, match="output_sae"):
+        motif_gallery([Decomposer(d.model, 3, d.input_view.sae)], [ins], [outs])

@@ -8,20 +8,18 @@ from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
 
 from bilens.decompose.tensors import BilinearLayer, interaction_matrix
-from bilens.errors import TokenizationError
+from bilens.errors import ArgumentError, TokenizationError
 from bilens.loading import load_model
-from bilens.reproduce.negation import (
-    FAMILIES,
+from bilens.reproduce.negation import negation_study
+from bilens.reproduce.negation_algebra import bilinear_form, split_difference
+from bilens.reproduce.negation_auc import (
     TARGETS,
-    bilinear_form,
     cell_aucs,
-    families,
-    family_contributions,
     least_auc,
-    negation_study,
-    split_difference,
+    negated_interval,
     win_rates,
 )
+from bilens.reproduce.negation_gates import FAMILIES, families, family_contributions
 from bilens.reproduce.negation_probes import (
     ADJECTIVES,
     CELLS,
@@ -52,11 +50,12 @@ def mlp(layer: BilinearLayer, x: torch.Tensor) -> torch.Tensor:
 def test_the_sentences_are_balanced_and_the_halves_disjoint():
     probes = sentences()
     assert len(probes) == len({probe.text for probe in probes}) == WORDS * NEGATIONS * RENDERINGS
-    for cell in CELLS:
-        for half in (0, 1):
-            chosen = [probe for probe in probes if probe.cell == cell and probe.half == half]
-            assert len(chosen) == len(probes) // 8
     first, second = halves()
+    for cell in CELLS:
+        for half in (first, second):
+            words = {ADJECTIVES[place] for place in half.tolist()}
+            chosen = [probe for probe in probes if probe.cell == cell and probe.adjective in words]
+            assert len(chosen) == len(probes) // 8
     assert not set(first.tolist()) & set(second.tolist())
     assert len(first) == len(second) == WORDS // 2
     assert valences()[first].sum() == valences()[second].sum() == 0
@@ -65,7 +64,6 @@ def test_the_sentences_are_balanced_and_the_halves_disjoint():
         assert probe.adjective == ADJECTIVES[word]
         assert probe.negated == (rest >= RENDERINGS)
         assert (valences()[word] > 0) == probe.positive
-        assert (word in first.tolist()) == (probe.half == 0)
         assert ("not" in probe.text or "n't" in probe.text) == probe.negated
 
 
@@ -98,6 +96,20 @@ def test_means_of_win_rates_are_aucs(seed, ties):
             expected = roc_auc_score([1] * len(high) + [0] * len(low), torch.cat([high, low])[:, column].tolist())
             assert aucs[column, a, b].item() == pytest.approx(expected, abs=1e-6)
     assert_close(aucs + aucs.mT, torch.ones_like(aucs))
+
+
+def test_the_interval_holds_the_auc_it_is_of():
+    """Not positive against not negative, by rows of `win_rates`; without noise between words it is a point."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(12, 2, 4, 1, generator=generator)
+    values[:6, 1] += 0.7
+    positive = torch.arange(12) < 6
+    rates = win_rates(values)
+    low, high = negated_interval(rates[0], 400, generator)
+    assert 0 <= low < cell_aucs(rates, positive)[0, 2, 3] < high <= 1
+    same = values[[0, 6]].repeat_interleave(6, 0)
+    auc = cell_aucs(win_rates(same), positive)[0, 2, 3].item()
+    assert negated_interval(win_rates(same)[0], 50, generator) == pytest.approx((auc, auc))
 
 
 def test_relabelling_words_is_moving_them():
@@ -191,6 +203,7 @@ def test_families_and_their_contributions_add_up():
     assert_close(parts, parts.T)
     assert_close(parts.sum(), torch.einsum("td,de,te->t", x, matrix, x).mean(), rtol=1e-4, atol=1e-4)
     assert_close(parts[0, 0], decoder[0] @ matrix @ decoder[0] / 2)  # half of the sentences are negated
+    assert not family_contributions(matrix, x[:0], acts[:0], decoder, family).any()
 
 
 # --- the study --------------------------------------------------------------------------------------------------------
@@ -233,6 +246,11 @@ def test_it_prints_and_plots(study):
     assert [trace.name for trace in figure.data] == ["positive", "not positive", "negative", "not negative"]
     assert sum(len(trace.x) for trace in figure.data) == len(sentences())
     assert "<table" in study._repr_html_()
+
+
+def test_a_study_without_permutations_is_refused():
+    with pytest.raises(ArgumentError, match="permutations is 0, expected at least 1"):
+        negation_study(permutations=0)
 
 
 def test_a_seed_gives_the_same_study(study):

@@ -94,7 +94,9 @@ def test_a_trained_layer_generalises_by_waves() -> None:
         ({"p": 2}, "p is 2, expected 3 or more"),
         ({"p": 5.0}, r"p is 5\.0, expected a positive whole number"),
         ({"train_share": 1}, "train_share is 1, expected a share"),
+        ({"train_share": 0.01, "p": 3}, r"train_share 0\.01 of 9 pairs leaves no pairs"),
         ({"weight_decay": -1}, "weight_decay is -1"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
         ({"lr": float("nan")}, "lr is nan"),
     ],
 )
@@ -113,5 +115,5 @@ def test_what_cannot_be_read_is_refused() -> None:
     wrong = BilinearLayer(*(t[:, :6] if t.shape == (4, 7) else t for t in vars(layer).values()))
     with pytest.raises(ArgumentError, match="reads 14 inputs and writes 6 outputs"):
         fourier_structure(wrong)
-    with pytest.raises(ArgumentError, match=r"train_share 0\.01 of 9 pairs leaves no pairs"):
-        train_modular(ModularConfig(p=3, train_share=0.01), progress=False)
+    with pytest.raises(OutOfRangeError, match="k is 0, expected at least 1"):
+        found.plot(k=0)

@@ -75,6 +75,7 @@ def test_sparse_features_fit_where_dense_ones_do_not() -> None:
         ({"target": "square"}, r"target is 'square', expected 'squares' or 'products'.* Did you mean 'squares'"),
         ({"target": "products", "n_features": 5}, "n_features is 5; products pair features"),
         ({"sparsities": ()}, "sparsities is empty"),
+        ({"sparsities": 0.9}, r"sparsities is 0\.9, expected a list of them: \[0\.9\]"),
         ({"sparsities": (0.5, 1.0)}, r"sparsity 1\.0: expected a probability"),
         ({"d_model": -2}, "d_model is -2"),
     ],
