@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bilens.reproduce.reproduction import PEARCE_2025, Figures, Make, Recipe, Rows, Settings
+from bilens.reproduce.reproduction import PEARCE_2025, Made, Make, Recipe, Settings
 
 if TYPE_CHECKING:
     from bilens.vision import BilinearClassifier, ImageDataset, ImageTrainConfig
@@ -26,7 +26,7 @@ def _trained(settings: Settings) -> "tuple[ImageDataset, BilinearClassifier, flo
     return data, found.model, found.test_accuracy
 
 
-def _eigenfeatures(settings: Settings) -> tuple[Rows, Figures]:
+def _eigenfeatures(settings: Settings) -> Made:
     from bilens.vision import eigenfeatures, explain
 
     data, model, accuracy = _trained(settings)
@@ -46,10 +46,10 @@ def _eigenfeatures(settings: Settings) -> tuple[Rows, Figures]:
         "Spectrum of one class, with its leading eigenfeatures": found.plot_spectrum(),
         "What made one prediction: the parts add up to the logit": explain(model, data.test_images[0]).plot(),
     }
-    return rows, figures
+    return Made(rows, figures)
 
 
-def _regularisation(settings: Settings) -> tuple[Rows, Figures]:
+def _regularisation(settings: Settings) -> Made:
     from bilens.vision import regularisation_study
 
     data, config = _data(settings)
@@ -60,10 +60,10 @@ def _regularisation(settings: Settings) -> tuple[Rows, Figures]:
         (f"test accuracy with noise {row.noise:g}", "falls slowly with noise", f"{row.test_accuracy:.1%}")
         for row in frame.itertuples()
     ]
-    return rows, {"Eigenfeatures of one class against input noise": found.plot()}
+    return Made(rows, {"Eigenfeatures of one class against input noise": found.plot()})
 
 
-def _stability(settings: Settings) -> tuple[Rows, Figures]:
+def _stability(settings: Settings) -> Made:
     from bilens.vision import feature_similarity, train_classifier, truncation
 
     data, config = _data(settings)
@@ -93,10 +93,10 @@ def _stability(settings: Settings) -> tuple[Rows, Figures]:
         "5A: similarity of eigenfeatures across seeds and sizes": alike.plot(),
         "5B: accuracy against eigenfeatures kept": cut.plot(),
     }
-    return rows, figures
+    return Made(rows, figures)
 
 
-def _masks(settings: Settings) -> tuple[Rows, Figures]:
+def _masks(settings: Settings) -> Made:
     from bilens.vision import adversarial_mask, mask_study
 
     data, model, _ = _trained(settings)
@@ -113,10 +113,10 @@ def _masks(settings: Settings) -> tuple[Rows, Figures]:
         )
         for row in found.by_strength().itertuples()
     ]
-    return rows, {"Accuracy against strength": found.plot(), "The masks": found.plot_masks()}
+    return Made(rows, {"Accuracy against strength": found.plot(), "The masks": found.plot_masks()})
 
 
-def _structure(settings: Settings) -> tuple[Rows, Figures]:
+def _structure(settings: Settings) -> Made:
     from bilens.vision import class_hosvd, shared_neurons, top_down, train_classifier
 
     data, config = _data(settings)
@@ -136,7 +136,7 @@ def _structure(settings: Settings) -> tuple[Rows, Figures]:
         "Accuracy with shared neurons": shared.plot(),
         "Two layers from the top down": top_down(deep.model, [0, 3], k=3).plot(),
     }
-    return rows, figures
+    return Made(rows, figures)
 
 
 def _recipe(name: str, where: str, about: str, make: Make) -> Recipe:

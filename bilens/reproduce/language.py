@@ -6,7 +6,7 @@ from bilens.decompose import Decomposer
 from bilens.decompose.fidelity import fidelity
 from bilens.loading import load_model
 from bilens.reporting import example_texts, layer_decomposers
-from bilens.reproduce.reproduction import PEARCE_2025, Figures, Recipe, Rows, Settings
+from bilens.reproduce.reproduction import PEARCE_2025, Made, Recipe, Settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +23,7 @@ def _layers_and_texts(settings: Settings) -> tuple[list[Decomposer], list[str]]:
     return decomposers, texts[:24] if settings.reduced else texts
 
 
-def _low_rank(settings: Settings) -> tuple[Rows, Figures]:
+def _low_rank(settings: Settings) -> Made:
     from bilens.viz.plots import line
 
     decomposers, texts = _layers_and_texts(settings)
@@ -46,7 +46,7 @@ def _low_rank(settings: Settings) -> tuple[Rows, Figures]:
     last = found[f"layer {decomposers[-1].layer}"]
     figures[f"9B: features by correlation, two eigenvectors, layer {decomposers[-1].layer}"] = last.histogram(2)
     figures[f"9C: correlation against how often a feature fires, layer {decomposers[-1].layer}"] = last.scatter(2)
-    return rows, figures
+    return Made(rows, figures)
 
 
 def _medians(medians: "pd.Series[float]") -> str:

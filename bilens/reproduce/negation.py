@@ -67,7 +67,7 @@ from bilens.reproduce.negation_probes import (
     valences,
 )
 from bilens.reproduce.negation_verdict import verdict
-from bilens.reproduce.reproduction import PEARCE_2025, Figures, Recipe, Rows, Settings
+from bilens.reproduce.reproduction import PEARCE_2025, Made, Recipe, Settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -360,7 +360,7 @@ def _algebra(run: _Run, permutations: int, generator: torch.Generator) -> "pd.Da
 # --- as a recipe ------------------------------------------------------------------------------------------------------
 
 
-def _make(settings: Settings) -> tuple[Rows, Figures]:
+def _make(settings: Settings) -> Made:
     study = negation_study(settings.model, permutations=20 if settings.reduced else 1000, seed=settings.seed)
     rows = [
         (
@@ -373,8 +373,8 @@ def _make(settings: Settings) -> tuple[Rows, Figures]:
     rows += [
         (f"valence lost under negation, layer {row.layer}", "", f"{row.fade:.0%}") for row in study.algebra.itertuples()
     ]
-    rows += [("in words", "", line) for line in study.verdict]
-    return rows, {f"{gate.target}: layer {gate.layer}, feature {gate.feature}": gate.plot() for gate in study.gates}
+    figures = {f"{gate.target}: layer {gate.layer}, feature {gate.feature}": gate.plot() for gate in study.gates}
+    return Made(rows, figures, study.verdict)
 
 
 NEGATION = Recipe(

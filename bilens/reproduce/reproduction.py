@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from bilens.display import Tabular
 from bilens.files import write_atomically
@@ -53,6 +53,7 @@ class Reproduction(Tabular):
         scaled_down: what is smaller here than there.
         rows: what was measured, what the paper says of it, what came out here.
         figures: by caption.
+        words: what it comes to, sentence by sentence, where figures alone do not say it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Reproduction(Tabular):
     scaled_down: str
     rows: Rows
     figures: Figures = field(repr=False)
+    words: Sequence[str] = ()
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per quantity: `what, paper, here`."""
@@ -76,7 +78,7 @@ class Reproduction(Tabular):
         from bilens.viz.page import Page, captioned
 
         page = Page(self.name, self.source)
-        page.add(f"Smaller here: {self.scaled_down}", self.to_frame())
+        page.add(f"Smaller here: {self.scaled_down}", *self.words, self.to_frame())
         return page.add(*(captioned(figure, caption) for caption, figure in self.figures.items()))
 
     def save(self, folder: str | PathLike[str]) -> Path:
@@ -87,10 +89,19 @@ class Reproduction(Tabular):
         return self.to_page().save(folder / f"{self.name}.html")
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.source}; smaller here: {self.scaled_down}\n{self.to_frame().to_string(index=False)}"
+        head = f"{self.name}: {self.source}; smaller here: {self.scaled_down}"
+        return "\n".join([head, *(f"- {line}" for line in self.words), self.to_frame().to_string(index=False)])
 
 
-Make: TypeAlias = Callable[[Settings], tuple[Rows, Figures]]
+class Made(NamedTuple):
+    """What a recipe gives; see `Reproduction`."""
+
+    rows: Rows
+    figures: Figures
+    words: Sequence[str] = ()
+
+
+Make: TypeAlias = Callable[[Settings], Made]
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Recipe:
         source: the paper and its figure.
         about: what is seen, in a line.
         scaled_down: what is smaller here than there.
-        make: gives the rows and the figures.
+        make: gives the rows, the figures and the words.
     """
 
     name: str
@@ -113,5 +124,4 @@ class Recipe:
 
     def run(self, settings: Settings | None = None) -> Reproduction:
         """Make it; `None` takes the settings' defaults."""
-        rows, figures = self.make(settings or Settings())
-        return Reproduction(self.name, self.source, self.scaled_down, rows, figures)
+        return Reproduction(self.name, self.source, self.scaled_down, *self.make(settings or Settings()))
