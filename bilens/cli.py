@@ -458,8 +458,7 @@ def reproduce(
 ) -> None:
     """Make figures of the papers again, as far as this machine can: a page each, and a table "paper / here"."""
     from bilens.data import load_texts
-    from bilens.reproduce.registry import RECIPES, recipe
-    from bilens.reproduce.reproduction import Settings
+    from bilens.reproduce import RECIPES, Settings, recipe
 
     chosen = list(RECIPES.values()) if everything else [recipe(name) for name in names or []]
     if not chosen:
@@ -479,14 +478,14 @@ def _tell(circuits: list, out: Path) -> None:
 
 
 def main() -> None:
-    """Run the command; an error that bilens raised on purpose is one line, not a traceback."""
+    """Run the command; an error of bilens or of the file system is one line, not a traceback."""
     import sys
 
     from bilens.errors import BilensError
 
     try:
         app()
-    except BilensError as error:
+    except (BilensError, OSError) as error:  # OSError: a path that cannot be read or written, no connection
         typer.echo(f"bilens: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens.errors import EmptyTextError
+from bilens.errors import ArgumentError, EmptyTextError
 from bilens.kv_cache import KeyValueCache
 
 if TYPE_CHECKING:
@@ -75,15 +75,15 @@ def generate(
         verbose: show a progress bar.
 
     Raises:
+        ArgumentError: a negative temperature, `top_k` below 1, `top_p` outside (0, 1], or neither text nor tokens.
         ContextLengthError: the prompt alone does not fit.
         EmptyTextError: an empty list, or an empty text without `[BOS]`.
         TokenizationError: text is given or asked for, and the model has no tokenizer.
-        ValueError: a negative temperature, `top_k` below 1, or `top_p` outside (0, 1].
     """
     if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f"temperature {temperature} must be >= 0 and top_k {top_k} at least 1.")
+        raise ArgumentError(f"temperature {temperature} must be >= 0 and top_k {top_k} at least 1.")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} must be above 0 and at most 1.")
+        raise ArgumentError(f"top_p {top_p} must be above 0 and at most 1.")
     is_text = isinstance(input, str | list)
     mask = None
     if is_text:
@@ -96,8 +96,7 @@ def generate(
         if any(len(row) != longest for row in rows):
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=tokens.device)
     else:
-        assert isinstance(input, Tensor)
-        tokens = input
+        tokens = input  # type: ignore[assignment]
     tokens = model.input_to_tokens(tokens)
     eos = eos_token_id
     if eos is None and model.tokenizer is not None:

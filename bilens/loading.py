@@ -25,7 +25,7 @@ from torch import Tensor
 
 import bilens.hf  # noqa: F401  what is saved here loads through AutoModelForCausalLM at once
 from bilens.config import config_from_published, config_to_published
-from bilens.errors import CheckpointError, ModelNotFoundError, nearest
+from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, nearest
 from bilens.files import write_atomically
 from bilens.hub import HubOptions, fetch_from_hub
 from bilens.model import HookedBilinearTransformer
@@ -93,6 +93,7 @@ def load_model(
         local_files_only: use what the cache has and do not ask the hub, as `HF_HUB_OFFLINE=1` does for everything.
 
     Raises:
+        ArgumentError: a dtype or device that is none.
         ModelNotFoundError: nothing of that name (with the nearest bundled names), or not to be had from the hub.
         CheckpointError: the files are truncated, incomplete, of the wrong shapes, or hold NaN.
     """
@@ -107,12 +108,10 @@ def load_model(
             f"{weights}: no tensor 'transformer.wte.weight'; is this a published bilinear transformer? "
             f"It holds {', '.join(sorted(tensors)[:4])}, ..."
         )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = config_from_published(
         published,
         d_vocab=embedding.shape[0],
-        device=str(device),
+        device=resolve_device(device),
         dtype=resolve_dtype(dtype, embedding.dtype),
         model_name=name,
     )
@@ -262,6 +261,17 @@ def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def resolve_device(device: str | torch.device | None) -> str:
+    """A device's name; `None` is CUDA where there is one. `ArgumentError` for one that this machine does not have."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ArgumentError(f"device {str(device)!r} is not to be had: {str(error).splitlines()[0]}") from error
+    return str(device)
+
+
 def resolve_dtype(dtype: torch.dtype | str, stored: torch.dtype) -> torch.dtype:
     """A torch dtype from itself, its name, or `"auto"` (the stored one)."""
     if isinstance(dtype, torch.dtype):
@@ -270,7 +280,7 @@ def resolve_dtype(dtype: torch.dtype | str, stored: torch.dtype) -> torch.dtype:
         return stored
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if dtype not in known:
-        raise ValueError(f"dtype {dtype!r} is not one of auto, {', '.join(known)}." + nearest(dtype, known))
+        raise ArgumentError(f"dtype {dtype!r} is not one of auto, {', '.join(known)}." + nearest(str(dtype), known))
     return known[dtype]
 
 

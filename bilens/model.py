@@ -31,7 +31,7 @@ from transformer_lens.hook_points import HookPoint
 
 from bilens.attaching import SAEAttachmentMixin
 from bilens.config import BilinearTransformerConfig
-from bilens.errors import ContextLengthError, NotBilinearError, OutOfRangeError
+from bilens.errors import ArgumentError, ContextLengthError, NotBilinearError, OutOfRangeError
 from bilens.generation import generate
 from bilens.hooking import CheckedHooks
 from bilens.kv_cache import KeyValueCache
@@ -351,12 +351,13 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, CheckedHo
             padding_side: of a list of texts; `None` takes the tokenizer's own.
 
         Raises:
+            ArgumentError: an input or return type that is none, or a loss without tokens.
             ContextLengthError, EmptyTextError, OutOfRangeError: the input does not fit the model.
         """
         if start_at_layer is None:
+            tokens = self.input_to_tokens(input, prepend_bos, padding_side)  # type: ignore[arg-type]
             if isinstance(input, list) and attention_mask is None and len(input) > 1:
                 attention_mask = self.attention_mask(input, prepend_bos, padding_side)
-            tokens = self.input_to_tokens(input, prepend_bos, padding_side)  # type: ignore[arg-type]
             self._begin_splices(tokens)
             residual = self.hook_embed(self.embed(tokens))
         else:
@@ -382,9 +383,9 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, CheckedHo
         if return_type == "logits":
             return logits
         if return_type not in ("loss", "both"):
-            raise ValueError(f"return_type {return_type!r} is not one of 'logits', 'loss', 'both', None.")
+            raise ArgumentError(f"return_type {return_type!r} is not one of 'logits', 'loss', 'both', None.")
         if tokens is None:
-            raise ValueError("a loss from a residual stream needs the tokens: pass tokens=.")
+            raise ArgumentError("a loss from a residual stream needs the tokens: pass tokens=.")
         if attention_mask is not None:  # with a cache it covers the earlier positions too
             attention_mask = attention_mask[:, -tokens.shape[1] :]
         loss = self.loss_fn(logits, tokens, attention_mask, loss_per_token)

@@ -7,13 +7,22 @@ itself (the published ts-4096 does, GPT-2's does not) never matters here. Texts 
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bilens.errors import ContextLengthError, EmptyTextError, OutOfRangeError, TokenizationError, nearest
+from bilens.errors import (
+    ArgumentError,
+    ContextLengthError,
+    EmptyTextError,
+    OutOfRangeError,
+    TokenizationError,
+    nearest,
+)
 
 PaddingSide = Literal["left", "right"]
+TOKEN_DTYPES = (torch.int64, torch.int32)  # what an embedding takes
 
 
 class TokenizationMixin:
@@ -60,7 +69,7 @@ class TokenizationMixin:
         prepend_bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
         side = padding_side or tokenizer.padding_side
         if side not in ("left", "right"):
-            raise ValueError(f"padding_side {side!r} is not 'left' or 'right'.")
+            raise ArgumentError(f"padding_side {side!r} is not 'left' or 'right'.")
         texts = [input] if isinstance(input, str) else input
         if not texts:
             raise EmptyTextError("an empty list of texts has no tokens.")
@@ -107,17 +116,26 @@ class TokenizationMixin:
         """What `forward` accepts, as `(batch, pos)` tokens that fit the model.
 
         Raises:
+            ArgumentError: neither text nor integer tokens of one or two axes.
             EmptyTextError: nothing to run on.
             ContextLengthError: longer than `cfg.n_ctx` (nothing is cut silently).
             OutOfRangeError: a token id outside the vocabulary.
         """
         if isinstance(input, str | list):
+            if isinstance(input, list) and not all(isinstance(text, str) for text in input):
+                raise ArgumentError(f"{input!r} is no list of texts; token ids are given as a tensor.")
             if not input or any(not text.strip() for text in ([input] if isinstance(input, str) else input)):
                 raise EmptyTextError(f"the text {input!r} is empty; give at least one word.")
             tokens = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side, truncate=False)
         else:
-            tokens = input if input.ndim > 1 else input[None]
-            tokens = tokens.to(self.cfg.device)
+            if not isinstance(input, Tensor):
+                raise ArgumentError(f"{input!r} is neither a text, nor a list of texts, nor a tensor of token ids.")
+            if input.ndim not in (1, 2) or input.dtype not in TOKEN_DTYPES:
+                raise ArgumentError(
+                    f"{input.dtype} of shape {tuple(input.shape)}: expected token ids as integers of shape (pos,) or "
+                    "(batch, pos); a residual stream needs start_at_layer=."
+                )
+            tokens = (input if input.ndim > 1 else input[None]).to(self.cfg.device)
         if tokens.numel() == 0:
             raise EmptyTextError(f"tokens of shape {tuple(tokens.shape)} hold nothing to run on.")
         if tokens.shape[-1] > self.cfg.n_ctx:
@@ -132,18 +150,20 @@ class TokenizationMixin:
             )
         return tokens
 
-    def to_string(self, tokens: Int[Tensor, "*batch pos"] | list[int] | int) -> str | list[str]:
+    def to_string(
+        self, tokens: Int[Tensor, "*batch pos"] | np.ndarray | list[int] | list[list[int]] | list[Tensor] | int
+    ) -> str | list[str]:
         """The text of a token sequence; a list of texts for a batch. Special tokens are shown."""
-        if isinstance(tokens, Tensor) and tokens.ndim == 2:
-            return [self.to_string(row) for row in tokens]  # type: ignore[misc]
-        ids = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        ids: Any = tokens.tolist() if isinstance(tokens, Tensor | np.ndarray) else tokens
+        if isinstance(ids, list) and ids and np.ndim(ids[0]):
+            return [self.to_string(row) for row in ids]  # type: ignore[misc]
         text = self._require_tokenizer().decode(ids, clean_up_tokenization_spaces=False)
         # The published ts-4096 tokenizer has no decoder to join its word pieces.
         return text.replace(" ##", "") if self.is_wordpiece else text
 
     def to_str_tokens(
         self,
-        input: str | Int[Tensor, "*batch pos"] | list,
+        input: str | Int[Tensor, "*batch pos"] | np.ndarray | list,
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
     ) -> Any:
@@ -151,7 +171,9 @@ class TokenizationMixin:
         tokenizer = self._require_tokenizer()
         if isinstance(input, list):
             return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]
-        tokens = self.to_tokens(input, prepend_bos, padding_side)[0] if isinstance(input, str) else input
+        if isinstance(input, str):
+            input = self.to_tokens(input, prepend_bos, padding_side)[0]
+        tokens = torch.as_tensor(input)
         ids = tokens.squeeze().reshape(-1) if tokens.numel() == 1 else tokens.squeeze()
         if ids.ndim != 1:
             raise TokenizationError(f"to_str_tokens takes one sequence, not tokens of shape {tuple(tokens.shape)}.")
@@ -190,7 +212,7 @@ class TokenizationMixin:
             TokenizationError: it does not occur, or is not a single token; or `input` is several sequences.
         """
         if mode not in ("first", "last"):
-            raise ValueError(f"mode {mode!r} is not 'first' or 'last'.")
+            raise ArgumentError(f"mode {mode!r} is not 'first' or 'last'.")
         tokens = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
         if tokens.ndim > 1 and tokens.shape[0] > 1:
             raise TokenizationError(

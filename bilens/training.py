@@ -26,9 +26,9 @@ from bilens.checkpoint import load_checkpoint, save_checkpoint
 from bilens.config import config_from_published
 from bilens.data import Texts, TokenizedTexts, pack, train_tokenizer, training_and_validation
 from bilens.display import Tabular
-from bilens.errors import TrainingError
+from bilens.errors import ArgumentError, TrainingError
 from bilens.files import write_atomically
-from bilens.loading import load_tokenizer, resolve_dtype, save_model
+from bilens.loading import load_tokenizer, resolve_device, resolve_dtype, save_model
 from bilens.model import HookedBilinearTransformer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -70,6 +70,13 @@ class TrainConfig:
     seed: int = 0
     eval_every: int = 500
     checkpoint_every: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}, expected a positive integer.")
+        if not self.epochs > 0:
+            raise ArgumentError(f"epochs is {self.epochs!r}, expected a number above 0.")
 
     def published(self, tokenizer_name: str | None) -> dict[str, Any]:
         """The published `config.json` of the model to train."""
@@ -156,13 +163,14 @@ def train_lm(
         device: `None` takes CUDA where there is one.
 
     Raises:
+        ArgumentError: an unknown dtype or device, before anything is trained.
         TrainingError: no data, or a checkpoint in `out` of another configuration.
     """
     config, out = config or TrainConfig(), Path(out)
+    device, on_disk = resolve_device(device), resolve_dtype(dtype, torch.float32)
     out.mkdir(parents=True, exist_ok=True)
     train_texts, valid_texts = training_and_validation(data, valid, column=column)
     hf_tokenizer, name = _tokenizer(out, tokenizer, train_texts, vocab_size, config.n_ctx)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     published = config.published(name)
     cfg = config_from_published(published, len(hf_tokenizer), device=device, model_name=out.name)
     model = HookedBilinearTransformer(cfg, hf_tokenizer, seed=config.seed)
@@ -174,7 +182,7 @@ def train_lm(
         checkpoint=out / CHECKPOINT_FILE,
     )
     validations = run.fit()
-    save_model(model.eval(), out, dtype=resolve_dtype(dtype, model.cfg.dtype))
+    save_model(model.eval(), out, dtype=on_disk)
     write_atomically(
         out / "training.json",
         lambda path: path.write_text(

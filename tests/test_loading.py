@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bilens import loading
 from bilens.config import config_from_published
-from bilens.errors import CheckpointError, ModelNotFoundError
+from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError
 from bilens.files import write_atomically
 from bilens.loading import list_models, load_model, load_tokenizer, published_tensors, save_model
 from bilens.model import HookedBilinearTransformer
@@ -178,8 +178,14 @@ def test_the_dtype_in_memory_and_on_disk(checkpoint: Path, tmp_path: Path) -> No
     assert load_model(tmp_path / "half", dtype="auto").W_E.dtype == torch.float16
     assert load_model(tmp_path / "half", dtype="bfloat16").cfg.dtype == torch.bfloat16
     assert load_model(tmp_path / "half", dtype=torch.float64).cfg.dtype == torch.float64
-    with pytest.raises(ValueError, match=r"'flaot32' is not one of auto, .* Did you mean 'float32'"):
+    with pytest.raises(ArgumentError, match=r"'flaot32' is not one of auto, .* Did you mean 'float32'"):
         load_model(checkpoint, dtype="flaot32")
+
+
+def test_a_device_that_is_not_there(checkpoint: Path) -> None:
+    with pytest.raises(ArgumentError, match="device 'gpu' is not to be had"):
+        load_model(checkpoint, device="gpu")
+    assert load_model(checkpoint, device=torch.device("cpu")).cfg.device == "cpu"
 
 
 def test_the_stored_rotary_buffer_is_ignored(checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
-from bilens.errors import ContextLengthError, EmptyTextError, NotBilinearError, OutOfRangeError
+from bilens.errors import ArgumentError, ContextLengthError, EmptyTextError, NotBilinearError, OutOfRangeError
 from bilens.kv_cache import KeyValueCache
 from bilens.loading import published_tensors
 from bilens.model import HookedBilinearTransformer, RMSNorm
@@ -506,6 +506,9 @@ def test_input_that_does_not_fit_is_refused() -> None:
     with pytest.raises(EmptyTextError):
         model(torch.zeros(1, 0, dtype=torch.long))
     assert model(torch.zeros(1, 32, dtype=torch.long)).shape == (1, 32, 50)
+    for what_is_no_input in ([1, 2], np.array([1, 2]), torch.tensor([1.0, 2.0]), torch.tensor(1), torch.ones(1, 1, 2)):
+        with pytest.raises(ArgumentError, match=r"texts?,|as a tensor|token ids as integers"):
+            model(what_is_no_input)
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------

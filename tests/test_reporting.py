@@ -153,6 +153,14 @@ def test_a_trace_of_nothing_is_refused(request_, error, message, tmp_path):
     assert not (tmp_path / "trace.html").exists()
 
 
+def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["bilens", "train-lm", "texts.txt", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err.startswith("bilens: [Errno")
+
+
 def test_misspelt_model_is_one_line_with_the_nearest_name(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bilens", "report", "ts-tny"])
     with pytest.raises(SystemExit, match="1"):

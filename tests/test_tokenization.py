@@ -202,6 +202,8 @@ def test_to_string_gives_the_text_back(text_model: HookedBilinearTransformer, te
     assert text_model.to_string(tokens) == ["mira found a red kite ."]
     assert text_model.to_string(tokens[0].tolist()) == "mira found a red kite ."
     assert text_model.to_string(text_model.to_single_token("fox")) == "fox"
+    for batch in (tokens.numpy(), tokens.tolist(), list(tokens)):  # what TransformerLens takes
+        assert text_model.to_string(batch) == ["mira found a red kite ."]
     for text in texts[::37]:
         words = text_model.to_string(text_model.to_tokens(text, prepend_bos=False)[0])
         assert words.replace(" ", "") == text.lower().replace(" ", "")
@@ -216,6 +218,7 @@ def test_to_str_tokens(text_model: HookedBilinearTransformer) -> None:
     assert strings == text_model.tokenizer.convert_ids_to_tokens(tokens[0].tolist())
     assert any(string.startswith("##") for string in strings)
     assert text_model.to_str_tokens(tokens) == text_model.to_str_tokens(tokens[0]) == strings
+    assert text_model.to_str_tokens(tokens[0].numpy()) == strings
     assert text_model.to_str_tokens("the foxes found kites", prepend_bos=False) == strings[1:]
     assert text_model.to_str_tokens(["the fox", tokens]) == [["[BOS]", "the", "fox"], strings]
     assert text_model.to_str_tokens(tokens[0, 1]) == text_model.to_str_tokens(tokens[:, 1:2]) == ["the"]

@@ -20,7 +20,7 @@ from bilens import checkpoint as checkpoint_module
 from bilens import training
 from bilens.config import config_from_published
 from bilens.data import TokenizedTexts
-from bilens.errors import TrainingError
+from bilens.errors import ArgumentError, TrainingError
 from bilens.loading import load_model
 from bilens.model import HookedBilinearTransformer
 from bilens.training import TrainConfig, TrainingResult, TrainingRun, Validation, train_lm, validate
@@ -446,6 +446,19 @@ def test_a_tokenizer_that_is_not_there(train_small: Callable, monkeypatch: pytes
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
     with pytest.raises(TrainingError, match="no tokenizer at ts-4069"):
         train_small("out", tokenizer="ts-4069")
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "flaot32"}, {"device": "gpu"}])
+def test_a_dtype_or_device_is_refused_before_training(wrong: dict, texts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"'flaot32' is not one of|'gpu' is not to be had"):
+        train_lm(texts, tmp_path / "out", TINY, **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"epochs": -1.0}, {"epochs": math.nan}, {"eval_every": 0}])
+def test_a_config_that_trains_nothing_is_refused(wrong: dict) -> None:
+    with pytest.raises(ArgumentError, match=f"{next(iter(wrong))} is "):
+        TrainConfig(**wrong)
 
 
 def test_results_read_well() -> None:

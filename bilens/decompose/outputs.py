@@ -38,7 +38,7 @@ def read_output(output: Any, d_model: int) -> Int[Tensor, "*n"] | Float[Tensor, 
         tensor = torch.tensor(index(output))
     else:
         try:
-            tensor = torch.as_tensor(np.asarray(output))
+            tensor = torch.as_tensor(np.array(output))  # a copy: torch warns of arrays it may not write to
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"output {output!r} is neither features (integers) nor directions (floats).") from error
         if tensor.shape == (0,) and tensor.is_floating_point():  # numpy takes an empty list for floats

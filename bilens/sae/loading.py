@@ -38,6 +38,7 @@ from bilens.loading import (
     list_models,
     read_config,
     read_tensors,
+    resolve_device,
     resolve_dtype,
 )
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig
@@ -208,8 +209,7 @@ def load_sae_folder(
     entry = _read_entry(folder)
     if entry is None:
         raise ModelNotFoundError(f"{folder} is no SAE folder: {EXPECTED}.")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     if entry.format == "saelens":
         return _load_saelens(folder, entry, device, dtype)
     return _load_published(folder, entry, device, dtype, n_layers)

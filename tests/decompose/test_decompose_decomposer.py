@@ -271,6 +271,14 @@ def test_a_layer_out_of_range(models, layer):
         Decomposer(models(False, True), layer)
 
 
+def test_a_layer_is_any_integer(models):
+    for layer in (np.int64(1), torch.tensor(1), -1):
+        assert type(Decomposer(models(False, True), layer).layer) is int
+    for wrong in (1.0, "1", None):
+        with pytest.raises(ArgumentError, match="is not an integer: layer"):
+            Decomposer(models(False, True), wrong)
+
+
 @pytest.mark.parametrize("which", ["input", "output"])
 def test_an_sae_of_another_width(models, which):
     hook = (IN if which == "input" else OUT).format(0)
@@ -313,6 +321,7 @@ def test_a_transcoder_is_no_sae_of_either_side(models):
     feature=st.integers(0, D_SAE - 1),
     as_type=st.sampled_from([int, np.int64, np.uint8, torch.tensor, lambda i: torch.tensor(i, dtype=torch.int32)]),
 )
+@pytest.mark.filterwarnings("error:The given NumPy array")
 def test_a_feature_is_any_integer(models, feature, as_type):
     """Those of a numpy array or data frame column too; several as a list, an array or a column of one."""
     decomposer, expected = make(models(False, True), 0), make(models(False, True), 0).interaction(feature)

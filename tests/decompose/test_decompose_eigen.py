@@ -197,6 +197,13 @@ def test_one_activation_is_lambda_times_the_squared_projection(decomposer):
                 assert_close(activations[p, n, rank], one, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_activations_of_inputs_in_another_precision(decomposer, dtype):
+    """A model in half precision caches half-precision inputs; they are read in that of the eigenvectors."""
+    eigen, x = decomposer.eigen([1, 2]), random(3, 5, D).to(dtype)
+    assert torch.equal(eigen.activations(x), eigen.activations(x.float()))
+
+
 def test_the_cosines_with_decoder_directions(decomposer):
     eigen, decoder = decomposer.eigen(torch.tensor([2, 8]), k=3), decomposer.input_sae.W_dec.detach()
     expected = torch.nn.functional.cosine_similarity(eigen.vectors[:, :, None], decoder[None, None], dim=-1)
