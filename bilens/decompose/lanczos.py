@@ -22,7 +22,7 @@ What does not converge (it is rare) is marked, for the caller to solve otherwise
 Source: Parlett, The Symmetric Eigenvalue Problem, chapters 11 to 13.
 """
 
-from collections.abc import Iterator
+import math
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -71,7 +71,9 @@ def leading_eigenpairs(
     index = torch.arange(n, device=c.device)
     passing_since = torch.zeros(n, dtype=torch.long, device=c.device)  # 0: the last check did not pass
     proven = operator.rows.new_zeros(n)  # by a probe: the k wanted are this large at least
-    for steps in _schedule(d, k):
+    steps, end = max(FIRST_CHECK, 3 * k), max(MAX_STEPS, 8 * k)
+    while len(index):
+        steps = min(steps, d, end)
         lanczos.advance(steps)
         ritz = lanczos.ritz()
         count, passed, share = _check(ritz, k + SPARE)
@@ -89,20 +91,16 @@ def leading_eigenpairs(
             found.steps[:] = steps
             for name, values in vars(found).items():
                 getattr(result, name)[index[rows]] = values
-        index, passing_since, proven = index[~done], passing_since[~done], proven[~done]
-        if not len(index):
+        if steps == min(d, end):
             break
+        index, passing_since, proven = index[~done], passing_since[~done], proven[~done]
         lanczos.keep(~done)
+        # At wider intervals later; sooner where most have just passed, and wait for the probe.
+        pause = max(CHECK_EVERY, steps // 5)
+        if 2 * (passing_since == steps).sum() > len(index):
+            pause = min(pause, math.ceil(CONFIRM * steps) - steps)
+        steps += pause
     return result
-
-
-def _schedule(d: int, k: int) -> Iterator[int]:
-    """When to look: every few steps, at wider intervals later; at last, when the Krylov space is everything."""
-    last, steps = min(d, max(MAX_STEPS, 8 * k)), max(FIRST_CHECK, 3 * k)
-    while steps < last:
-        yield steps
-        steps += max(CHECK_EVERY, steps // 5)
-    yield last
 
 
 class _Lanczos:
