@@ -24,7 +24,7 @@ PRODUCTS_PER_STEP, STEPS_PER_CHECK, BASIS = 1.4, 5, 24
 BLOCK_PRODUCTS_PER_STEP, BLOCK_CHECKS = 0.5, 3
 TWICE = 40  # after so many steps one takes twice as long: there is more to be orthogonal to, out of the cache
 BATCH = 128
-FEW = 0.75  # of what an output takes among a few is what it takes among many
+FEW = 0.65  # of what an output takes among a few is what it takes among many
 LARGEST_EIGH = 384  # larger ones are extrapolated: measuring must stay cheap
 
 

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 Method = Literal["auto", "lanczos", "block", "dense"]
 STATUSES = ("bounded", "converged", "dense")
-# What Lanczos holds of a chunk, forty vectors of each output, should stay in a CPU's cache; few outputs are slow.
-CACHE, CACHED_STEPS, SMALLEST_CHUNK, LARGEST_CHUNK = 2**24, 40, 128, 2048
+# Bytes that Lanczos holds of a chunk of outputs, forty vectors each: fewer outputs are slow, more are not faster.
+HELD, HELD_STEPS, SMALLEST_CHUNK, LARGEST_CHUNK = 2**26, 40, 128, 2048
 PILOT = 64  # outputs: enough to learn how many steps a spectrum takes, few enough to change over
 FORMED = 2**27  # bytes of matrices formed at a time: more are not formed faster
 GRAM_BLOCK = 2**22  # entries of K at a time
@@ -324,7 +324,7 @@ def _chunk_size(layer: BilinearLayer, search_dtype: torch.dtype, k: int, memory:
         each = 2 * coarse * d_model**2 + 8 * item * block_size(k) * d_model + 4 * (k + 2) * d_mlp * item
     else:
         products = d_mlp * (3 * item + 6 * coarse) + 4 * (k + 2) * d_mlp * item
-        each = products + 8 * CACHED_STEPS * d_model * item
+        each = products + 8 * HELD_STEPS * d_model * item
     fits = (memory - shared) // each
     if fits < 1:
         raise ArgumentError(
@@ -333,7 +333,7 @@ def _chunk_size(layer: BilinearLayer, search_dtype: torch.dtype, k: int, memory:
         )
     largest = LARGEST_CHUNK
     if layer.W_gate.device.type == "cpu":
-        enough = FORMED // (coarse * d_model**2) if method == "block" else CACHE // (CACHED_STEPS * d_model * item)
+        enough = FORMED // (coarse * d_model**2) if method == "block" else HELD // (HELD_STEPS * d_model * item)
         largest = max(SMALLEST_CHUNK, enough)
     return min(fits, largest)
 
