@@ -236,8 +236,11 @@ def evaluate(
 ) -> None:
     """Validation loss of a model; sparsity, explained variance and loss recovered of its SAEs."""
     from bilens.data import load_texts
+    from bilens.files import destination
     from bilens.reporting import evaluate as run
 
+    if out is not None:
+        destination(out)
     card = run(model, load_texts(data, column=column), saes)
     typer.echo(str(card))
     if out is not None:

@@ -38,7 +38,7 @@ from bilens.decompose.gallery import MotifGallery, motif_gallery
 from bilens.decompose.outputs import check_index
 from bilens.decompose.sweep import Sweep
 from bilens.errors import ArgumentError, ModelNotFoundError, OutOfRangeError
-from bilens.files import write_atomically
+from bilens.files import destination, write_atomically
 from bilens.generation import sample_texts
 from bilens.loading import DEFAULT_MODEL, PRETRAINED, list_models, load_model
 from bilens.model import HookedBilinearTransformer
@@ -205,12 +205,13 @@ def report(
         expansion, k: which SAEs, where there are several.
         examples: texts to see what features fire on; `None` takes the model's own (see `example_texts`).
         sweep: the folder that `bilens sweep` wrote for this model, to find interesting features from.
-        out: the file.
+        out: the file, asked for before anything is computed.
         say: is told what is going on.
 
     Returns:
         The circuits on the page.
     """
+    out = destination(out)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
     layer = (model.cfg.n_layers - 1) // 2 if layer is None else layer
     say(f"model {model.cfg.model_name}, layer {layer}")
@@ -231,6 +232,7 @@ def demo(
     out: str | os.PathLike[str] = "bilens_demo.html", say: Callable[[str], None] = lambda line: None
 ) -> list[FeatureCircuit]:
     """The report on the bundled model: the features its authors picked, on the texts they picked."""
+    out = destination(out)
     model = load_model()
     picks = json.loads((PRETRAINED / DEFAULT_MODEL / DEMO_FILE).read_text())
     texts = example_texts(model)
@@ -289,7 +291,7 @@ def trace(
         expansion, k: which SAEs, where there are several.
         examples: texts to see what features fire on; `None` takes some of the model's own (see `example_texts`).
         check: the circuit by intervention, too.
-        out: the file.
+        out: the file, asked for before anything is computed.
         say: is told what is going on.
 
     Returns:
@@ -299,6 +301,7 @@ def trace(
         ArgumentError: a feature that is not named so, a feature and a token at once, or `minus` without `target`.
         others: as for `freeze` and `read_targets`.
     """
+    out = destination(out)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
     place = saes if saes is not None else sae_source(model.cfg.model_name)
     pairs = {
@@ -365,12 +368,13 @@ def gallery(
         saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
         expansion, k: which SAEs, where there are several.
         examples: texts to see what features fire on together; `None` takes the model's own (see `example_texts`).
-        out: the file.
+        out: the file, asked for before anything is computed.
         say: is told what is going on.
 
     Returns:
         What is on the page.
     """
+    out = destination(out)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
     pairs = {
         d.layer: (d.input_view.sae, d.output_view.sae) for d in layer_decomposers(model, layers, saes, expansion, k)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import bilens
+import bilens.reporting
 from bilens import cli
 from bilens.decompose.circuit import feature_circuit, rank_features
 from bilens.errors import ArgumentError, ContextLengthError, EmptyTextError, ModelNotFoundError, OutOfRangeError
@@ -151,6 +151,17 @@ def test_a_trace_of_nothing_is_refused(request_, error, message, tmp_path):
     with pytest.raises(error, match=message):
         trace(text=TEXT, out=tmp_path / "trace.html", **request_)
     assert not (tmp_path / "trace.html").exists()
+
+
+@pytest.mark.parametrize("write", [bilens.reporting.report, bilens.reporting.demo, bilens.reporting.gallery, trace])
+def test_where_to_write_is_asked_before_the_work(write, tmp_path):
+    (tmp_path / "file").touch()
+    said = []
+    arguments = {"text": TEXT} if write is trace else {}
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "page.html", "no folder to be had")):
+        with pytest.raises(ArgumentError, match=message):
+            write(out=out, say=said.append, **arguments)
+    assert not said
 
 
 def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
