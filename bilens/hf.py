@@ -265,8 +265,8 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache()
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None  # nothing is padding, and the fused kernel may run
-        streams: list[Tensor] = []
-        patterns: list[Tensor] = []
+        streams: list[Any] = []
+        patterns: list[Any] = []
         kept = _keep(patterns, hooked, "attn.hook_pattern") if output_attentions else []
         if output_hidden_states:
             kept += [*_keep(streams, hooked, "hook_resid_pre"), ("ln_final.hook_normalized", _into(streams))]

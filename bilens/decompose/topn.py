@@ -307,8 +307,8 @@ class _Best:
 
     def __init__(self, n: int, floor: float, strict: bool) -> None:
         self.n, self.floor, self.threshold, self.strict = n, floor, floor, strict
-        self.found = np.zeros((3, 0), dtype=np.int64)
-        self.scores = np.zeros(0)
+        self.found: np.ndarray = np.zeros((3, 0), dtype=np.int64)
+        self.scores: np.ndarray = np.zeros(0)
 
     def add(self, triples: np.ndarray, scores: np.ndarray, approximate: np.ndarray) -> None:
         """Take in some with their float64 scores; `approximate` are those of the search."""

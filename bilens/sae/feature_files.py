@@ -195,7 +195,9 @@ def _context_tables(statistics: FeatureStatistics, bands: int, per_band: int) ->
             feature, place = np.nonzero(best.key[start:stop] < LAST)
             feature += start
             if best is statistics.top:
-                band, rank, quantile = np.full(len(feature), TOP), place, np.full(len(feature), np.nan)
+                band: Array = np.full(len(feature), TOP)
+                quantile: Array = np.full(len(feature), np.nan)
+                rank = place
             else:
                 quantile = statistics.quantiles(feature, best.value[feature, place], place)
                 band = (quantile * bands).astype(np.int64)

@@ -380,7 +380,7 @@ def place_hashes(seed: int, feature: Array, text: Array, position: Array) -> Int
 
     Source: Steele, Lea, Flood, *Fast splittable pseudorandom number generators*, OOPSLA 2014.
     """
-    h = np.full(len(feature), seed % 2**64, np.uint64)
+    h: Array = np.full(len(feature), seed % 2**64, np.uint64)
     for part in (feature, text, position):
         h = (h ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
         h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
