@@ -101,7 +101,7 @@ def generate(
     eos = eos_token_id
     if eos is None and model.tokenizer is not None:
         eos = model.tokenizer.eos_token_id
-    generator = None if seed is None else torch.Generator(device=tokens.device).manual_seed(seed)
+    generator = None if seed is None else torch.Generator(device=tokens.device).manual_seed(int(seed))
     cache = KeyValueCache.empty(model.cfg.n_layers) if use_past_kv_cache else None
     ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     new = tokens

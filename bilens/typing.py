@@ -5,12 +5,15 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from beartype import beartype
+import numpy as np
+from beartype import BeartypeConf, BeartypeHintOverrides, beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
 from bilens.errors import ArgumentError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
+# What users take for numbers: a whole one where a float is expected, and numpy's, such as a data frame's entries.
+NUMBERS = BeartypeHintOverrides({int: int | np.integer, float: float | int | np.integer | np.floating})
 PARAMETER = re.compile(r"parameter '(\w+)'\.\nActual value: (.*)\nExpected type: (.*)\.\n")
 
 
@@ -20,7 +23,7 @@ def typed(function: F) -> F:
     Raises:
         ArgumentError: an argument of another type or shape; it names the argument, its value and what was expected.
     """
-    checked = jaxtyped(typechecker=beartype)(function)
+    checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(hint_overrides=NUMBERS)))(function)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
