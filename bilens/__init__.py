@@ -58,6 +58,8 @@ _HOME = {
     "train_saes": "bilens.sae",
 }
 
+_PACKAGES = ("attribute", "decompose", "reproduce", "sae", "toy", "vision", "viz")
+
 __all__ = [
     "AnnealConfig",
     "BilensError",
@@ -87,6 +89,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"bilens.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'bilens' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -95,4 +99,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*__all__, *_PACKAGES, *(name for name in globals() if name.startswith("__"))})

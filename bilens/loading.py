@@ -279,9 +279,10 @@ def resolve_dtype(dtype: torch.dtype | str, stored: torch.dtype) -> torch.dtype:
     if dtype == "auto":
         return stored
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-    if dtype not in known:
-        raise ArgumentError(f"dtype {dtype!r} is not one of auto, {', '.join(known)}." + nearest(str(dtype), known))
-    return known[dtype]
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise ArgumentError(f"dtype {dtype!r} is not one of auto, {', '.join(known)}." + nearest(name, known))
+    return known[name]
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -177,6 +177,7 @@ def test_the_dtype_in_memory_and_on_disk(checkpoint: Path, tmp_path: Path) -> No
     assert load_model(tmp_path / "half").W_E.dtype == torch.float32
     assert load_model(tmp_path / "half", dtype="auto").W_E.dtype == torch.float16
     assert load_model(tmp_path / "half", dtype="bfloat16").cfg.dtype == torch.bfloat16
+    assert load_model(tmp_path / "half", dtype="torch.bfloat16").cfg.dtype == torch.bfloat16
     assert load_model(tmp_path / "half", dtype=torch.float64).cfg.dtype == torch.float64
     with pytest.raises(ArgumentError, match=r"'flaot32' is not one of auto, .* Did you mean 'float32'"):
         load_model(checkpoint, dtype="flaot32")

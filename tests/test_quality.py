@@ -40,5 +40,8 @@ def test_every_public_name_resolves():
 
     for name in bilens.__all__:
         assert getattr(bilens, name) is not None
+        assert name in dir(bilens)
+    for package in ("attribute", "decompose", "reproduce", "sae", "toy", "vision", "viz"):
+        assert getattr(bilens, package).__name__ == f"bilens.{package}"
     with pytest.raises(AttributeError, match="no attribute 'loadmodel'"):
         _ = bilens.loadmodel

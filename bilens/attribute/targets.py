@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from sae_lens import SAE
 from torch import Tensor
 
 from bilens.attribute.frozen import FrozenPass
@@ -50,16 +51,22 @@ class Target:
     name: str = ""
 
     @classmethod
-    def feature(cls, sae: str, feature: int, position: int = -1, name: str = "") -> "Target":
+    def feature(cls, sae: str | SAE[Any], feature: int, position: int = -1, name: str = "") -> "Target":
         """An SAE feature's pre-activation.
 
         Args:
-            sae: its hook, or its name: `2-mlp-in`.
+            sae: itself, its hook, or its name: `2-mlp-in`.
             feature: active there or not.
             position: `[BOS]` counted.
             name: to be shown.
+
+        Raises:
+            ArgumentError: an SAE that does not say which hook it is on.
         """
-        return cls(sae, position, feature, name)
+        hook = sae if isinstance(sae, str) else sae.cfg.metadata.hook_name
+        if hook is None:
+            raise ArgumentError("the SAE does not say which hook it is on: its cfg.metadata.hook_name is None.")
+        return cls(hook, position, feature, name)
 
     @classmethod
     def logit(cls, token: int | str, position: int = -1, *, minus: int | str | None = None, name: str = "") -> "Target":

@@ -108,6 +108,11 @@ class Decomposer:
         self.input_names = self._check_names(input_names, self._input, "input")
         self.output_names = self._check_names(output_names, self._output, "output")
 
+    def __repr__(self) -> str:
+        views = {"input_sae": self._input, "output_sae": self._output}
+        saes = [f"{name} of {v.d_sae} features on {v.hook_name!r}" for name, v in views.items() if v is not None]
+        return f"Decomposer({', '.join([str(self.model.cfg.model_name), f'layer {self.layer}', *saes])})"
+
     @property
     def input_sae(self) -> SAE[Any] | None:
         return None if self._input is None else self._input.sae

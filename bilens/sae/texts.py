@@ -1,6 +1,6 @@
 """Texts as the passes over data take them: each from its `[BOS]`, cut to the context, none of them empty."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,18 +15,22 @@ if TYPE_CHECKING:
 
 
 def text_starts(
-    model: "HookedBilinearTransformer", texts: Sequence[str]
+    model: "HookedBilinearTransformer", texts: Iterable[str]
 ) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
     """`[BOS] text`, cut to the model's context and padded on the right; and its attention mask. One row per text.
 
     Raises:
-        ArgumentError: one text instead of a list.
+        ArgumentError: one text instead of a list, or something in it that is no text.
         EmptyTextError: no texts, one that is empty or only whitespace, or none with a token in it.
         TokenizationError: the model has no tokenizer.
     """
     if isinstance(texts, str):
         raise ArgumentError(f"texts is the one text {texts[:40]!r}; expected a list of them: [text].")
-    if len(texts) == 0:
+    texts = list(texts)
+    other = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    if other is not None:
+        raise ArgumentError(f"text {other} of {len(texts)} is {texts[other]!r:.80}; expected a string.")
+    if not texts:
         raise EmptyTextError("the list of texts is empty.")
     tokenizer = model._require_tokenizer()
     blank = next((i for i, text in enumerate(texts) if not text.strip()), None)
@@ -35,9 +39,8 @@ def text_starts(
     tokenized = TokenizedTexts.from_texts(texts, tokenizer)
     if not tokenized.rows:
         raise EmptyTextError(f"none of the {len(texts)} texts has a token in it; the first is {texts[0]!r}.")
-    if len(tokenized.rows) < len(
-        texts
-    ):  # a lone accent normalises to nothing: its row is [BOS], so that rows are texts
-        rows = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    # A lone accent normalises to nothing: its row is [BOS], so that rows are texts.
+    if len(tokenized.rows) < len(texts):
+        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         tokenized = replace(tokenized, rows=rows)
     return tokenized.starts(model.cfg.n_ctx)

@@ -278,6 +278,16 @@ def test_bad_targets(frozen_kinds, target, error, match):
         split(frozen_kinds[True, True], target)
 
 
+def test_a_feature_of_the_sae_itself(frozen_kinds):
+    frozen = frozen_kinds[True, True]
+    sae = frozen.sae("2-mlp-in").view.sae
+    assert Target.feature(sae, 5, 4).hook == sae.cfg.metadata.hook_name
+    named, given = (split(frozen, Target.feature(one, 5, 4)) for one in ("2-mlp-in", sae))
+    assert torch.equal(named.values, given.values)
+    with pytest.raises(ArgumentError, match="does not say which hook it is on"):
+        Target.feature(make_sae(hook=None), 5)
+
+
 def test_bad_passes():
     model = model_of(True, True)
     sae = make_sae(hook="blocks.0.hook_mlp_out")

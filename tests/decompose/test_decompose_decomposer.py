@@ -144,6 +144,11 @@ def test_an_sae_that_does_not_name_its_hook_is_taken_on_trust(models):
     assert decomposer.interaction(1, basis="features").shape == (D_SAE, D_SAE)
 
 
+def test_shows_what_it_is_made_of(models):
+    shown = repr(Decomposer(models(False, True), -1, output_sae=make_sae("topk", "blocks.1.hook_mlp_out")))
+    assert shown.endswith(f"layer 1, output_sae of {D_SAE} features on 'blocks.1.hook_mlp_out')")
+
+
 # --- the authors' numbers ---------------------------------------------------------------------------------------------
 
 

@@ -78,6 +78,12 @@ def test_some_features_are_those_rows_of_all(models):
     assert some.to_frame()["name"].tolist() == ["out 7", "out 3"]
 
 
+def test_texts_may_be_any_iterable(models):
+    decomposer = make(models(False, True))
+    listed, drawn = (fidelity(decomposer, texts, output=[7], k=1) for texts in (TEXTS, iter(TEXTS)))
+    assert torch.equal(listed.correlation_all, drawn.correlation_all)
+
+
 def test_what_does_not_vary_has_no_correlation(models):
     """The same text again and again: a feature that fires at one place of it has one activation, up to rounding."""
     decomposer = make(models(False, True))

@@ -220,6 +220,7 @@ def test_an_sae_of_another_width(text_model, sample):
         (["Mira", ""], EmptyTextError, r"text 1 of 2, '', has nothing in it"),
         ([" \n\t", "Mira"], EmptyTextError, r"text 0 of 2, ' \\n\\t', has nothing in it"),
         ("the little fox", ArgumentError, r"texts is the one text 'the little fox'; expected a list"),
+        (["the", 3], ArgumentError, "text 1 of 2 is 3; expected a string"),
     ],
 )
 def test_texts_with_nothing_in_them(text_model, bad, error, message):
