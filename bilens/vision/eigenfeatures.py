@@ -22,7 +22,8 @@ Source: Pearce et al. 2025, sections 3 and 4.1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from operator import index
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Space = Literal["embedding", "pixels"]
-Class: TypeAlias = int | str
+Class: TypeAlias = SupportsIndex | str
 ClassOutput: TypeAlias = "Class | tuple[Class, Class]"
 
 
@@ -171,11 +172,10 @@ class Eigenfeatures(Tabular):
         Raises:
             ArgumentError: nowhere.
         """
-        if str(output) not in self.labels:
-            raise ArgumentError(
-                f"no output {str(output)!r} among {', '.join(self.labels)}.{nearest(str(output), self.labels)}"
-            )
-        return self.labels.index(str(output))
+        label = output if isinstance(output, str) else str(index(output))
+        if label not in self.labels:
+            raise ArgumentError(f"no output {label!r} among {', '.join(self.labels)}.{nearest(label, self.labels)}")
+        return self.labels.index(label)
 
     def _title(self) -> str:
         quadratic_only = "" if self.homogeneous or is_quadratic(self.model.cfg) else ", of the quadratic part"
@@ -305,15 +305,17 @@ def class_index(cfg: ClassifierConfig, which: Class) -> int:
         ArgumentError: no such class.
     """
     known = f"classes 0 to {cfg.d_output - 1}" + (f" ({', '.join(cfg.labels)})" if cfg.class_names else "")
-    if isinstance(which, bool) or not isinstance(which, int | str):
-        raise ArgumentError(f"class {which!r}: expected one of the model's {known}.")
     if isinstance(which, str):
         if which not in cfg.labels:
             raise ArgumentError(f"no class {which!r} among the model's {known}.{nearest(which, cfg.labels)}")
         return cfg.labels.index(which)
-    if not 0 <= which < cfg.d_output:
+    try:
+        number = index(which)  # a Python, numpy or 0-d tensor integer, such as a label of the data
+    except TypeError as error:
+        raise ArgumentError(f"class {which!r}: expected one of the model's {known}.") from error
+    if isinstance(which, bool) or not 0 <= number < cfg.d_output:
         raise ArgumentError(f"no class {which} among the model's {known}.")
-    return which
+    return number
 
 
 def class_directions(

@@ -134,6 +134,7 @@ class BilinearClassifier(CheckedHooks):
 
     def flatten(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch d_input"]:
         """Images as rows of pixels, in the model's dtype and on its device; raises as `forward`."""
+        images = torch.as_tensor(images)
         shape, d_input = tuple(images.shape), self.cfg.d_input
         if not images.is_floating_point():
             raise ArgumentError(f"images are {images.dtype}, expected floating point from 0 to 1; divide by 255?")

@@ -6,6 +6,7 @@ size of the logits is far from what any mistake of a formula would give.
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -117,6 +118,17 @@ def test_pixel_eigenvalues_do_not_depend_on_the_basis_of_the_embedding() -> None
         other.blocks[0].weight.copy_(model.blocks[0].weight @ torch.linalg.inv(change))
     close(eigenfeatures(model, space="pixels").values, eigenfeatures(other, space="pixels").values)
     assert not torch.allclose(eigenfeatures(model).values, eigenfeatures(other).values)
+
+
+@pytest.mark.parametrize("label", [np.int64(2), np.uint8(2), torch.tensor(2)], ids=repr)
+def test_a_label_of_the_data_is_a_class(label) -> None:
+    model = make_classifier(1, bias=True)
+    assert torch.equal(eigenfeatures(model, [label], k=2).values, eigenfeatures(model, [2], k=2).values)
+    assert torch.equal(adversarial_mask(model, label).pixels, adversarial_mask(model, 2).pixels)
+    images = torch.rand(3, model.cfg.d_input)
+    assert torch.equal(model(images.numpy()), model(images))
+    with pytest.raises(ArgumentError, match=r"outputs is \[2\.0\], expected"):
+        eigenfeatures(model, [2.0])
 
 
 def test_classes_by_name() -> None:
