@@ -37,6 +37,7 @@ BEYOND = 2  # of them to refine: they may turn out to be the larger ones
 CHECKS = 6
 # Growth of the largest eigenvector over the bulk in one filter: beyond, bfloat16 loses the others.
 GROWTH, SHORTEST, LONGEST = 100.0, 2, 12
+MOST_GROWTH = 1e15  # of any output's: a matrix of low rank has no bulk to speak of, and float32 squares what has grown
 # Done: residual over eigenvalue, a few roundings of bfloat16; or over the distance to the rest of the spectrum.
 ROUNDING, CLOSENESS = 5e-3, 1e-2
 ROWS = 32  # of T's matrices at a time
@@ -135,6 +136,7 @@ def leading_eigenpairs_of_blocks(
         # One degree for all: the median output's.
         growth = (sizes[:, 0] / bulk[:, 0, 0].clamp_min(1e-12)).median().clamp_min(1.02)
         degree = max(SHORTEST, min(LONGEST, round(math.acosh(GROWTH) / math.acosh(float(growth)))))
+        bulk = torch.maximum(bulk, sizes[:, :1, None] / math.cosh(math.acosh(MOST_GROWTH) / degree))
     result = Leading.empty(n, k, operator.rows)
     rows = done_at.nonzero().flatten()
     if len(rows):

@@ -239,6 +239,16 @@ def test_the_scale_of_the_weights_does_not_matter(scale, method):
     assert_close(found.values / scale, reference.values, rtol=TOLERANCE, atol=0)
 
 
+@pytest.mark.parametrize("method", SEARCHES)
+def test_an_output_of_rank_one_among_outputs_with_flat_spectra(method):
+    # A block's filters have the median output's degree, high for flat spectra; one of rank one grows without bounds.
+    eye = torch.eye(D)
+    layer, u = layer_of(eye, eye, eye), torch.ones(5, D)
+    u[1, 0], u[2] = -1, eye[0]
+    found = sweep(layer, u, method=method)
+    assert_close(found.values[:3].abs(), torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]]), rtol=TOLERANCE, atol=1e-6)
+
+
 # --- invariances ------------------------------------------------------------------------------------------------------
 
 
