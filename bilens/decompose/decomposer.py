@@ -174,9 +174,11 @@ class Decomposer:
             side: as for `interaction`.
             order: `"size"`; `"positive"`, the most positive first; `"negative"`, the most negative first.
         """
-        values, vectors = sorted_eigenpairs(self.interaction(output, side=side), k, order)
+        matrix = self.interaction(output, side=side)
+        values, vectors = sorted_eigenpairs(matrix, k, order)
+        norms = torch.linalg.matrix_norm(matrix)
         decoder = None if self._input is None else self._input.decoder.to(vectors)
-        return Eigencircuits(values, vectors, self.output_indices(output), decoder, self.input_names)
+        return Eigencircuits(values, vectors, norms, self.output_indices(output), decoder, self.input_names)
 
     @typed
     def top_interactions(self, output: Output, k: int = 50, side: Side = "encoder") -> TopInteractions:

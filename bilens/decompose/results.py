@@ -26,6 +26,7 @@ class Eigencircuits(Tabular):
     Attributes:
         values: `lambda`, by falling absolute value (or in the order asked for).
         vectors: unit eigenvectors as rows, largest entry positive.
+        norms: Frobenius norms of the whole interaction matrices.
         outputs: the output features, or 0..n-1 for directions.
         decoder: the input SAE's decoder directions, where there is one, for reading the vectors in features.
         names: of the input features.
@@ -33,9 +34,16 @@ class Eigencircuits(Tabular):
 
     values: Float[Tensor, "*n k"]
     vectors: Float[Tensor, "*n k d_model"]
+    norms: Float[Tensor, "*n"]
     outputs: Int[Tensor, "n"]
     decoder: Float[Tensor, "d_sae d_model"] | None = field(default=None, repr=False)
     names: Sequence[str] | None = field(default=None, repr=False)
+
+    @property
+    def shares(self) -> Float[Tensor, "*n k"]:
+        """`lambda^2 / ||Q||_F^2`: how much of its interaction matrix each eigenpair is; 0 for a zero matrix."""
+        squares = self.norms[..., None] ** 2
+        return torch.where(squares > 0, self.values**2 / squares, 0.0)
 
     def activations(self, x: Float[Tensor, "*p d_model"]) -> Float[Tensor, "*p k"] | Float[Tensor, "*p n k"]:
         """`lambda (v . x)^2` of every eigencircuit on every input; they add up to the quadratic part of the output."""
@@ -75,18 +83,19 @@ class Eigencircuits(Tabular):
         """Those of one output among several, without the leading axis."""
         if self.values.ndim == 1:
             raise TypeError("these are the eigencircuits of one output; there are no others to choose from.")
-        return replace(self, values=self.values[row], vectors=self.vectors[row], outputs=self.outputs[row][None])
+        parts = {name: getattr(self, name)[row] for name in ("values", "vectors", "norms")}
+        return replace(self, **parts, outputs=self.outputs[row][None])
 
     def top(self, k: int) -> "Eigencircuits":
         """The first `k` eigenpairs of each output."""
         return replace(self, values=self.values[..., :k], vectors=self.vectors[..., :k, :])
 
     def to_frame(self) -> "pd.DataFrame":
-        """One row per eigenpair: `output, rank, eigenvalue, share` (of the squared Frobenius norm of those kept)."""
+        """One row per eigenpair: `output, rank, eigenvalue, share` (of the squared Frobenius norm of the matrix)."""
         import pandas as pd
 
         values = self.values.reshape(-1, self.values.shape[-1])
-        share = values**2 / (values**2).sum(-1, keepdim=True)
+        share = self.shares.reshape(values.shape)
         return pd.DataFrame(
             [
                 {"output": output, "rank": rank, "eigenvalue": values[n, rank].item(), "share": share[n, rank].item()}

@@ -308,7 +308,8 @@ def fourier_structure(layer: BilinearLayer, k: int = 8) -> FourierStructure:
         )
     matrices = interaction_matrix(layer, torch.eye(p, dtype=layer.W_out.dtype))
     values, vectors = sorted_eigenpairs(matrices, k)
-    return FourierStructure(Eigencircuits(values, vectors, torch.arange(p)), wave_power(vectors.unflatten(-1, (2, p))))
+    circuits = Eigencircuits(values, vectors, torch.linalg.matrix_norm(matrices), torch.arange(p))
+    return FourierStructure(circuits, wave_power(vectors.unflatten(-1, (2, p))))
 
 
 def wave_power(curves: Float[Tensor, "*n p"]) -> Float[Tensor, "*n frequency"]:

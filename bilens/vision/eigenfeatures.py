@@ -212,14 +212,15 @@ def eigenfeatures(
         raise OutOfRangeError("no outputs, expected at least one class.")
     directions, labels = class_directions(model.cfg, names)
     layer = last_layer(model, space=space, homogeneous=homogeneous)
-    values, vectors = sorted_eigenpairs(interaction_matrix(layer, directions.to(layer.W_out)), k)
+    matrices = interaction_matrix(layer, directions.to(layer.W_out))
+    values, vectors = sorted_eigenpairs(matrices, k)
     pictures = None
     if model.cfg.n_layer == 1:
         pictures = pictures_of(model, vectors, space=space, homogeneous=homogeneous)
         # The sign of an eigenvector is free: pictures show their strongest pixel as positive.
         flip = torch.where((signed(pictures) * pictures).sum(-1, keepdim=True) < 0, -1.0, 1.0)
         vectors, pictures = vectors * flip, pictures * flip
-    circuits = Eigencircuits(values, vectors, torch.arange(len(labels)))
+    circuits = Eigencircuits(values, vectors, torch.linalg.matrix_norm(matrices), torch.arange(len(labels)))
     return Eigenfeatures(circuits, pictures, labels, space, homogeneous, model)
 
 

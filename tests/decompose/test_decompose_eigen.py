@@ -236,6 +236,12 @@ def test_table_and_text(decomposer):
     frame = eigen.to_frame()
     assert list(frame.columns) == ["output", "rank", "eigenvalue", "share"]
     assert frame.groupby("output").share.sum().tolist() == pytest.approx([1.0, 1.0])
+    # Fewer pairs, or those of one output, are the same shares of the whole matrix.
+    few = decomposer.eigen(torch.tensor([2, 8]), k=3)
+    assert torch.allclose(few.shares, eigen.shares[:, :3])
+    assert torch.equal(few[1].shares, few.shares[1])
+    assert torch.equal(eigen.top(3).shares, eigen.shares[:, :3])
+    assert decomposer.eigen(torch.zeros(D), k=2).shares.tolist() == [0, 0]
     assert frame.eigenvalue.tolist() == eigen.values.flatten().tolist()
     assert str(eigen).startswith(f"Eigencircuits((2, {D}))")
 
