@@ -550,4 +550,4 @@ def _ends(circuit: Circuit) -> dict[str, float]:
         kind = level.kind[name]
         key = name if kind == "other" else kind
         ends[key] = ends.get(key, 0.0) + share
-    return {key: share for key, share in ends.items() if share}
+    return {key: float(share) for key, share in ends.items() if share}

@@ -104,10 +104,13 @@ class Split(Tabular):
         return self._sums(3, len(self.tokens))
 
     def heads(self) -> Float[Tensor, "layer head p"]:
-        """What each head moved from each source position (`attention="heads"`); zeros above the target."""
+        """What each head moved from each source position (`attention="heads"`), in the layers below the target."""
         rows = self.index[:, 0] == KINDS.index("head")
         if not rows.any():
-            raise ArgumentError('this split has no heads as parts; make it with attention="heads".')
+            raise ArgumentError(
+                'this split has no heads as parts: they come with attention="heads", and not for a target that reads '
+                "what an MLP or the embedding adds alone."
+            )
         index = self.index[rows]
         shape = (int(index[:, 1].max()) + 1, int(index[:, 2].max()) + 1, len(self.tokens))
         flat = (index[:, 1] * shape[1] + index[:, 2]) * shape[2] + index[:, 3]

@@ -107,6 +107,7 @@ def test_nothing_pruned(frozen_small):
     assert circuit.kept_share == pytest.approx(1.0)
     assert not circuit.nodes.kind.eq("other").any()
     assert set(circuit.shares) <= {"embedding", "error", "bias"}
+    assert "np." not in repr(circuit)
     assert len(circuit.nodes[~circuit.nodes.kind.isin(["target", "bias"])]) == circuit.n_found
 
 

@@ -253,6 +253,8 @@ def test_shows_itself(frozen_kinds):
     assert whole.item() == pytest.approx(found.values.sum().item())
     with pytest.raises(ArgumentError, match='attention="heads"'):
         found.heads()
+    with pytest.raises(ArgumentError, match="what an MLP or the embedding adds alone"):
+        split(frozen, Target.feature("1-mlp-out", 5, 4)).heads()
 
 
 @pytest.mark.parametrize(

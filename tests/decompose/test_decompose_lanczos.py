@@ -244,7 +244,7 @@ def test_an_output_of_rank_one_among_outputs_with_flat_spectra(method):
     # A block's filters have the median output's degree, high for flat spectra; one of rank one grows without bounds.
     eye = torch.eye(D)
     layer, u = layer_of(eye, eye, eye), torch.ones(5, D)
-    u[1, 0], u[2] = -1, eye[0]
+    u[1, : D // 2], u[2] = -1, eye[0]
     found = sweep(layer, u, method=method)
     assert_close(found.values[:3].abs(), torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]]), rtol=TOLERANCE, atol=1e-6)
 
