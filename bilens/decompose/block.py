@@ -121,10 +121,11 @@ def leading_eigenpairs_of_blocks(
         times = 3 if check == 0 else 1
         block, image = _advance(matrices, index, block, bulk, degree, times)
         products += degree * times + 1
-        ritz = _rayleigh_ritz(block.float(), image.float(), k)
+        wide = block.float()
+        ritz = _rayleigh_ritz(wide, image.float(), k)
         done = _converged(ritz, k)
         at = index[done]
-        basis[at] = block[done].to(basis)
+        basis[at] = wide[done].to(basis)
         for name, part in vars(ritz).items():
             getattr(known, name)[at] = part[done].to(basis)
         done_at[at] = products
@@ -183,7 +184,8 @@ def _advance(
         part = block[rows]
         for _ in range(times):
             part = _orthonormal(_filter(some, part, bulk[rows], degree)).to(part.dtype)
-        blocks[rows], images[rows] = part, torch.bmm(some, part)
+        blocks[rows] = part
+        torch.bmm(some, part, out=images[rows])
     return blocks, images
 
 
@@ -201,13 +203,14 @@ def _filter(
 def _orthonormal(block: Float[Tensor, "n d p"]) -> Float[Tensor, "n d p"]:
     """An orthonormal basis of the columns, up to rounding: Cholesky of their cosines."""
     columns = block.float()
-    columns = columns / columns.norm(dim=1, keepdim=True).clamp_min(1e-30)
     cosines = torch.bmm(columns.mT, columns)
+    scale = cosines.diagonal(dim1=1, dim2=2).clamp_min(1e-30).rsqrt()
+    cosines *= scale[:, :, None] * scale[:, None]
     # Columns that have become parallel in low precision must not stop the others.
     cosines.diagonal(dim1=1, dim2=2).add_(1e-5)
     lower = torch.linalg.cholesky(cosines)
     inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower[0])).to(lower).expand_as(lower), upper=False)
-    return torch.bmm(columns, inverse.mT)
+    return torch.bmm(columns, (inverse * scale[:, None]).mT)
 
 
 def _rayleigh_ritz(block: Float[Tensor, "n d p"], image: Float[Tensor, "n d p"], k: int) -> Ritz:

@@ -26,6 +26,7 @@ from torch import Tensor
 from bilens.decompose.eigen import by_magnitude
 
 REFINEMENTS = 6
+VECTORS = 256  # oneDNN copies what it multiplies: so many at a time, and the copies stay in the cache
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,14 @@ class InteractionOperator:
         """
         n, p, d = vectors.shape
         rows, swapped = self._prepared
-        hidden = _times(vectors.reshape(n * p, d).to(self.dtype), rows)
-        hidden.view(n, p, 2, -1).mul_(half_c[:, None, None])
-        return _times(hidden, swapped).view(n, p, d)
+        at_once = max(1, VECTORS // p) if rows.is_mkldnn else max(1, n)
+        result = vectors.new_empty(n, p, d, dtype=self.dtype)
+        for start in range(0, n, at_once):
+            part = slice(start, start + at_once)
+            hidden = _times(vectors[part].reshape(-1, d).to(self.dtype), rows)
+            hidden.view(-1, p, 2, half_c.shape[1]).mul_(half_c[part, None, None])
+            result[part] = _times(hidden, swapped).view(-1, p, d)
+        return result
 
 
 def tied_units(dtype: torch.dtype, tolerance: float) -> int:
