@@ -1,8 +1,12 @@
-"""Numbers that a configuration is given, checked by name."""
+"""Values that a configuration or a command is given, checked by name: importing this costs nothing."""
 
+from collections.abc import Collection
 from math import isfinite
+from typing import TypeGuard
 
-from bilens.errors import ArgumentError
+from bilens.errors import ArgumentError, nearest
+
+LARGEST_SEED = 2**32 - 1  # of every generator: numpy's takes no larger one
 
 
 def check_sizes(**sizes: object) -> None:
@@ -12,15 +16,53 @@ def check_sizes(**sizes: object) -> None:
             raise ArgumentError(f"{name} is {value!r}, expected a positive whole number.")
 
 
-def check_rates(**rates: float) -> None:
+def check_seeds(**seeds: object) -> None:
+    """Refuse what no generator takes as its seed (`ArgumentError`, named)."""
+    for name, value in seeds.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST_SEED:
+            raise ArgumentError(f"{name} is {value!r}, expected a whole number from 0 to {LARGEST_SEED}.")
+
+
+def check_rates(**rates: object) -> None:
     """Refuse a learning rate and the like that is no finite number above zero (`ArgumentError`, named)."""
     for name, value in rates.items():
-        if not (isinstance(value, int | float) and isfinite(value) and value > 0):
+        if not _is_number(value) or value <= 0:
             raise ArgumentError(f"{name} is {value!r}, expected a number above 0.")
 
 
-def check_amounts(**amounts: float) -> None:
+def check_amounts(**amounts: object) -> None:
     """Refuse a weight decay and the like that is no finite number, zero or above (`ArgumentError`, named)."""
     for name, value in amounts.items():
-        if not (isinstance(value, int | float) and isfinite(value) and value >= 0):
+        if not _is_number(value) or value < 0:
             raise ArgumentError(f"{name} is {value!r}, expected 0 or more.")
+
+
+def check_shares(**shares: object) -> None:
+    """Refuse what is no number from 0 to 1 (`ArgumentError`, named)."""
+    for name, value in shares.items():
+        if not _is_number(value) or not 0 <= value <= 1:
+            raise ArgumentError(f"{name} is {value!r}, expected a share from 0 to 1.")
+
+
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither true nor false (`ArgumentError`, named): the text "false" is true to Python."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} is {value!r}, expected True or False.")
+
+
+def check_choice(choices: Collection[str], **values: object) -> None:
+    """Refuse what is none of `choices` (`ArgumentError`, named, with the nearest)."""
+    for name, value in values.items():
+        if value not in choices:
+            raise ArgumentError(f"{name} {value!r} is not one of {', '.join(choices)}." + nearest(str(value), choices))
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """A finite one, within the range of a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:
+        return False

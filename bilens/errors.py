@@ -71,6 +71,14 @@ class TrainingError(BilensError, RuntimeError):
     """A training run that cannot start or go on."""
 
 
+class OverwriteError(BilensError, FileExistsError):
+    """A file or folder that holds other work, which nothing replaces unasked."""
+
+
+class WriteError(BilensError, OSError):
+    """A file that could not be written: the disk is full, or another process is at work in its folder."""
+
+
 def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
     """` Did you mean 'a', 'b'?` for the closest choices, or an empty string: appended to an error message."""
     close = difflib.get_close_matches(word, list(choices), n=n, cutoff=0.5)

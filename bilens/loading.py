@@ -15,7 +15,6 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 import bilens.hf  # noqa: F401  what is saved here loads through AutoModelForCausalLM at once
 from bilens.config import config_from_published, config_to_published
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, nearest
-from bilens.files import write_atomically
+from bilens.files import write_atomically, write_files
 from bilens.hub import HubOptions, fetch_from_hub
 from bilens.model import HookedBilinearTransformer
 
@@ -143,10 +142,7 @@ def save_model(
     config = config_to_published(model.cfg) | {"dtype": str(dtype or model.cfg.dtype).removeprefix("torch.")}
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     if model.tokenizer is not None:
-        with TemporaryDirectory(dir=folder, prefix=".tokenizer") as beside:
-            model.tokenizer.save_pretrained(beside)
-            for file in Path(beside).iterdir():
-                os.replace(file, folder / file.name)
+        write_files(folder, model.tokenizer.save_pretrained)
 
 
 def published_tensors(model: HookedBilinearTransformer) -> dict[str, Tensor]:

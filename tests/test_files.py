@@ -1,11 +1,18 @@
 """Files are written whole or not at all, where they can be written."""
 
 import os
+import stat
+import threading
 
 import pytest
+from safetensors import SafetensorError
 
-from bilens.errors import ArgumentError
-from bilens.files import destination, write_atomically
+from bilens.errors import ArgumentError, OverwriteError, WriteError
+from bilens.files import destination, destination_folder, write_atomically, write_files
+
+
+def write(text):
+    return lambda beside: beside.write_text(text)
 
 
 def test_folders_are_made(tmp_path):
@@ -23,10 +30,37 @@ def test_what_fails_leaves_the_file_as_it_was(tmp_path):
         beside.write_text("half")
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(WriteError, match="page.html could not be written: no space.*as it was"):
         write_atomically(path, fail)
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == ["page.html"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line(tmp_path, error):
+    """Whoever was writing: the file system, safetensors, or tokenizers, which raises a bare Exception."""
+
+    def fail(beside):
+        raise error
+
+    with pytest.raises(WriteError, match="model could not be written: .*No space left on device") as caught:
+        write_atomically(tmp_path / "model", fail)
+    assert "\n" not in str(caught.value)
+
+    def half(folder):
+        with open(f"{folder}/tokenizer.json", "w") as file:
+            file.write("{")
+        raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(WriteError, match="could not be written: No space left"):
+        write_files(tmp_path, half)
+    assert os.listdir(tmp_path) == []
 
 
 def test_places_that_are_none(tmp_path, monkeypatch):
@@ -35,7 +69,83 @@ def test_places_that_are_none(tmp_path, monkeypatch):
         destination(tmp_path)
     with pytest.raises(ArgumentError, match="no folder to be had"):
         destination(tmp_path / "file" / "page.html")
+    with pytest.raises(ArgumentError, match="is a file, expected a folder"):
+        destination_folder(tmp_path / "file")
+
     # root may write anywhere, so permissions alone would not show it
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ArgumentError, match="read-only"):
-        destination(tmp_path / "page.html")
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    for ask in (destination, destination_folder):
+        with pytest.raises(ArgumentError, match="cannot be written: Permission denied"):
+            ask(tmp_path / "page.html")
+
+
+def test_what_is_no_regular_file_stays(tmp_path):
+    """A pipe and a device are refused, and are what they were."""
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", "/dev/null"):
+        before = os.stat(place).st_mode
+        for ask in (destination, lambda path: write_atomically(path, write("text"))):
+            with pytest.raises(ArgumentError, match="is a device or a pipe"):
+                ask(place)
+        assert os.stat(place).st_mode == before
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+
+def test_links_lead_to_what_is_written(tmp_path):
+    """A link stays one, also where what it points to is yet to be made; the file beside is made in that folder."""
+    (tmp_path / "there").mkdir()
+    real, link = tmp_path / "there" / "page.html", tmp_path / "link.html"
+    link.symlink_to(real)
+    for text in ("new", "newer"):
+        write_atomically(link, write(text))
+        assert link.is_symlink()
+        assert real.read_text() == text
+    assert sorted(os.listdir(tmp_path)) == ["link.html", "there"]
+    assert os.listdir(tmp_path / "there") == ["page.html"]
+
+
+def test_nobody_foresees_the_file_beside(tmp_path, monkeypatch):
+    """Its name is drawn, and it is made anew: a link planted under that very name is not followed."""
+    victim, names = tmp_path / "victim", ["planted", "free"]
+    victim.write_text("precious")
+    monkeypatch.setattr("bilens.files.secrets.token_hex", lambda n: names.pop(0))
+    (tmp_path / ".page.html.planted.part").symlink_to(victim)
+    with pytest.raises(WriteError, match="File exists"):
+        write_atomically(tmp_path / "page.html", write("text"))
+    assert victim.read_text() == "precious"
+    write_atomically(tmp_path / "page.html", write("text"))
+    assert (tmp_path / "page.html").read_text() == "text"
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path):
+    """A page goes over a page or an empty file, never over somebody's data."""
+    path = tmp_path / "out"
+    for before in (b"", b"<!DOCTYPE html><p>", b"<!doctype HTML>"):
+        path.write_bytes(before)
+        destination(path, replaces=b"<!DOCTYPE html>")
+    path.write_bytes(b"{}")
+    with pytest.raises(OverwriteError, match="of another kind.*Give another name"):
+        destination(path, replaces=b"<!DOCTYPE html>")
+
+
+def test_permissions_and_long_names(tmp_path):
+    """As any other new file, also where the name leaves no room for a longer one."""
+    (tmp_path / "other").touch()
+    path = tmp_path / ("n" * 250)
+    write_atomically(path, lambda beside: beside.chmod(0o600))
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_threads_write_the_same_file(tmp_path):
+    """Each writes a file of its own; the last one renamed stays, whole."""
+    texts = [str(i) * 100_000 for i in range(8)]
+    threads = [threading.Thread(target=write_atomically, args=(tmp_path / "file", write(text))) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "file").read_text() in texts
+    assert os.listdir(tmp_path) == ["file"]
