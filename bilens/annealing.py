@@ -16,7 +16,6 @@ Source: fine-tuning a gated model into a bilinear one is in Pearce, Dooms, Rigg 
 norms away, each with a fixed number in place of its divisor, is Heimersheim 2024, arXiv 2409.13710.
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,21 +26,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bilens.checks import check_amounts, check_rates, check_sizes
+from bilens.checks import check_amounts, check_flags, check_rates, check_seeds, check_shares, check_sizes
 from bilens.config import config_from_published, config_to_published
 from bilens.data import Texts, TokenizedTexts, pack, training_and_validation
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, NotBilinearError, TrainingError
-from bilens.files import write_atomically
+from bilens.files import destination_folder
 from bilens.fingerprint import model_fingerprint
-from bilens.loading import load_model, save_model
+from bilens.folders import alone_in, claim, digest_of, finish
+from bilens.loading import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_model, save_model
 from bilens.model import ACTIVATIONS, MLP, HookedBilinearTransformer, RMSNorm
-from bilens.training import CHECKPOINT_FILE, TrainConfig, TrainingRun, Validation, validate
+from bilens.training import CHECKPOINT_FILE, WORK_FILES, TrainConfig, TrainingRun, Validation, validate
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+RECORD_FILE = "annealing.json"
 N_FIT_BATCHES = 4
 
 
@@ -78,13 +79,16 @@ class AnnealConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        if not 0 < self.ramp <= 1:
+        check_flags(normalization=self.normalization, bf16=self.bf16)
+        check_shares(ramp=self.ramp, warmup=self.warmup)
+        if self.ramp == 0:
             raise ArgumentError(f"ramp is {self.ramp!r}, expected a share of the steps: above 0, at most 1.")
+        if self.warmup == 1:
+            raise ArgumentError(f"warmup is {self.warmup!r}, expected a share of the steps: 0 or more, below 1.")
         check_sizes(batch_size=self.batch_size, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
         check_rates(epochs=self.epochs, lr=self.lr, grad_clip=self.grad_clip)
         check_amounts(weight_decay=self.weight_decay)
-        if not 0 <= self.warmup < 1:
-            raise ArgumentError(f"warmup is {self.warmup!r}, expected a share of the steps: 0 or more, below 1.")
+        check_seeds(seed=self.seed)
 
     def training(self, model: HookedBilinearTransformer) -> TrainConfig:
         """The configuration of the run that trains `model` on."""
@@ -170,10 +174,12 @@ def anneal(
     valid: Texts | None = None,
     scratch: HookedBilinearTransformer | str | os.PathLike[str] | None = None,
     column: str = "text",
+    overwrite: bool = False,
 ) -> AnnealingResult:
     """Turn a gated or normalised model into a bilinear one, and write that in the published format.
 
-    A run that stopped early is continued by calling it again with the same arguments and `out`.
+    A run that stopped early is continued by calling it again with the same arguments and `out`; one that is finished is
+    returned as it is on disk.
 
     Args:
         model: a model, or where to load it from; it is left as it is.
@@ -183,13 +189,15 @@ def anneal(
         valid: validation texts; `None` sets 1 % of the training texts aside.
         scratch: a model to compare with, such as a bilinear one that has seen as many tokens from scratch.
         column: the field that holds the text.
+        overwrite: remove another model that is in `out`, instead of refusing.
 
     Raises:
         ArgumentError: nothing to anneal: no gate, and norms that are not there or not asked for; or `out` is the
             model's own folder.
         NotBilinearError: a one-branch MLP.
-        TrainingError: no data, a model (or `scratch`) without a tokenizer, a loss that is not finite, or a checkpoint
-            in `out` of another run.
+        TrainingError: no data, a model (or `scratch`) without a tokenizer, or a loss that is not finite.
+        OverwriteError: `out` holds another model, or another run's checkpoint.
+        WriteError: another process is at work in `out`, or the disk is full.
     """
     config, out = config or AnnealConfig(), Path(out)
     model = load_model(model) if isinstance(model, str | os.PathLike) else model
@@ -200,26 +208,48 @@ def anneal(
     for one in (model, scratch):
         if one is not None and one.tokenizer is None:
             raise TrainingError(f"the model {one.cfg.model_name!r} has no tokenizer to read the texts with.")
+    destination_folder(out)  # what cannot be written is to fail now
     texts = training_and_validation(data, valid, column=column)
-    out.mkdir(parents=True, exist_ok=True)
-    train, held_out = (TokenizedTexts.from_texts(part, model.tokenizer) for part in texts)
-    run = AnnealingRun(model, train, held_out, config, out / CHECKPOINT_FILE)
-    before = validate(model, held_out)
-    at_once = validate(folded(run.model), held_out)
-    compared = None if scratch is None else validate(scratch, TokenizedTexts.from_texts(texts[1], scratch.tokenizer))
-    validations = run.fit()
-    annealed = folded(run.model)
-    after = validate(annealed, held_out, step=run.n_steps)
-    result = AnnealingResult(annealed.eval(), config, before, at_once, validations, after, compared)
-    save_model(annealed, out)
-    facts = {
+    identity = {
         "config": asdict(config),
-        "from": model.cfg.model_name,
-        "stages": {name: asdict(validation) for name, validation in result.stages.items()},
-        "validations": [asdict(validation) for validation in validations],
+        "from": model_fingerprint(model),
+        "scratch": None if scratch is None else model_fingerprint(scratch),
+        "texts": digest_of(texts[0]),
+        "validation_texts": digest_of(texts[1]),
     }
-    write_atomically(out / "annealing.json", lambda path: path.write_text(json.dumps(facts, indent=1) + "\n"))
-    (out / CHECKPOINT_FILE).unlink(missing_ok=True)
+    with alone_in(out):
+        finished = claim(out / RECORD_FILE, identity, WORK_FILES, others=TOKENIZER_FILES, overwrite=overwrite)
+        if finished is not None:
+            stages = {name: Validation(**stage) for name, stage in finished["stages"].items()}
+            return AnnealingResult(
+                load_model(out),
+                config,
+                stages["before"],
+                stages["replaced at once"],
+                [Validation(**validation) for validation in finished["validations"]],
+                stages["annealed"],
+                stages.get("from scratch"),
+            )
+        train, held_out = (TokenizedTexts.from_texts(part, model.tokenizer) for part in texts)
+        run = AnnealingRun(model, train, held_out, config, out / CHECKPOINT_FILE)
+        before = validate(model, held_out)
+        at_once = validate(folded(run.model), held_out)
+        compared = (
+            None if scratch is None else validate(scratch, TokenizedTexts.from_texts(texts[1], scratch.tokenizer))
+        )
+        validations = run.fit()
+        annealed = folded(run.model)
+        after = validate(annealed, held_out, step=run.n_steps)
+        result = AnnealingResult(annealed.eval(), config, before, at_once, validations, after, compared)
+        save_model(annealed, out)
+        facts = {
+            "config": asdict(config),
+            "from": model.cfg.model_name,
+            "stages": {name: asdict(validation) for name, validation in result.stages.items()},
+            "validations": [asdict(validation) for validation in validations],
+        }
+        finish(out / RECORD_FILE, identity, (CONFIG_FILE, WEIGHTS_FILE), facts)
+        (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return result
 
 

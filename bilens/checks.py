@@ -1,5 +1,6 @@
 """Values that a configuration or a command is given, checked by name: importing this costs nothing."""
 
+import os
 from collections.abc import Collection
 from math import isfinite
 from typing import TypeGuard
@@ -56,6 +57,16 @@ def check_choice(choices: Collection[str], **values: object) -> None:
     for name, value in values.items():
         if value not in choices:
             raise ArgumentError(f"{name} {value!r} is not one of {', '.join(choices)}." + nearest(str(value), choices))
+
+
+def check_memory(what: str, n_bytes: float) -> None:
+    """Refuse what would need more memory than this machine has (`ArgumentError`, with both), where that is known."""
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return
+    if n_bytes > there:
+        raise ArgumentError(f"{what} needs {n_bytes / 1e9:,.3g} GB of memory; this machine has {there / 1e9:,.3g}.")
 
 
 def _is_number(value: object) -> TypeGuard[float]:

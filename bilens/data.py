@@ -1,6 +1,8 @@
 """Texts through `datasets`, a WordPiece tokenizer through `tokenizers`, and packing into full contexts."""
 
+import hashlib
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,14 @@ def load_texts(source: Texts, split: str = "train", column: str = "text") -> lis
     if not texts:
         raise EmptyTextError(f"{name}: every text is empty.")
     return texts
+
+
+def pieces_identity(pieces: Sequence[list[int]]) -> dict[str, Any]:
+    """What tells token pieces from others: how many tokens, and a digest of them in their order."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(array("q", [len(piece), *piece]).tobytes())
+    return {"n_tokens": sum(map(len, pieces)), "sha256": digest.hexdigest()[:32]}
 
 
 def training_and_validation(data: Texts, valid: Texts | None, *, column: str = "text") -> tuple[list[str], list[str]]:

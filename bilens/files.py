@@ -41,15 +41,20 @@ def destination(path: str | os.PathLike[str], replaces: bytes = b"") -> Path:
 
 
 def destination_folder(path: str | os.PathLike[str]) -> Path:
-    """A folder to write files into, made if need be.
+    """A folder that files are to go into; nothing is made yet, but it is tried out that it could be.
 
     Raises:
         ArgumentError: it is a file, or a place where nothing can be written.
     """
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise ArgumentError(f"{folder} is a file, expected a folder to write into.")
-    destination(folder / ".part")
+    folder = there = Path(path)
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ArgumentError(f"{folder} cannot be a folder to write into: {there} is a file.")
+    try:
+        _create_beside(there / "new").unlink()
+    except OSError as error:
+        raise ArgumentError(f"{folder} cannot be written: {error.strerror or error}.") from error
     return folder
 
 

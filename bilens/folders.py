@@ -36,6 +36,10 @@ def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
         WriteError: another process is at work in it.
     """
     folder = destination_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"{folder} cannot be made: {error.strerror}.") from error
     if fcntl is None:
         yield
         return

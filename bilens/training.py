@@ -23,15 +23,36 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens.checkpoint import load_checkpoint, save_checkpoint
+from bilens.checks import check_amounts, check_flags, check_memory, check_rates, check_seeds, check_shares, check_sizes
 from bilens.config import config_from_published
-from bilens.data import Texts, TokenizedTexts, pack, train_tokenizer, training_and_validation
+from bilens.data import (
+    SPECIAL_TOKENS,
+    Texts,
+    TokenizedTexts,
+    pack,
+    pieces_identity,
+    train_tokenizer,
+    training_and_validation,
+)
 from bilens.display import Tabular
-from bilens.errors import ArgumentError, TrainingError
-from bilens.files import write_atomically
-from bilens.loading import load_tokenizer, resolve_device, resolve_dtype, save_model
+from bilens.errors import ArgumentError, CheckpointError, TrainingError
+from bilens.files import destination_folder, write_files
+from bilens.folders import alone_in, claim, digest_of, finish
+from bilens.loading import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    TOKENIZER_FILES,
+    WEIGHTS_FILE,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    save_model,
+)
 from bilens.model import HookedBilinearTransformer
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
+CHECKPOINT_FILE, RECORD_FILE = "checkpoint.safetensors", "training.json"
+WORK_FILES = (CHECKPOINT_FILE, CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE)
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,9 @@ class TrainConfig:
         bf16: autocast to bfloat16 in training (validation is in float32).
         seed: of weights and order.
         eval_every, checkpoint_every: steps.
+
+    Raises:
+        ArgumentError: a value outside its range, or an architecture that there is none of.
     """
 
     d_model: int = 256
@@ -72,11 +96,25 @@ class TrainConfig:
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} is {getattr(self, name)!r}, expected a positive integer.")
-        if not self.epochs > 0:
-            raise ArgumentError(f"epochs is {self.epochs!r}, expected a number above 0.")
+        sizes = ("d_model", "n_layer", "n_head", "d_hidden", "n_ctx", "batch_size", "eval_every", "checkpoint_every")
+        check_sizes(**{name: getattr(self, name) for name in sizes})
+        if self.n_ctx < 2:
+            raise ArgumentError(f"n_ctx is {self.n_ctx}, expected at least 2: [BOS] and a token to predict.")
+        check_flags(bias=self.bias, bilinear=self.bilinear, normalization=self.normalization, bf16=self.bf16)
+        check_rates(epochs=self.epochs, lr=self.lr, grad_clip=self.grad_clip)
+        check_amounts(weight_decay=self.weight_decay)
+        check_shares(warmup=self.warmup)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise ArgumentError(f"betas is {self.betas!r}, expected two numbers.")
+        for beta in self.betas:
+            check_shares(betas=beta)
+            if beta == 1:
+                raise ArgumentError(f"betas is {self.betas!r}, expected numbers below 1.")
+        check_seeds(seed=self.seed)
+        try:
+            config_from_published(self.published(None), d_vocab=1)
+        except CheckpointError as error:  # an unknown gate, heads that do not divide d_model
+            raise ArgumentError(str(error).removeprefix("config.json: ")) from error
 
     def published(self, tokenizer_name: str | None) -> dict[str, Any]:
         """The published `config.json` of the model to train."""
@@ -146,10 +184,12 @@ def train_lm(
     column: str = "text",
     dtype: torch.dtype | str = torch.float32,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> TrainingResult:
     """Train a model and write it, in the published format, to a folder.
 
-    A run that stopped early is continued by calling it again with the same arguments and `out`.
+    A run that stopped early is continued by calling it again with the same arguments and `out`; one that is finished is
+    returned as it is on disk.
 
     Args:
         data: training texts, or where to load them (see `bilens.data.load_texts`).
@@ -161,52 +201,79 @@ def train_lm(
         column: the field that holds the text.
         dtype: of the weights on disk (training keeps them in float32).
         device: `None` takes CUDA where there is one.
+        overwrite: remove another model that is in `out`, instead of refusing.
 
     Raises:
-        ArgumentError: an unknown dtype or device, before anything is trained.
-        TrainingError: no data, or a checkpoint in `out` of another configuration.
+        ArgumentError: an unknown dtype or device, a `vocab_size` too small, or a model too large for this machine.
+        TrainingError: no data.
+        OverwriteError: `out` holds another model, or another run's checkpoint.
+        WriteError: another process is at work in `out`, or the disk is full.
     """
     config, out = config or TrainConfig(), Path(out)
     device, on_disk = resolve_device(device), resolve_dtype(dtype, torch.float32)
-    out.mkdir(parents=True, exist_ok=True)
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size <= len(SPECIAL_TOKENS):
+        raise ArgumentError(
+            f"vocab_size is {vocab_size!r}, expected a whole number above {len(SPECIAL_TOKENS)}: "
+            "[UNK], [BOS] and [EOS] are in it."
+        )
+    destination_folder(out)  # what cannot be written is to fail now
     train_texts, valid_texts = training_and_validation(data, valid, column=column)
-    hf_tokenizer, name = _tokenizer(out, tokenizer, train_texts, vocab_size, config.n_ctx)
-    published = config.published(name)
-    cfg = config_from_published(published, len(hf_tokenizer), device=device, model_name=out.name)
-    model = HookedBilinearTransformer(cfg, hf_tokenizer, seed=config.seed)
-    run = TrainingRun(
-        model,
-        TokenizedTexts.from_texts(train_texts, hf_tokenizer),
-        TokenizedTexts.from_texts(valid_texts, hf_tokenizer),
-        config,
-        checkpoint=out / CHECKPOINT_FILE,
-    )
-    validations = run.fit()
-    save_model(model.eval(), out, dtype=on_disk)
-    write_atomically(
-        out / "training.json",
-        lambda path: path.write_text(
-            json.dumps({"config": asdict(config), "validations": [asdict(v) for v in validations]}, indent=1)
-        ),
-    )
-    (out / CHECKPOINT_FILE).unlink(missing_ok=True)
+    given = None if tokenizer is None else _given_tokenizer(tokenizer)
+    identity = {
+        "config": asdict(config),
+        "dtype": str(on_disk).removeprefix("torch."),
+        "tokenizer": {"vocab_size": vocab_size} if given is None else _tokenizer_facts(given),
+        "texts": digest_of(train_texts),
+        "validation_texts": digest_of(valid_texts),
+    }
+    with alone_in(out):
+        finished = claim(out / RECORD_FILE, identity, WORK_FILES, others=TOKENIZER_FILES, overwrite=overwrite)
+        if finished is not None:
+            validations = [Validation(**validation) for validation in finished["validations"]]
+            return TrainingResult(load_model(out, device=device), validations)
+        hf_tokenizer = given or _trained_tokenizer(out, train_texts, vocab_size, config.n_ctx)
+        named = tokenizer is not None and not Path(tokenizer).is_dir()
+        published = config.published(str(tokenizer) if named else None)
+        cfg = config_from_published(published, len(hf_tokenizer), device=device, model_name=out.name)
+        n_weights = 2 * cfg.d_vocab * cfg.d_model + cfg.n_layers * cfg.d_model * (4 * cfg.d_model + 3 * config.d_hidden)
+        check_memory("training this model", 16 * n_weights)  # float32: weights, gradients, and two of Adam's each
+        model = HookedBilinearTransformer(cfg, hf_tokenizer, seed=config.seed)
+        run = TrainingRun(
+            model,
+            TokenizedTexts.from_texts(train_texts, hf_tokenizer),
+            TokenizedTexts.from_texts(valid_texts, hf_tokenizer),
+            config,
+            checkpoint=out / CHECKPOINT_FILE,
+        )
+        validations = run.fit()
+        save_model(model.eval(), out, dtype=on_disk)
+        facts = {"config": asdict(config), "validations": [asdict(v) for v in validations]}
+        finish(out / RECORD_FILE, identity, (CONFIG_FILE, WEIGHTS_FILE), facts)
+        (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return TrainingResult(model, validations)
 
 
-def _tokenizer(
-    out: Path, source: str | os.PathLike[str] | None, texts: list[str], vocab_size: int, n_ctx: int
-) -> tuple[Any, str | None]:
-    """The tokenizer and its published name: taken from `source`, from an earlier start in `out`, or trained."""
-    if source is not None:
-        found = load_tokenizer(Path(source), str(source))
-        if found is None:
-            raise TrainingError(f"no tokenizer at {source}: neither a folder with tokenizer.json nor on the hub.")
-        return found, None if Path(source).is_dir() else str(source)
+def _given_tokenizer(source: str | os.PathLike[str]) -> Any:
+    found = load_tokenizer(Path(source), str(source))
+    if found is None:
+        raise TrainingError(f"no tokenizer at {source}: neither a folder with tokenizer.json nor on the hub.")
+    return found
+
+
+def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """What tells a tokenizer from others: everything that it does, where it says so, or else its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    does = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    return {"vocab_size": len(tokenizer), "sha256": digest_of([does])}
+
+
+def _trained_tokenizer(out: Path, texts: list[str], vocab_size: int, n_ctx: int) -> Any:
+    """From an earlier start in `out`, or trained now."""
     if (out / "tokenizer.json").exists():
-        return load_tokenizer(out, None), None
+        return load_tokenizer(out, None)
     trained = train_tokenizer(texts, vocab_size, n_ctx)
-    trained.save_pretrained(out)
-    return trained, None
+    write_files(out, trained.save_pretrained)
+    return trained
 
 
 class TrainingRun:
@@ -334,4 +401,4 @@ class TrainingRun:
     @property
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint has to agree on to be of this run."""
-        return {"config": asdict(self.config), "n_tokens": sum(map(len, self.pieces))}
+        return {"config": asdict(self.config), "data": pieces_identity(self.pieces)}

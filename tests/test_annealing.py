@@ -30,7 +30,7 @@ from bilens.cli import app
 from bilens.data import TokenizedTexts
 from bilens.decompose import Decomposer
 from bilens.decompose.tensors import BilinearLayer
-from bilens.errors import ArgumentError, NotBilinearError, TrainingError
+from bilens.errors import ArgumentError, NotBilinearError, OverwriteError, TrainingError
 from bilens.loading import load_model
 from bilens.model import ACTIVATIONS, HookedBilinearTransformer
 from bilens.training import TrainConfig, train_lm, validate
@@ -260,6 +260,12 @@ def test_the_command(gated: HookedBilinearTransformer, split: tuple, tmp_path: P
     assert "annealed" in shown.output
     assert "from scratch" in shown.output
     assert load_model(tmp_path / "out").cfg.is_bilinear
+    again = CliRunner().invoke(app, list(map(str, arguments)))
+    assert again.exit_code == 0
+    assert again.output.endswith(shown.output[shown.output.rindex("before ") :])  # what was measured, read back
+    refused = CliRunner().invoke(app, [*map(str, arguments), "--lr", "0.5"])
+    assert isinstance(refused.exception, OverwriteError)
+    assert "lr (0.001 there, 0.5 here)" in str(refused.exception)
     with pytest.raises(ArgumentError, match="gated', the folder of the model to anneal"):
         anneal(tmp_path / "gated", split[0], tmp_path / "gated")
 

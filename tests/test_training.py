@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -20,7 +21,8 @@ from bilens import checkpoint as checkpoint_module
 from bilens import training
 from bilens.config import config_from_published
 from bilens.data import TokenizedTexts
-from bilens.errors import ArgumentError, TrainingError
+from bilens.errors import ArgumentError, OverwriteError, TrainingError, WriteError
+from bilens.folders import alone_in
 from bilens.loading import load_model
 from bilens.model import HookedBilinearTransformer
 from bilens.training import TrainConfig, TrainingResult, TrainingRun, Validation, train_lm, validate
@@ -404,6 +406,83 @@ def test_train_lm_resumes_bit_for_bit(train_small: Callable, tmp_path: Path, mon
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def same_files(folder: Path, before: dict[str, bytes]) -> bool:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_finished_run_is_returned_at_once(
+    train_small: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same call again takes no step and writes nothing; so it does with `overwrite`."""
+    first = train_small("out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(TrainingRun, "_take_step", lambda *args: pytest.fail("took a step"))
+    for options in ({}, {"overwrite": True}):
+        again = train_small("out", **options)
+        assert again.validations == first.validations
+        assert_same_weights(again.model, first.model)
+    assert same_files(tmp_path / "out", before)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"config": replace(TINY, epochs=1, lr=0.5)}, r"lr \(0.01 there, 0.5 here\)"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"valid": ["Mira painted a red kite."]}, "validation_texts"),
+        ({"tokenizer": None}, "vocab_size"),
+    ],
+)
+def test_other_work_is_not_replaced(train_small: Callable, tmp_path: Path, other: dict, says: str) -> None:
+    """Another configuration, texts, tokenizer or dtype is refused by what differs, and trained with `overwrite`."""
+    train_small("out", config=replace(TINY, epochs=1))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(OverwriteError, match=rf"holds other work: .*{says}.*--overwrite"):
+        train_small("out", **{"config": replace(TINY, epochs=1)} | other)
+    assert same_files(tmp_path / "out", before)
+
+
+def test_an_unrelated_model_is_not_replaced(train_small: Callable, tmp_path: Path, tokenizer: Any) -> None:
+    """A model that was saved there, one that was edited since, both stay until `overwrite`."""
+    make_model(tokenizer=tokenizer).save_pretrained(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(OverwriteError, match=r"config.json, model.safetensors.*training.json says nothing of"):
+        train_small("out", config=replace(TINY, epochs=0.2))
+    assert same_files(tmp_path / "out", before)
+    trained = train_small("out", config=replace(TINY, epochs=0.2), overwrite=True).model
+    assert load_model(tmp_path / "out").cfg.d_mlp == trained.cfg.d_mlp == TINY.d_hidden
+    with torch.no_grad():
+        trained.W_E.add_(1)
+    trained.save_pretrained(tmp_path / "edited")
+    os.replace(tmp_path / "edited" / "model.safetensors", tmp_path / "out" / "model.safetensors")
+    with pytest.raises(OverwriteError, match=r"model.safetensors changed since"):
+        train_small("out", config=replace(TINY, epochs=0.2))
+
+
+def test_a_full_disk_in_the_tokenizer_blocks_no_later_run(
+    train_small: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a tokenizer.json is not left behind; it was an empty one that the next run could not read."""
+    config = replace(TINY, epochs=0.1)
+    with monkeypatch.context() as patch:
+
+        def full(self: Any, folder: str, **kwargs: Any) -> None:
+            (Path(folder) / "tokenizer.json").touch()
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", full)
+        with pytest.raises(WriteError, match="No space left on device"):
+            train_small("out", tokenizer=None, vocab_size=100, config=config)
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert train_small("out", tokenizer=None, vocab_size=100, config=config).model.cfg.d_vocab == 100
+
+
+def test_two_runs_in_one_folder(train_small: Callable, tmp_path: Path) -> None:
+    """The second is told that the first is at work."""
+    with alone_in(tmp_path / "out"), pytest.raises(WriteError, match="another process is writing to"):
+        train_small("out")
+
+
 def test_train_lm_trains_a_tokenizer_once(
     train_small: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,10 +534,48 @@ def test_a_dtype_or_device_is_refused_before_training(wrong: dict, texts: list[s
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"epochs": -1.0}, {"epochs": math.nan}, {"eval_every": 0}])
+WRONG: list[dict[str, Any]] = [
+    *({"batch_size": value} for value in (0, -1, 2.5, True, "8", None)),
+    *({"epochs": value} for value in (-1.0, math.nan, math.inf, 10**400, "1", True)),
+    *({"lr": value} for value in (0, -1, math.nan, math.inf)),
+    *({"weight_decay": value} for value in (-1, math.nan)),
+    *({"seed": value} for value in (-1, 2**32, 1.5, None)),
+    *({"warmup": value} for value in (-0.1, 1.1, math.nan)),
+    *({"betas": value} for value in ((0.9, 1.0), (0.9,), 0.9, (math.nan, 0.9))),
+    *(
+        {name: 0}
+        for name in ("eval_every", "checkpoint_every", "d_model", "n_layer", "n_head", "d_hidden", "grad_clip")
+    ),
+    *({"n_ctx": value} for value in (0, 1, -5)),
+    *({"bias": value} for value in ("false", 0, None)),
+    *({"bf16": "no"}, {"normalization": "false"}, {"bilinear": 1}),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_a_config_that_trains_nothing_is_refused(wrong: dict) -> None:
     with pytest.raises(ArgumentError, match=f"{next(iter(wrong))} is "):
         TrainConfig(**wrong)
+
+
+def test_an_architecture_that_there_is_none_of() -> None:
+    with pytest.raises(ArgumentError, match="d_model 256 is not divisible by n_head 3"):
+        TrainConfig(n_head=3)
+    with pytest.raises(ArgumentError, match="gate"):
+        TrainConfig(gate="swish")
+
+
+@pytest.mark.parametrize("vocab_size", [-1, 3, 1.5, True])
+def test_a_vocabulary_that_is_none(vocab_size: Any, texts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="vocab_size is "):
+        train_lm(texts, tmp_path / "out", TINY, vocab_size=vocab_size)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_no_machine_holds(train_small: Callable, tmp_path: Path) -> None:
+    """It is refused before any of it is allocated."""
+    with pytest.raises(ArgumentError, match=r"training this model needs .* GB of memory; this machine has"):
+        train_small("out", config=replace(TINY, n_layer=10**9))
 
 
 def test_results_read_well() -> None:
