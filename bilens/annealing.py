@@ -31,7 +31,7 @@ from bilens.config import config_from_published, config_to_published
 from bilens.data import Texts, TokenizedTexts, pack, training_and_validation
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, NotBilinearError, TrainingError
-from bilens.files import destination_folder
+from bilens.files import destination_folder, to_path
 from bilens.fingerprint import model_fingerprint
 from bilens.folders import alone_in, claim, digest_of, finish
 from bilens.loading import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_model, save_model
@@ -199,7 +199,7 @@ def anneal(
         OverwriteError: `out` holds another model, or another run's checkpoint.
         WriteError: another process is at work in `out`, or the disk is full.
     """
-    config, out = config or AnnealConfig(), Path(out)
+    config, out = config or AnnealConfig(), to_path(out, "out")
     model = load_model(model) if isinstance(model, str | os.PathLike) else model
     scratch = load_model(scratch) if isinstance(scratch, str | os.PathLike) else scratch
     check_annealable(model, config)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bilens.errors import TrainingError
-from bilens.files import write_atomically
+from bilens.errors import CheckpointError, TrainingError
+from bilens.files import open_tensors, parse_json, write_atomically
 
 WEIGHT = "model"
 
@@ -57,9 +56,14 @@ def load_checkpoint(
 
     Raises:
         TrainingError: the checkpoint is of another run (what differs is named, with both values).
+        CheckpointError: it is damaged.
     """
-    with safe_open(path, framework="pt") as file:
-        facts = {key: json.loads(value) for key, value in file.metadata().items()}
+    remedy = "Delete it to train from the start."
+    with open_tensors(path, remedy=remedy) as file:
+        facts = {
+            key: parse_json(value, f"{key!r} of {path}", object, remedy)
+            for key, value in (file.metadata() or {}).items()
+        }
         differ: dict[str, tuple[Any, Any]] = {}
         for key, here in json.loads(json.dumps(same)).items():
             there = facts.get(key)
@@ -71,9 +75,14 @@ def load_checkpoint(
             raise TrainingError(
                 f"{path} is of another run; (there, here): {differ}. Use another folder, or delete the file."
             )
-        for entry in file.keys():  # noqa: SIM118
-            key, name = entry.split(":")
-            value, weight = file.get_tensor(entry), weights[name]
+        held = set(file.keys())
+        if missing := {f"{WEIGHT}:{name}" for name in weights} - held:
+            raise CheckpointError(f"{path} has no {min(missing)!r}. {remedy}")
+        for entry in held:
+            key, _, name = entry.partition(":")
+            value, weight = file.get_tensor(entry), weights.get(name)
+            if weight is None or (value.ndim and value.shape != weight.shape):
+                raise CheckpointError(f"{path}: {entry!r} of shape {list(value.shape)} has no place here. {remedy}")
             if key == WEIGHT:
                 weight.copy_(value)
             else:  # Adam's step counter stays where torch keeps it, on the CPU unless fused

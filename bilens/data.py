@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bilens.errors import EmptyTextError, TrainingError
+from bilens.files import to_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,7 +90,7 @@ def open_dataset(source: str | os.PathLike[str], split: str = "train", *, stream
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    path, kind = Path(source).expanduser(), _kind(source)
+    path, kind = to_path(source, "source"), _kind(source)
     if path.exists() and kind is not None:
         options = {"sample_by": "paragraph"} if kind == "text" else {}
         try:

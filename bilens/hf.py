@@ -14,7 +14,6 @@ would import transformers.
 
 import copy
 import inspect
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -31,6 +29,7 @@ from transformers.utils import cached_file
 
 from bilens.bridge import register_adapter
 from bilens.config import HF_ARCHITECTURE, MODEL_TYPE, config_from_published, config_to_published
+from bilens.files import open_tensors
 from bilens.kv_cache import KeyValueCache
 from bilens.model import Embed, HookedBilinearTransformer, Rotary
 
@@ -334,15 +333,17 @@ def vocabulary_size(source: str | os.PathLike[str], **hub: Any) -> int | None:
     Returns:
         `None` where there are no safetensors weights or no such tensor; what reads them will say so.
     """
+    from bilens.loading import read_index
+
     for name in WEIGHTS_FILES:
         found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub)
         if found is None:
             continue
         if name.endswith(".json"):
-            shard = json.loads(Path(found).read_text())["weight_map"].get(EMBEDDING)
+            shard = next((file for file, names in read_index(Path(found)).items() if EMBEDDING in names), None)
             found = shard and cached_file(str(source), shard, **hub)
         if found:
-            with safe_open(found, framework="pt") as file:
+            with open_tensors(Path(found)) as file:
                 return file.get_slice(EMBEDDING).get_shape()[0] if EMBEDDING in file.keys() else None  # noqa: SIM118
     return None
 

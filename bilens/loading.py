@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import bilens.hf  # noqa: F401  what is saved here loads through AutoModelForCausalLM at once
 from bilens.config import config_from_published, config_to_published
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, nearest
-from bilens.files import write_atomically, write_files
+from bilens.files import destination_folder, open_tensors, read_json, to_path, write_atomically, write_files
 from bilens.hub import HubOptions, fetch_from_hub
 from bilens.model import HookedBilinearTransformer
 
@@ -98,7 +97,7 @@ def load_model(
     """
     hub = HubOptions(revision, token, cache_dir, local_files_only)
     folder, name = find_model(source, hub)
-    published = read_config(folder / CONFIG_FILE)
+    published = read_json(folder / CONFIG_FILE)
     weights = weights_file(folder)
     tensors = read_tensors(weights)
     embedding = tensors.get("transformer.wte.weight")
@@ -132,8 +131,7 @@ def save_model(
         dtype: of the weights on disk; `None` keeps the model's. Loading with `dtype="auto"` and saving gives the same
             bits back.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = destination_folder(folder)
     tensors = {
         name: weight.detach().to("cpu", dtype or model.cfg.dtype).contiguous()
         for name, weight in published_tensors(model).items()
@@ -175,7 +173,7 @@ def find_model(source: str | os.PathLike[str] | None, hub: HubOptions | None = N
     if str(source) in list_models():
         hub.refuse_revision(str(source))
         return PRETRAINED / str(source), str(source)
-    path = Path(source).expanduser()
+    path = to_path(source, "source")
     if path.is_dir():
         hub.refuse_revision(str(source))
         for file in (CONFIG_FILE, WEIGHTS_FILE):
@@ -222,7 +220,7 @@ def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None
     if (folder / "tokenizer.json").exists():
         special = {"unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[EOS]"}
         options = folder / "tokenizer_config.json"
-        read = read_config(options) if options.exists() else special
+        read = read_json(options) if options.exists() else special
         # Older files hold {"content": "[BOS]", ...} where newer ones hold "[BOS]".
         found = {key: token["content"] if isinstance(token := read.get(key), dict) else token for key in special}
         try:
@@ -281,21 +279,6 @@ def resolve_dtype(dtype: torch.dtype | str, stored: torch.dtype) -> torch.dtype:
     return known[name]
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: not JSON, or not an object.
-    """
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}, expected an object.")
-    return config
-
-
 def weights_file(folder: Path) -> Path:
     """What `read_tensors` reads in a model's folder: `model.safetensors`, or else the index of the shards."""
     one, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
@@ -308,7 +291,7 @@ def read_index(path: Path) -> dict[str, set[str]]:
     Raises:
         CheckpointError: not JSON, no tensors in it, or a shard that is no safetensors file in the same folder.
     """
-    weight_map = read_config(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is {weight_map!r}, expected the names of tensors and their files.")
     shards: dict[str, set[str]] = defaultdict(set)
@@ -344,14 +327,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size if path.exists() else 0} bytes) cannot be read: {error}. "
-            f"A truncated download? Delete {path.resolve()} and fetch it again."
-        ) from error
+    remedy = f"A truncated download? Delete {path.resolve()} and fetch it again."
+    with open_tensors(path, remedy=remedy) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())

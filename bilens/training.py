@@ -36,7 +36,7 @@ from bilens.data import (
 )
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, CheckpointError, TrainingError
-from bilens.files import destination_folder, write_files
+from bilens.files import destination_folder, to_path, write_files
 from bilens.folders import alone_in, claim, digest_of, finish
 from bilens.loading import (
     CONFIG_FILE,
@@ -209,7 +209,7 @@ def train_lm(
         OverwriteError: `out` holds another model, or another run's checkpoint.
         WriteError: another process is at work in `out`, or the disk is full.
     """
-    config, out = config or TrainConfig(), Path(out)
+    config, out = config or TrainConfig(), to_path(out, "out")
     device, on_disk = resolve_device(device), resolve_dtype(dtype, torch.float32)
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size <= len(SPECIAL_TOKENS):
         raise ArgumentError(

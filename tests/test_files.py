@@ -1,14 +1,26 @@
-"""Files are written whole or not at all, where they can be written."""
+"""Paths are checked at the edge, files are read with care, and written whole or not at all."""
 
 import os
 import stat
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from bilens.errors import ArgumentError, OverwriteError, WriteError
-from bilens.files import destination, destination_folder, write_atomically, write_files
+from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, OverwriteError, WriteError
+from bilens.files import (
+    destination,
+    destination_folder,
+    open_tensors,
+    read_json,
+    regular_file,
+    to_path,
+    write_atomically,
+    write_files,
+)
 
 
 def write(text):
@@ -149,3 +161,58 @@ def test_threads_write_the_same_file(tmp_path):
         thread.join()
     assert (tmp_path / "file").read_text() in texts
     assert os.listdir(tmp_path) == ["file"]
+
+
+NO_PATHS = [None, 5, True, b"bytes", ["a"], {"a": 1}, "", "a\0b", "x" * 300, "~nobody-of-that-name/x", "\ud800"]
+
+
+@pytest.mark.parametrize("path", NO_PATHS, ids=repr)
+def test_what_is_no_path_is_refused_by_name(path):
+    with pytest.raises(ArgumentError, match=r"^source (is|')"):
+        to_path(path, "source")
+
+
+def test_homes_are_expanded_and_what_is_not_there_is_left_to_the_caller(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert to_path("~/x") == tmp_path / "x"
+    (tmp_path / "file").touch()
+    assert to_path(tmp_path / "file" / "under") == tmp_path / "file" / "under"
+
+
+def test_only_regular_files_of_a_sensible_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"12345")
+    for path, reason in {
+        tmp_path / "pipe": "a pipe, a socket or a device",
+        Path("/dev/zero"): "a pipe, a socket or a device",
+        tmp_path: "a folder",
+        tmp_path / "large" / "under": "Not a directory",
+    }.items():
+        for read in (regular_file, read_json, lambda path: open_tensors(path).__enter__()):
+            with pytest.raises(CheckpointError, match=reason):
+                read(path)
+    with pytest.raises(ModelNotFoundError, match=r"no file .*none"):
+        read_json(tmp_path / "none")
+    assert regular_file(tmp_path / "large", 5) == tmp_path / "large"
+    with pytest.raises(CheckpointError, match="has 5 bytes, expected at most 4"):
+        regular_file(tmp_path / "large", 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"\xff\xfe", b"nonsense", b"[" * 100_000, b'{"a": ' + b"9" * 6000 + b"}", b"[1, 2]", b"5", b"null"],
+    ids=lambda text: repr(text[:10]),
+)
+def test_damaged_json_names_the_file_and_what_to_do(tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"plan\.json (is not JSON|holds a).*Start again\.$"):
+        read_json(path, remedy="Start again.")
+
+
+def test_an_error_within_an_open_file_stays_what_it_is(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(KeyError), open_tensors(tmp_path / "a.safetensors"):
+        raise KeyError("mine")
+    with pytest.raises(ModelNotFoundError), open_tensors(tmp_path / "a.safetensors"):
+        raise ModelNotFoundError("mine")

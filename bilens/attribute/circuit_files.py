@@ -17,17 +17,15 @@ hijohnnylin/neuronpedia (apps/webapp/app/api/graph/graph-schema.json).
 import json
 from dataclasses import fields
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bilens.attribute.circuit_graph import EDGE_COLUMNS, HEAD_COLUMNS, HYPEREDGE_COLUMNS, NODE_COLUMNS, Circuit
 from bilens.errors import CheckpointError
-from bilens.files import write_atomically
+from bilens.files import open_tensors, parse_json, regular_file, to_path, write_atomically
 
 COLUMNS = {"nodes": NODE_COLUMNS, "edges": EDGE_COLUMNS, "hyperedges": HYPEREDGE_COLUMNS, "heads": HEAD_COLUMNS}
 FRAMES = tuple(COLUMNS)
@@ -52,28 +50,29 @@ def save_circuit(circuit: Circuit, path: str | PathLike[str]) -> None:
         "columns": json.dumps({name: list(getattr(circuit, name).columns) for name in FRAMES}),
         "strings": json.dumps(strings),
     }
-    write_atomically(Path(path), lambda beside: save_file(tensors, beside, header))
+    write_atomically(to_path(path), lambda beside: save_file(tensors, beside, header))
 
 
 def load_circuit(path: str | PathLike[str]) -> Circuit:
     """Read what `save_circuit` wrote.
 
     Raises:
+        ModelNotFoundError: there is no file.
         CheckpointError: not such a file, or a truncated one.
     """
     try:
-        with safe_open(Path(path), "pt") as file:
+        with open_tensors(to_path(path), remedy="It is no circuit that Circuit.save wrote whole.") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise CheckpointError(f"{path} is no circuit: its format is {header.get('format')!r}, not {FORMAT!r}.")
             tensors = {key: file.get_tensor(key).numpy() for key in file.keys()}  # noqa: SIM118
-        columns = json.loads(header["columns"])
-        values = json.loads(header["strings"]) | tensors
+        columns = parse_json(header["columns"], f"'columns' of {path}")
+        values = parse_json(header["strings"], f"'strings' of {path}") | tensors
         frames = {
             name: pd.DataFrame({column: values[f"{name}.{column}"] for column in columns[name]}) for name in FRAMES
         }
-        return Circuit(**json.loads(header["fields"]), **frames)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        return Circuit(**parse_json(header["fields"], f"'fields' of {path}"), **frames)
+    except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is no circuit that Circuit.save wrote: {error}") from error
@@ -121,7 +120,7 @@ def save_graphml(circuit: Circuit, path: str | PathLike[str]) -> None:
     graph = to_networkx(circuit)
     for data in (graph.graph, *(data for _, data in graph.nodes(data=True)), *(d for *_, d in graph.edges(data=True))):
         data.update({name: _for_xml(value) for name, value in data.items() if isinstance(value, str)})
-    write_atomically(Path(path), lambda beside: nx.write_graphml(graph, beside))
+    write_atomically(to_path(path), lambda beside: nx.write_graphml(graph, beside))
 
 
 def from_networkx(graph: Any) -> Circuit:
@@ -142,14 +141,14 @@ def from_networkx(graph: Any) -> Circuit:
         for source, target, data in graph.edges(data=True):
             if "pair" not in (graph.nodes[source]["kind"], graph.nodes[target]["kind"]):
                 rows["edges"].append([source, target, *(data.get(column, "") for column in EDGE_COLUMNS[2:])])
-                rows["heads"] += [[source, target, *way] for way in json.loads(data["heads"])]
+                rows["heads"] += [[source, target, *way] for way in parse_json(data["heads"], "heads", list)]
         about = graph.graph
         return Circuit(
             model_name=about.get("model", ""),
             target=about["target"],
             position=about["position"],
-            tokens=json.loads(about["tokens"]),
-            shares=json.loads(about["shares"]),
+            tokens=parse_json(about["tokens"], "tokens", list),
+            shares=parse_json(about["shares"], "shares"),
             kept_share=about["kept_share"],
             n_found=about["n_found"],
             **{name: pd.DataFrame(rows[name], columns=list(COLUMNS[name])) for name in FRAMES},
@@ -169,8 +168,10 @@ def load_graphml(path: str | PathLike[str]) -> Circuit:
     import networkx as nx
 
     try:
-        graph = nx.read_graphml(Path(path))
-    except (nx.NetworkXError, ParseError, ValueError) as error:
+        graph = nx.read_graphml(regular_file(to_path(path)))
+    except CheckpointError:
+        raise
+    except (nx.NetworkXError, ParseError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is no GraphML: {error}") from error
     return from_networkx(graph)
 

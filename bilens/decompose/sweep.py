@@ -26,9 +26,9 @@ from bilens.decompose.eigensweep import EigenSweep, Method, choose_method
 from bilens.decompose.spectra import Spectra, spectra
 from bilens.display import Tabular
 from bilens.errors import CheckpointError, MissingSAEError, OutOfRangeError
-from bilens.files import write_atomically
+from bilens.files import destination_folder, read_json, to_path, write_atomically
 from bilens.fingerprint import fingerprint, model_fingerprint, sae_fingerprint
-from bilens.loading import read_config, read_tensors
+from bilens.loading import read_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,10 +61,10 @@ class Sweep(Tabular):
         Raises:
             CheckpointError: no sweep there, or a damaged one.
         """
-        path = Path(folder) / MANIFEST
+        path = to_path(folder, "folder") / MANIFEST
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no sweep: there is no {MANIFEST}. `bilens sweep` writes one.")
-        return cls(Path(folder), read_config(path), names)
+        return cls(path.parent, _read_manifest(path), names)
 
     @property
     def layers(self) -> list[int]:
@@ -154,7 +154,7 @@ def sweep(
     """
     if not decomposers:
         raise MissingSAEError("there are no layers to sweep; give the Decomposer of at least one.")
-    folder = Path(out)
+    folder = to_path(out, "out")
     blocks = {d.layer: torch.arange(d.output_view.d_sae).split(BLOCK) for d in decomposers}
     with parallel.processes():
         facts = _agree(decomposers, folder, {"k": k, "side": side, "full": full}, method, memory)
@@ -206,7 +206,7 @@ def _agree(
     } | settings
     path = folder / MANIFEST
     if parallel.is_main() and not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        destination_folder(folder)
         # What "auto" chooses is measured, so it may differ between processes and days: it is chosen once.
         decomposer = decomposers[0]
         u = decomposer.directions(torch.arange(decomposer.output_view.d_sae), settings["side"])
@@ -214,13 +214,22 @@ def _agree(
         facts = identity | {"solver": solver}
         write_atomically(path, lambda beside: beside.write_text(json.dumps(facts, indent=1)))
     parallel.barrier()
-    found = read_config(path)
+    found = _read_manifest(path)
     differ = {key: (found.get(key), here) for key, here in identity.items() if found.get(key) != here}
     if differ:
         raise CheckpointError(
             f"{folder} holds another sweep; (there, here): {differ}. Use another folder, or delete it."
         )
     return found
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    facts = read_json(path, remedy="Delete the folder and run the sweep again.")
+    layers = facts.get("layers")
+    whole = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    if not (whole and isinstance(facts.get("fingerprints"), dict) and isinstance(facts.get("solver"), str)):
+        raise CheckpointError(f"{path} is no sweep that bilens wrote. Delete the folder and run the sweep again.")
+    return facts
 
 
 def _write(path: Path, found: Spectra) -> None:

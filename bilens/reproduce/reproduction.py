@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from bilens.display import Tabular
-from bilens.files import write_atomically
+from bilens.files import destination_folder, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,8 +83,7 @@ class Reproduction(Tabular):
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """Write `<name>.html` and `<name>.csv` into a folder, and return the page's path."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = destination_folder(folder)
         write_atomically(folder / f"{self.name}.csv", lambda beside: self.to_frame().to_csv(beside, index=False))
         return self.to_page().save(folder / f"{self.name}.html")
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bilens.data import stream_texts
 from bilens.errors import ArgumentError, EmptyTextError, TokenizationError
+from bilens.files import to_path
 from bilens.sae.feature_statistics import Places
 
 ENDS = 2**20  # bytes of a file that are hashed at either end
@@ -73,7 +74,7 @@ def open_corpus(
         TrainingError: a file that is not there.
     """
     if isinstance(source, str | os.PathLike):
-        path = Path(source).expanduser()
+        path = to_path(source, "source")
         identity = _file_identity(path) if path.is_file() else {"dataset": str(source), "split": split}
         identity |= {"column": column, "max_texts": max_texts}
         return Corpus(lambda: islice(stream_texts(source, split, column), max_texts), identity, max_texts)

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -32,7 +31,7 @@ from tqdm.auto import tqdm
 from bilens import parallel
 from bilens.attaching import encode, splice_hooks
 from bilens.errors import SAEMismatchError
-from bilens.files import write_atomically
+from bilens.files import open_tensors, parse_json, write_atomically
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.corpus import Batch, Corpus, batches
 from bilens.sae.examples import stop_after
@@ -74,7 +73,7 @@ class PassState:
 
     def load(self, path: Path) -> None:
         """Take over what `save` wrote."""
-        with safe_open(path, framework="np") as file:
+        with open_tensors(path, "np", "Delete the folder and build the store again.") as file:
             self.vocabulary[...] = file.get_tensor("vocabulary")
             for i, statistics in enumerate(self.saes.values()):
                 statistics.load(lambda name, i=i: file.get_tensor(f"{i}.{name}"))  # type: ignore[misc]
@@ -276,8 +275,9 @@ class FeaturePass:
 
 def read_facts(path: Path) -> dict[str, Any]:
     """What a state's file says about itself."""
-    with safe_open(path, framework="np") as file:
-        return json.loads(file.metadata()["facts"])
+    remedy = "Delete the folder and build the store again."
+    with open_tensors(path, "np", remedy) as file:
+        return parse_json((file.metadata() or {}).get("facts", ""), f"'facts' of {path}", dict, remedy)
 
 
 @contextmanager

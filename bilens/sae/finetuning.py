@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from bilens.checkpoint import load_checkpoint, save_checkpoint
 from bilens.data import Texts, TokenizedTexts, load_texts, pack
 from bilens.errors import SAEMismatchError, TrainingError
+from bilens.files import to_path
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.training import save_half
 
@@ -84,7 +85,7 @@ def finetune_saes(
         HookNameError, SAEMismatchError: an SAE that is on no hook of a block of this model.
         TrainingError: a checkpoint of another run, or a loss that is not finite.
     """
-    config, out = config or FinetuneConfig(), Path(out)
+    config, out = config or FinetuneConfig(), to_path(out, "out")
     texts = load_texts(data, column=column)
     pieces = TokenizedTexts.from_texts(texts, model.tokenizer).pieces(model.cfg.n_ctx)
     for name, sae in saes.items():

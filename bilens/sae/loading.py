@@ -28,6 +28,7 @@ from torch import Tensor
 from bilens.config import check_positive_integers
 from bilens.display import Tabular
 from bilens.errors import CheckpointError, ModelNotFoundError, SAEMismatchError, nearest
+from bilens.files import read_json, to_path
 from bilens.hub import HubOptions, fetch_from_hub
 from bilens.loading import (
     CONFIG_FILE,
@@ -36,7 +37,6 @@ from bilens.loading import (
     WEIGHTS_FILE,
     check_shapes,
     list_models,
-    read_config,
     read_tensors,
     resolve_device,
     resolve_dtype,
@@ -205,7 +205,7 @@ def load_sae_folder(
     Args:
         folder: of either format, named `{layer}-{point}-x{expansion}-k{k}[-{tag}]`.
     """
-    folder = Path(folder).expanduser()
+    folder = to_path(folder, "folder")
     entry = _read_entry(folder)
     if entry is None:
         raise ModelNotFoundError(f"{folder} is no SAE folder: {EXPECTED}.")
@@ -251,7 +251,7 @@ def _root(source: str | os.PathLike[str], files: list[str], hub: HubOptions, nee
     if str(source) in list_models():
         hub.refuse_revision(str(source))
         return PRETRAINED / str(source) / "saes"
-    path = Path(source).expanduser()
+    path = to_path(source, "source")
     if path.is_dir():
         hub.refuse_revision(str(source))
         return path
@@ -329,7 +329,7 @@ def _names(entries: Iterable[SAEEntry], at_most: int = 12) -> str:
 def _load_published(
     folder: Path, entry: SAEEntry, device: str | torch.device, dtype: torch.dtype | str, n_layers: int | None
 ) -> ScopeSAE:
-    config = read_config(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE)
     _check_published(config, folder, entry)
     cfg = ScopeSAEConfig(
         d_in=config["d_model"],
@@ -398,7 +398,7 @@ def _before_residual_scale(folder: Path, n_layers: int | None) -> float:
 
 
 def _load_saelens(folder: Path, entry: SAEEntry, device: str | torch.device, dtype: torch.dtype | str) -> SAE[Any]:
-    read_config(folder / SAE_CFG_FILENAME)  # SAELens does not look for truncation and NaN; these two do
+    read_json(folder / SAE_CFG_FILENAME)  # SAELens does not look for truncation and NaN; these two do
     tensors = read_tensors(folder / SAE_WEIGHTS_FILENAME)
     stored = next((tensor.dtype for tensor in tensors.values()), torch.float32)
     wanted = dtype_to_str(resolve_dtype(dtype, stored))

@@ -14,6 +14,7 @@ from typing import Any
 from sae_lens import SAE, TrainingSAE
 
 from bilens.errors import ModelNotFoundError, SAEMismatchError
+from bilens.files import to_path
 from bilens.hub import card_header, push_to_hub
 from bilens.sae.loading import EXPECTED, FOLDER_NAME, FORMATS, SAEList, hook_of, list_saes
 
@@ -50,10 +51,10 @@ def push_saes(
         formats = dict.fromkeys(saes, "saelens")
         for name, sae in saes.items():
             _check_name(name, sae)
-    elif Path(saes).expanduser().is_dir():
-        formats = {entry.folder: entry.format for entry in list_saes(Path(saes).expanduser())}
+    elif (source := to_path(saes, "saes")).is_dir():
+        formats = {entry.folder: entry.format for entry in list_saes(source)}
     else:
-        raise ModelNotFoundError(f"no folder {os.fspath(saes)!r}: SAEs are pushed from this machine.")
+        raise ModelNotFoundError(f"no folder {str(saes)!r}: SAEs are pushed from this machine.")
     if not formats:
         raise ModelNotFoundError(f"no SAEs to push: {EXPECTED}.")
 
@@ -66,7 +67,7 @@ def push_saes(
             else:
                 (folder / name).mkdir()
                 for file in FORMATS[its_format]:
-                    shutil.copyfile(Path(saes).expanduser() / name / file, folder / name / file)
+                    shutil.copyfile(source / name / file, folder / name / file)
 
     return push_to_hub(
         write,

@@ -26,6 +26,7 @@ from bilens import parallel
 from bilens.attaching import splice_hooks
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, OutOfRangeError, nearest
+from bilens.files import read_json, to_path
 from bilens.fingerprint import fingerprint, model_fingerprint, sae_fingerprint
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.corpus import open_corpus
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 MANIFEST_FILE, VOCABULARY_FILE = "manifest.json", "vocabulary.json"
 CHECKPOINT_FOLDER, PLAN_FILE = "checkpoint", "plan.json"
 FORMAT = 1
+BUILD_ANEW = "Delete the folder and build the store again."
 COUNTED_PAIRS = 2**26  # (feature, token) pairs of all SAEs that are counted one by one: 12 bytes each, 805 MB
 NAMING_SHARE = 0.05  # tokens that carry less of a feature's activation would only blur its name
 
@@ -116,7 +118,7 @@ def build_feature_store(
         TrainingError: a source that cannot be read.
         CheckpointError: the folder holds a store of another model, other SAEs, another corpus or configuration.
     """
-    config, folder = config or FeatureStoreConfig(), Path(folder)
+    config, folder = config or FeatureStoreConfig(), to_path(folder, "folder")
     if not isinstance(config, FeatureStoreConfig):
         raise ArgumentError(f"config is {config!r:.80}; expected a FeatureStoreConfig.")
     if not isinstance(saes, Mapping) or not saes:
@@ -450,19 +452,22 @@ class FeatureStore(Tabular):
             ModelNotFoundError: no store there.
             CheckpointError: one that is not finished, or of another version of the format.
         """
-        folder = Path(folder)
+        folder = to_path(folder, "folder")
         path = folder / MANIFEST_FILE
         if not path.exists():
             if (folder / CHECKPOINT_FOLDER).exists():
                 raise CheckpointError(f"{folder} is not finished: build it again with the same arguments to go on.")
             raise ModelNotFoundError(f"no feature store at {folder} (no {MANIFEST_FILE} in it).")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["identity"]["format"]
-        if found != FORMAT:
-            raise CheckpointError(f"{folder} has format {found}; this version of bilens reads {FORMAT}. Build it anew.")
-        names = ("model_name", "n_tokens", "n_texts", "counts_all_tokens", "wordpiece", "saes")
-        config = FeatureStoreConfig(**manifest["identity"]["config"])
-        return cls(folder=folder, config=config, **{name: manifest[name] for name in names})
+        manifest = read_json(path, remedy=BUILD_ANEW)
+        try:
+            identity = manifest["identity"]
+            if identity["format"] != FORMAT:
+                raise CheckpointError(f"{folder} has format {identity['format']}, not {FORMAT}. {BUILD_ANEW}")
+            names = ("model_name", "n_tokens", "n_texts", "counts_all_tokens", "wordpiece", "saes")
+            config = FeatureStoreConfig(**identity["config"])
+            return cls(folder=folder, config=config, **{name: manifest[name] for name in names})
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is no manifest that bilens wrote: {error!r}. {BUILD_ANEW}") from error
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -472,7 +477,7 @@ class FeatureStore(Tabular):
     @cached_property
     def vocabulary(self) -> list[str]:
         """The token strings."""
-        return json.loads((self.folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
+        return read_json(self.folder / VOCABULARY_FILE, list, BUILD_ANEW)
 
     def __getitem__(self, name: str) -> StoredFeatures:
         if name not in self.saes:
@@ -507,9 +512,11 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> bool:
     manifest, plan = folder / MANIFEST_FILE, folder / CHECKPOINT_FOLDER / PLAN_FILE
     identity = json.loads(json.dumps(identity))
     finished = manifest.exists()
-    there = json.loads(manifest.read_text(encoding="utf-8"))["identity"] if finished else None
+    there = read_json(manifest, remedy=BUILD_ANEW).get("identity", {}) if finished else None
     if there is None and plan.exists():
-        there = json.loads(plan.read_text(encoding="utf-8"))
+        there = read_json(plan, remedy=BUILD_ANEW)
+    if there is not None and not isinstance(there, dict):
+        raise CheckpointError(f"{manifest} is no manifest that bilens wrote. {BUILD_ANEW}")
     if there is not None and there != identity:
         differ = [
             f"{key}.{inner}" if isinstance(identity[key], dict) else key

@@ -35,8 +35,7 @@ from tqdm.auto import tqdm
 from bilens.checkpoint import load_checkpoint, save_checkpoint
 from bilens.data import TokenizedTexts, load_texts, open_dataset
 from bilens.errors import ArgumentError, SAEMismatchError, TrainingError, nearest
-from bilens.files import write_atomically
-from bilens.loading import read_config
+from bilens.files import read_json, to_path, write_atomically
 from bilens.model import HookedBilinearTransformer
 from bilens.parallel import barrier, is_main, processes, share
 from bilens.sae.activations import ActivationStream, PackedRows, Rows, StreamedRows, hook_widths
@@ -238,7 +237,7 @@ def train_saes(
             features, or two of one name.
         TrainingError: too little text, a checkpoint of another run, or a loss that is not finite.
     """
-    config, out = config or SAETrainConfig(), Path(out)
+    config, out = config or SAETrainConfig(), to_path(out, "out")
     if hooks is None:
         layers = range(model.cfg.n_layers)
         hooks = [hook_of(point, layer) for layer in layers for point in ("mlp-in", "mlp-out")]
@@ -458,7 +457,7 @@ class SAERun:
         path = self.out / target.name / SAE_CFG_FILENAME
         if not path.is_file():
             return False
-        metadata = read_config(path).get("metadata", {})
+        metadata = read_json(path).get("metadata", {})
         return (metadata.get("training"), metadata.get("training_source"), metadata.get("finetuning")) == (
             asdict(self.config),
             self.source,

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.errors import ArgumentError, ImageDataError, nearest
+from bilens.files import to_path
 from bilens.loading import HUB_ID
 
 HUB_SOURCES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
@@ -155,7 +156,7 @@ def load_images(
     """
     if isinstance(source, ImageDataset):
         return source
-    name, path = str(source), Path(source).expanduser()
+    name, path = str(source), to_path(source, "source")
     class_names: Sequence[str] | None = None
     if name == "digits":
         arrays = _digits()
@@ -258,7 +259,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         ImageDataError: not idx, truncated, or longer than its header says.
     """
-    path = Path(path)
+    path = to_path(path)
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":

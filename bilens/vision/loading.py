@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bilens.errors import CheckpointError, ModelNotFoundError
-from bilens.files import write_atomically
+from bilens.files import destination_folder, read_json, to_path, write_atomically
 from bilens.hub import HubOptions, fetch_from_hub
-from bilens.loading import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, check_shapes, read_config, read_tensors, resolve_dtype
+from bilens.loading import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, check_shapes, read_tensors, resolve_dtype
 from bilens.vision.config import classifier_config_from_published, classifier_config_to_published
 from bilens.vision.model import BilinearClassifier
 
@@ -44,7 +44,7 @@ def load_classifier(
         CheckpointError: the files are truncated, incomplete, of the wrong shapes, or hold NaN.
     """
     folder = _find(source, HubOptions(revision, token, cache_dir, local_files_only))
-    cfg = classifier_config_from_published(read_config(folder / CONFIG_FILE))
+    cfg = classifier_config_from_published(read_json(folder / CONFIG_FILE))
     path = folder / WEIGHTS_FILE
     tensors = read_tensors(path)
     with torch.device("meta"):  # shapes only: the weights come from the file
@@ -60,8 +60,7 @@ def load_classifier(
 
 def save_classifier(model: BilinearClassifier, folder: str | os.PathLike[str]) -> None:
     """Write `config.json` and `model.safetensors`; the folder is made, each file is replaced whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = destination_folder(folder)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
     config = json.dumps(classifier_config_to_published(model.cfg), indent=2) + "\n"
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -69,7 +68,7 @@ def save_classifier(model: BilinearClassifier, folder: str | os.PathLike[str]) -
 
 
 def _find(source: str | os.PathLike[str], hub: HubOptions) -> Path:
-    path = Path(source).expanduser()
+    path = to_path(source, "source")
     if path.is_dir():
         hub.refuse_revision(str(source))
         for file in (CONFIG_FILE, WEIGHTS_FILE):

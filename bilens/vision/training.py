@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, TrainingError
-from bilens.files import write_atomically
+from bilens.files import destination_folder, write_atomically
 from bilens.vision.augmentation import augmentation
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.data import ImageDataset, load_images
@@ -164,9 +163,7 @@ def train_classifier(
     data, config = load_images(data), config or ImageTrainConfig()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if out is not None:  # what cannot be written is to fail now
-        if Path(out).is_file():
-            raise ArgumentError(f"out is {str(out)!r}, which is a file; expected a folder.")
-        Path(out).mkdir(parents=True, exist_ok=True)
+        out = destination_folder(out)
     cfg = ClassifierConfig(
         data.d_input,
         config.d_hidden,
@@ -186,7 +183,7 @@ def train_classifier(
     if out is not None:
         model.save_pretrained(out)
         facts = json.dumps({"config": asdict(config), "epochs": [asdict(epoch) for epoch in epochs]}, indent=1)
-        write_atomically(Path(out) / "training.json", lambda path: path.write_text(facts + "\n"))
+        write_atomically(out / "training.json", lambda path: path.write_text(facts + "\n"))
     return trained
 
 

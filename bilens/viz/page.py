@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_che
 
 import pandas as pd
 
-from bilens.files import write_atomically
+from bilens.files import to_path, write_atomically
 from bilens.viz.markup import Html, ViewError, asset, escape, island, scripts_for
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ class Page:
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the page, whole or not at all, and return where."""
         text = self.to_html().encode("utf-8", "backslashreplace")  # a broken token may hold a lone surrogate
-        write_atomically(Path(path), lambda beside: beside.write_bytes(text))
-        return Path(path)
+        write_atomically(to_path(path), lambda beside: beside.write_bytes(text))
+        return to_path(path)
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, so that a notebook's styles and the page's leave each other alone."""
