@@ -12,9 +12,8 @@ weights and hooks with the model they hold, and compute nothing themselves.
 
 Parameters are stored in the layout of the published checkpoints (one fused `qkv`, one fused `w` of left then right
 rows, the raw output projection `o`), so that loading and saving are copies and the matrix products are fused;
-TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are views of them, so writing into
-`model.blocks[0].mlp.W_in` changes the model. The exception is `W_O`, a product with `s`: to edit it, write into
-`attn.o.weight`.
+TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are made from them, and writing into `attn.W_O`,
+`mlp.W_in` or `model.W_in` changes the model: see `bilens.named_weights`.
 """
 
 from collections.abc import Callable
@@ -35,10 +34,17 @@ from bilens.errors import ArgumentError, ContextLengthError, NotBilinearError, O
 from bilens.generation import generate
 from bilens.hooking import CheckedHooks
 from bilens.kv_cache import KeyValueCache
+from bilens.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.tokenization import PaddingSide, TokenizationMixin
 
+
+def identity(x: Tensor) -> Tensor:
+    """The gate of a bilinear layer; a function with a name can be pickled."""
+    return x
+
+
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda x: x,
+    None: identity,
     "relu": F.relu,
     "silu": F.silu,
     "gelu": F.gelu,
@@ -46,7 +52,7 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 ReturnType = Literal["logits", "loss", "both"]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(NamedWeightsMixin):
     """`x / sqrt(mean(x^2) + eps)`, without weights; the identity where the model has no normalisation."""
 
     def __init__(self, cfg: BilinearTransformerConfig):
@@ -94,7 +100,7 @@ class Rotary(nn.Module):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-class Attention(nn.Module):
+class Attention(NamedWeightsMixin):
     """Causal multi-head attention with one fused, bias-free `qkv`; returns what is added to the residual stream."""
 
     def __init__(self, cfg: BilinearTransformerConfig, layer: int):
@@ -108,7 +114,7 @@ class Attention(nn.Module):
 
     def _qkv_view(self, index: int) -> Float[Tensor, "head d_model d_head"]:
         rows = self.qkv.weight.unflatten(0, (3, self.cfg.n_heads, self.cfg.d_head))[index]
-        return rearrange(rows, "head d_head d_model -> head d_model d_head")
+        return NamedWeight.viewing(rearrange(rows, "head d_head d_model -> head d_model d_head"))
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
@@ -125,11 +131,16 @@ class Attention(nn.Module):
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """The output projection with the residual scale `s` folded in."""
-        return rearrange(
-            self.o.weight * self.cfg.residual_scale,
-            "d_model (head d_head) -> head d_head d_model",
-            head=self.cfg.n_heads,
-        )
+        return NamedWeight.computed(self._scaled_o(), self._store_scaled_o)
+
+    def _scaled_o(self) -> Float[Tensor, "head d_head d_model"]:
+        scaled = self.o.weight * self.cfg.residual_scale
+        return rearrange(scaled, "d_model (head d_head) -> head d_head d_model", head=self.cfg.n_heads)
+
+    def _store_scaled_o(self, values: Float[Tensor, "head d_head d_model"]) -> None:
+        """What was not written keeps its bits, which `* s / s` would not."""
+        new, old = (rearrange(w, "head d_head d_model -> d_model (head d_head)") for w in (values, self._scaled_o()))
+        self.o.weight.copy_(torch.where(new == old, self.o.weight, new / self.cfg.residual_scale))
 
     @property
     def OV(self) -> FactoredMatrix:
@@ -139,10 +150,25 @@ class Attention(nn.Module):
     def QK(self) -> FactoredMatrix:
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
+    def _no_bias(self, name: str, *shape: int) -> Tensor:
+        """Zeros: attention has no biases in this architecture (TransformerLens asks for them)."""
+        return NamedWeight.zeros(self.o.weight, shape, f"{name}: attention has no biases in this architecture")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        return self._no_bias("b_Q", self.cfg.n_heads, self.cfg.d_head)
+
+    @property
+    def b_K(self) -> Float[Tensor, "head d_head"]:
+        return self._no_bias("b_K", self.cfg.n_heads, self.cfg.d_head)
+
+    @property
+    def b_V(self) -> Float[Tensor, "head d_head"]:
+        return self._no_bias("b_V", self.cfg.n_heads, self.cfg.d_head)
+
     @property
     def b_O(self) -> Float[Tensor, "d_model"]:
-        """Zeros: attention has no biases in this architecture (TransformerLens asks for them)."""
-        return self.o.weight.new_zeros(self.cfg.d_model)
+        return self._no_bias("b_O", self.cfg.d_model)
 
     def forward(
         self,
@@ -158,7 +184,7 @@ class Attention(nn.Module):
             k, v = kv_cache.append(self.layer, k, v)
         z = self.hook_z(self._mix(q, k, v, mask))
         if self.cfg.use_attn_result:
-            return self.hook_result(einsum(z, self.W_O, "b p h e, h e m -> b p h m")).sum(2)
+            return self.hook_result(einsum(z, self._scaled_o(), "b p h e, h e m -> b p h m")).sum(2)
         return self.o(z.flatten(2)) * self.cfg.residual_scale
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Float[Tensor, "batch pos head d_head"]:
@@ -179,7 +205,7 @@ class Attention(nn.Module):
         return einsum(pattern.to(v.dtype), v, "b h q k, b k h e -> b q h e")
 
 
-class MLP(nn.Module):
+class MLP(NamedWeightsMixin):
     """The bilinear layer, or one of the published variants: gated (an activation on the left branch), or one-branch."""
 
     def __init__(self, cfg: BilinearTransformerConfig):
@@ -194,8 +220,12 @@ class MLP(nn.Module):
         if cfg.bilinear:
             self.hook_pre_linear = HookPoint()
 
-    def _bias(self, linear: nn.Linear) -> Tensor:
-        return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+    def _bias(self, linear: nn.Linear, name: str, units: slice = slice(None)) -> Tensor:
+        """The bias, or zeros where the model has none."""
+        if linear.bias is not None:
+            return NamedWeight.viewing(linear.bias[units])
+        size = len(range(linear.out_features)[units])
+        return NamedWeight.zeros(linear.weight, (size,), f"{name}: this model has no biases (config: bias is false)")
 
     def _left(self, of: str) -> None:
         if not self.cfg.bilinear:
@@ -205,31 +235,31 @@ class MLP(nn.Module):
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """The left branch."""
         self._left("W_gate")
-        return self.w.weight[: self.cfg.d_mlp].T
+        return NamedWeight.viewing(self.w.weight[: self.cfg.d_mlp].T)
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """The right branch; the only one of a one-branch MLP."""
-        return self.w.weight[-self.cfg.d_mlp :].T
+        return NamedWeight.viewing(self.w.weight[-self.cfg.d_mlp :].T)
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
-        return self.p.weight.T
+        return NamedWeight.viewing(self.p.weight.T)
 
     @property
     def b_gate(self) -> Float[Tensor, "d_mlp"]:
         """Bias of the left branch (zeros where the model has none)."""
         self._left("b_gate")
-        return self._bias(self.w)[: self.cfg.d_mlp]
+        return self._bias(self.w, "b_gate", slice(self.cfg.d_mlp))
 
     @property
     def b_in(self) -> Float[Tensor, "d_mlp"]:
         """Bias of the right branch, added before the product (zeros where the model has none)."""
-        return self._bias(self.w)[-self.cfg.d_mlp :]
+        return self._bias(self.w, "b_in", slice(-self.cfg.d_mlp, None))
 
     @property
     def b_out(self) -> Float[Tensor, "d_model"]:
-        return self._bias(self.p)
+        return self._bias(self.p, "b_out")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         if not self.cfg.bilinear:
@@ -254,7 +284,9 @@ class Block(nn.Module):
         return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
 
 
-class Embed(nn.Embedding):
+class Embed(NamedWeightsMixin, nn.Embedding):
+    _stored = ("weight",)
+
     def __init__(self, cfg: BilinearTransformerConfig):
         super().__init__(cfg.d_vocab, cfg.d_model, _weight=torch.empty(cfg.d_vocab, cfg.d_model))
 
@@ -263,24 +295,25 @@ class Embed(nn.Embedding):
         return self.weight
 
 
-class Unembed(nn.Module):
+class Unembed(NamedWeightsMixin):
     def __init__(self, cfg: BilinearTransformerConfig):
         super().__init__()
         self.head = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return self.head.weight.T
+        return NamedWeight.viewing(self.head.weight.T)
 
     @property
     def b_U(self) -> Float[Tensor, "d_vocab"]:
-        return self.head.weight.new_zeros(self.head.out_features)
+        reason = "b_U: the unembedding has no bias in this architecture"
+        return NamedWeight.zeros(self.head.weight, (self.head.out_features,), reason)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         return self.head(x)
 
 
-class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, CheckedHooks):
+class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeightsMixin, CheckedHooks):
     """A bilinear (or gated, or one-branch) transformer with TransformerLens' hooks, weights' names and habits.
 
     Args:
@@ -458,7 +491,12 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, CheckedHo
         return self.unembed.b_U
 
     def _stack(self, part: str, name: str) -> Tensor:
-        return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
+        def store(values: Tensor) -> None:
+            for block, layer in zip(self.blocks, values, strict=True):
+                getattr(getattr(block, part), name).copy_(layer)
+
+        stacked = torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
+        return NamedWeight.computed(stacked, store)
 
     @property
     def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
@@ -475,6 +513,22 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, CheckedHo
     @property
     def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
         return self._stack("attn", "W_O")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
+        return self._stack("attn", "b_Q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "layer head d_head"]:
+        return self._stack("attn", "b_K")
+
+    @property
+    def b_V(self) -> Float[Tensor, "layer head d_head"]:
+        return self._stack("attn", "b_V")
+
+    @property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        return self._stack("attn", "b_O")
 
     @property
     def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"]:

@@ -267,8 +267,8 @@ def freeze(
         embed=cache["hook_embed"].to(dtype),
         attn_out=stack("hook_attn_out"),
         mlp_out=stack("hook_mlp_out"),
-        W_V=model.W_V.detach().to(dtype),
-        W_O=model.W_O.detach().to(dtype),
+        W_V=model.W_V.detach().to(dtype, copy=True),
+        W_O=model.W_O.detach().to(dtype, copy=True),
     )
 
 

@@ -53,7 +53,7 @@ class BilinearLayer:
         mlp = model.blocks[layer].mlp
         names = ("W_gate", "W_in", "W_out", "b_gate", "b_in", "b_out")
         dtype = torch.promote_types(model.cfg.dtype, torch.float32)
-        return cls(**{name: getattr(mlp, name).detach().to(dtype) for name in names})
+        return cls(**{name: getattr(mlp, name).detach().as_subclass(Tensor).to(dtype) for name in names})
 
     def to(self, dtype: torch.dtype) -> "BilinearLayer":
         return BilinearLayer(*(t.to(dtype) for t in vars(self).values()))

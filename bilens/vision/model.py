@@ -36,6 +36,7 @@ from transformer_lens.hook_points import HookPoint
 from bilens.decompose.tensors import BilinearLayer, biases_as_weights, interaction_matrix
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.hooking import CheckedHooks
+from bilens.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.vision.config import ClassifierConfig
 
 
@@ -47,8 +48,10 @@ class BranchHooks(nn.Module):
         self.hook_pre, self.hook_pre_linear, self.hook_post = HookPoint(), HookPoint(), HookPoint()
 
 
-class BilinearBlock(nn.Linear):
+class BilinearBlock(NamedWeightsMixin, nn.Linear):
     """One bilinear layer: a linear map to both branches, multiplied, and added to its input where `residual`."""
+
+    _stored = ("weight", "bias")
 
     def __init__(self, cfg: ClassifierConfig):
         super().__init__(cfg.d_hidden, 2 * cfg.d_hidden, bias=cfg.bias)
@@ -59,26 +62,29 @@ class BilinearBlock(nn.Linear):
     @property
     def W_gate(self) -> Float[Tensor, "d_hidden d_hidden"]:
         """The left branch, input x hidden unit."""
-        return self.weight[: self.in_features].T
+        return NamedWeight.viewing(self.weight[: self.in_features].T)
 
     @property
     def W_in(self) -> Float[Tensor, "d_hidden d_hidden"]:
         """The right branch, input x hidden unit."""
-        return self.weight[self.in_features :].T
+        return NamedWeight.viewing(self.weight[self.in_features :].T)
 
     @property
     def b_gate(self) -> Float[Tensor, "d_hidden"]:
         """Bias of the left branch (zeros where the model has none)."""
-        return self._bias[: self.in_features]
+        return self._bias(slice(self.in_features))
 
     @property
     def b_in(self) -> Float[Tensor, "d_hidden"]:
         """Bias of the right branch, added before the product (zeros where the model has none)."""
-        return self._bias[self.in_features :]
+        return self._bias(slice(self.in_features, None))
 
-    @property
-    def _bias(self) -> Float[Tensor, "d_both"]:
-        return self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
+    def _bias(self, units: slice) -> Float[Tensor, "d_hidden"]:
+        if self.bias is not None:
+            return NamedWeight.viewing(self.bias[units])
+        return NamedWeight.zeros(
+            self.weight, (self.in_features,), "this classifier has no biases (config: bias is false)"
+        )
 
     def forward(self, x: Float[Tensor, "batch d_hidden"]) -> Float[Tensor, "batch d_hidden"]:
         x = self.hook_resid_pre(x)
@@ -87,7 +93,7 @@ class BilinearBlock(nn.Linear):
         return self.hook_resid_post(x + product if self.residual else product)
 
 
-class BilinearClassifier(CheckedHooks):
+class BilinearClassifier(NamedWeightsMixin, CheckedHooks):
     """An image classifier of bilinear layers, hooked like the language model; see the module's header.
 
     Args:
@@ -158,11 +164,11 @@ class BilinearClassifier(CheckedHooks):
 
     @property
     def W_E(self) -> Float[Tensor, "d_input d_hidden"]:
-        return self.embed.weight.T
+        return NamedWeight.viewing(self.embed.weight.T)
 
     @property
     def W_U(self) -> Float[Tensor, "d_hidden d_output"]:
-        return self.head.weight.T
+        return NamedWeight.viewing(self.head.weight.T)
 
     def layer(self, layer: int, *, pixels: bool = False, homogeneous: bool = False) -> BilinearLayer:
         """One layer's weights, detached, in float32 at least; the output matrix is the identity.
@@ -263,4 +269,4 @@ def with_one(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d_plus_one"]
 
 def _exact(weight: Tensor) -> Tensor:
     """Detached, in float32 at least."""
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return weight.detach().as_subclass(Tensor).to(torch.promote_types(weight.dtype, torch.float32))
