@@ -32,7 +32,7 @@ from bilens.attaching import SAEAttachmentMixin
 from bilens.config import BilinearTransformerConfig
 from bilens.errors import ArgumentError, ContextLengthError, NotBilinearError, OutOfRangeError
 from bilens.generation import generate
-from bilens.hooking import CheckedHooks
+from bilens.hooking import CheckedHooks, eager_while_hooked
 from bilens.kv_cache import KeyValueCache
 from bilens.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.tokenization import PaddingSide, TokenizationMixin
@@ -356,6 +356,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
 
     # --- the forward pass ---------------------------------------------------------------------------------------------
 
+    @eager_while_hooked
     def forward(
         self,
         input: str | list[str] | Int[Tensor, "*batch pos"] | Float[Tensor, "batch pos d_model"],
@@ -464,6 +465,13 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         return generate(self, input, max_new_tokens, **kwargs)
 
     # --- hooks --------------------------------------------------------------------------------------------------------
+
+    def _is_hooked(self) -> bool:
+        return bool(self._splices) or super()._is_hooked()
+
+    def _position_axis(self, name: str) -> int:
+        """After the batch; that of the query in a score or pattern, which has the heads before."""
+        return 2 if name.endswith(("hook_attn_scores", "hook_pattern")) else 1
 
     def _is_switched_off(self, name: str) -> str | None:
         if self._is_unused_error_hook(name):

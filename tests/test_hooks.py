@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.HookedRootModule import HookedRootModule
+from transformer_lens.utilities import Slice
 
-from bilens.errors import HookNameError
+from bilens.errors import ArgumentError, HookNameError, OutOfRangeError
 from bilens.model import HookedBilinearTransformer
+from bilens.vision.config import ClassifierConfig
+from bilens.vision.model import BilinearClassifier
 from tests.conftest import make_model
+from tests.random_saes import make_sae
 
 TOKENS = torch.tensor([[1, 7, 42, 7, 0, 13, 29], [3, 3, 11, 8, 21, 5, 2]])
 PATTERN = "blocks.0.attn.hook_pattern"
@@ -60,6 +64,7 @@ def ways_to_name_a_hook() -> dict[str, Callable[[HookedBilinearTransformer, str]
         "run_with_cache(list)": lambda model, name: model.run_with_cache(TOKENS, names_filter=["hook_embed", name]),
         "run_with_cache(tuple)": lambda model, name: model.run_with_cache(TOKENS, names_filter=(name,)),
         "get_caching_hooks": lambda model, name: model.get_caching_hooks(name),
+        "add_caching_hooks": lambda model, name: model.add_caching_hooks(name),
         "add_hook": lambda model, name: model.add_hook(name, keep),
         "add_perma_hook": lambda model, name: model.add_perma_hook(name, keep),
         "run_with_hooks": lambda model, name: model.run_with_hooks(TOKENS, fwd_hooks=[(name, keep)]),
@@ -268,13 +273,97 @@ def test_a_plain_dictionary_on_request() -> None:
     assert type(cache) is dict
 
 
-def test_pos_slice() -> None:
-    """`pos_slice` keeps the positions asked for, of heads' activations too."""
+@pytest.mark.parametrize("remove_batch_dim", [False, True])
+@pytest.mark.parametrize("pos_slice", [2, -1, [1, 5], (2, 6), (0, 7, 3), torch.tensor([0, 6])])
+def test_pos_slice(pos_slice: Any, remove_batch_dim: bool) -> None:
+    """Of every activation and gradient, inside attached SAEs too, the positions asked for: not heads, not features."""
+    model, tokens = make_model(), TOKENS[:1]
+    model.set_use_attn_result(True)
+    for hook in ("blocks.0.attn.hook_z", "blocks.1.hook_mlp_out"):
+        sae = make_sae(hook=hook, reshape_activations="hook_z" if hook.endswith("z") else "none")
+        model.add_sae(sae, use_error_term=True)
+    every: Any = {"incl_bwd": True, "return_type": "loss", "remove_batch_dim": remove_batch_dim}
+    _, whole = model.run_with_cache(tokens, **every)
+    _, cut = model.run_with_cache(tokens, pos_slice=pos_slice, **every)
+    kept = torch.arange(7)[Slice.unwrap(pos_slice).slice]
+    assert set(cut) == set(whole) > set(model.hook_dict)
+    for name, activation in whole.items():
+        axis = (2 if "attn_scores" in name or "pattern" in name else 1) - remove_batch_dim
+        assert torch.equal(cut[name], activation.index_select(axis, kept)), name
+        assert activation.shape[axis] == 7
+
+
+@pytest.mark.parametrize("pos_slice", [True, "2", 1.5, {2: 3}])
+def test_a_pos_slice_that_is_none_is_refused(pos_slice: Any) -> None:
+    """A flag, a text or a fraction is no position; position 7 of 7 is outside."""
     model = make_model()
-    _, whole = model.run_with_cache(TOKENS)
-    _, last = model.run_with_cache(TOKENS, pos_slice=[-1])
-    assert torch.equal(last["resid_post", 1], whole["resid_post", 1][:, -1:])
-    assert torch.equal(last["blocks.0.attn.hook_z"], whole["blocks.0.attn.hook_z"][:, -1:])
+    with pytest.raises(ArgumentError, match="pos_slice .* is no position"):
+        model.run_with_cache(TOKENS, pos_slice=pos_slice)
+    with pytest.raises(OutOfRangeError, match="outside the 7 positions"):
+        model.run_with_cache(TOKENS, pos_slice=7)
+    assert not model._is_hooked()
+
+
+def test_a_classifier_has_no_positions() -> None:
+    """`pos_slice` would cut its hidden units: refused."""
+    model = BilinearClassifier(ClassifierConfig(d_input=6, d_hidden=4, d_output=3, n_layer=1), seed=0)
+    with pytest.raises(ArgumentError, match="no positions"):
+        model.run_with_cache(torch.rand(2, 6), pos_slice=1)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_obeys_hooks() -> None:
+    """At every point, added after a first run or exchanged for another; without hooks it is itself again."""
+    torch.compiler.reset()
+    model, plain = make_model(n_layer=1), make_model(n_layer=1)
+    run = torch.compile(model, backend="eager")  # has the guards and needs no compiler
+    before = run(TOKENS)
+    close(before, plain(TOKENS))
+    for name in set(model.hook_dict) - {RESULT}:
+        for factor in (0.5, 2.0):
+            hook = (name, lambda x, hook, factor=factor: x * factor)
+            with model.hooks(fwd_hooks=[hook]):
+                close(run(TOKENS), plain.run_with_hooks(TOKENS, fwd_hooks=[hook]))
+    seen: list[str] = []
+    with model.hooks(bwd_hooks=[("hook_embed", lambda grad, hook: seen.append(hook.name))]):
+        run(TOKENS, return_type="loss").backward()
+    assert seen == ["hook_embed"]
+    sae = make_sae(hook="blocks.0.hook_mlp_out")
+    with model.saes(sae):
+        close(run(TOKENS), plain.run_with_saes(TOKENS, saes=[sae]))
+    assert torch.equal(run(TOKENS), before)
+
+
+def test_a_model_that_compiled_itself_obeys_hooks() -> None:
+    """`model.compile()`, with `run_with_hooks` and `run_with_cache` of the model itself."""
+    torch.compiler.reset()
+    model, plain = make_model(n_layer=1), make_model(n_layer=1)
+    model.compile(backend="eager")
+    close(model(TOKENS), plain(TOKENS))
+    model.add_hook("hook_embed", lambda x, hook: x * 2)
+    plain.add_hook("hook_embed", lambda x, hook: x * 2)
+    expected, cache = plain.run_with_cache(TOKENS)
+    found, compiled_cache = model.run_with_cache(TOKENS)
+    close(found, expected)
+    close(model(TOKENS), expected)
+    for name in cache:
+        close(compiled_cache[name], cache[name])
+
+
+def test_a_model_compiled_while_it_has_hooks_obeys_others() -> None:
+    """The other order: what is compiled with a hook on it does not keep that hook."""
+    torch.compiler.reset()
+    model = make_model(n_layer=1)
+    expected = model(TOKENS)
+    model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: x * 3)
+    run = torch.compile(model, backend="eager")
+    run(TOKENS)
+    model.reset_hooks()
+    close(run(TOKENS), expected)
+    model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: x * 0)
+    close(run(TOKENS), model(TOKENS))
 
 
 # --- what ActivationCache adds up -------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from transformer_lens.hook_points import HookPoint
 
 from bilens.decompose.tensors import BilinearLayer, biases_as_weights, interaction_matrix
 from bilens.errors import ArgumentError, OutOfRangeError
-from bilens.hooking import CheckedHooks
+from bilens.hooking import CheckedHooks, eager_while_hooked
 from bilens.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.vision.config import ClassifierConfig
 
@@ -123,6 +123,7 @@ class BilinearClassifier(NamedWeightsMixin, CheckedHooks):
             else:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
 
+    @eager_while_hooked
     def forward(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch d_output"]:
         """Logits of the classes.
 
