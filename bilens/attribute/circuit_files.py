@@ -10,26 +10,47 @@
                     no place for stands in an object `bilens` beside, from which `from_attribution_graph` restores the
                     circuit
 
-Sources of the format: circuit_tracer/frontend/graph_models.py of safety-research/circuit-tracer, and the JSON schema of
-hijohnnylin/neuronpedia (apps/webapp/app/api/graph/graph-schema.json).
+What the two viewers take for granted, and the format's classes and schema do not say:
+
+    ids             `node_id` is `layer_index_position`, the embeddings' layer being `E`; the index is negative for what
+                    has none. Names, links of a clicked node and groups go by (layer, feature, position), so no two
+                    nodes may share one
+    logits          the label is `Output "token" (p=0.123)`: the token is what stands between the double quotes, the
+                    probability what stands after `(p=`; without it the file does not open
+    names           of embeddings and errors (`mlp reconstruction error`) are made from the token, whatever the label
+                    says; a `bias` and an `unknown` node keep theirs
+    pruning         a node is shown if its cumulative influence is at most the threshold, at most 1
+    file names      `slug` and `scan` are of letters, digits, dots, hyphens and underscores
+    edits           are saved into `qParams`, as lists by the one and as texts by the other: new labels (`clerps`) by
+                    the paired number or by (layer, feature, position), pins, and groups with their label first
+
+Sources of the format: circuit_tracer/frontend of decoderesearch/circuit-tracer, and apps/webapp (the graph page's
+utils.ts, and app/api/graph/graph-schema.json) of hijohnnylin/neuronpedia.
 """
 
 import json
-from dataclasses import fields
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import save_file
 
 from bilens.attribute.circuit_graph import EDGE_COLUMNS, HEAD_COLUMNS, HYPEREDGE_COLUMNS, NODE_COLUMNS, Circuit
-from bilens.errors import CheckpointError
+from bilens.errors import ArgumentError, CheckpointError
 from bilens.files import open_tensors, parse_json, regular_file, to_path, write_atomically
 
 COLUMNS = {"nodes": NODE_COLUMNS, "edges": EDGE_COLUMNS, "hyperedges": HYPEREDGE_COLUMNS, "heads": HEAD_COLUMNS}
 FRAMES = tuple(COLUMNS)
 FORMAT = "bilens circuit 1"
+# Fields that GraphML has no type for.
+AS_JSON = {"tokens": list, "shares": dict, "probabilities": dict, "pinned": list, "supernodes": list}
 
 
 # --- our own ----------------------------------------------------------------------------------------------------------
@@ -92,7 +113,7 @@ def to_networkx(circuit: Circuit) -> Any:
 
     graph = nx.DiGraph(model=circuit.model_name, target=circuit.target, position=circuit.position)
     graph.graph |= {"text": " ".join(circuit.tokens), "kept_share": circuit.kept_share, "n_found": circuit.n_found}
-    graph.graph |= {"tokens": json.dumps(circuit.tokens), "shares": json.dumps(circuit.shares)}
+    graph.graph |= {name: json.dumps(getattr(circuit, name)) for name in AS_JSON}
     for row in circuit.nodes.to_dict("records"):
         graph.add_node(row.pop("id"), **row)
     heads: dict[tuple[str, str], list[Any]] = {}
@@ -147,8 +168,7 @@ def from_networkx(graph: Any) -> Circuit:
             model_name=about.get("model", ""),
             target=about["target"],
             position=about["position"],
-            tokens=parse_json(about["tokens"], "tokens", list),
-            shares=parse_json(about["shares"], "shares"),
+            **{name: parse_json(about[name], name, kind) for name, kind in AS_JSON.items()},
             kept_share=about["kept_share"],
             n_found=about["n_found"],
             **{name: pd.DataFrame(rows[name], columns=list(COLUMNS[name])) for name in FRAMES},
@@ -183,142 +203,305 @@ def _for_xml(text: str) -> str:
 
 # --- circuit-tracer and Neuronpedia -----------------------------------------------------------------------------------
 
+FEATURE, ERROR = "cross layer transcoder", "mlp reconstruction error"
+KINDS = {"embedding": "embedding", "logit": "target", ERROR: "error", "lorsa error": "error", "bias": "bias"}
+KINDS |= {"unknown": "other"}  # everything else is a feature
+NAMELESS = {"error": -1, "mlp": -1, "bias": -2}  # the indices of nodes that have none
+NAMELESS |= {f"other {kind}": -3 - place for place, kind in enumerate(("tokens", "features", "errors", "mlps"))}
+
 
 def to_attribution_graph(circuit: Circuit, slug: str = "bilens") -> dict[str, Any]:
     """The circuit as circuit-tracer's and Neuronpedia's attribution graph, ready for `json.dump`.
 
     Args:
         circuit: not merged.
-        slug: the graph's name there.
+        slug: the graph's name there, of letters, digits, `.`, `-` and `_`.
+
+    Raises:
+        ArgumentError: another `slug`, or a merged circuit, which has no positions.
     """
-    logit_layer = str(2 * _n_layers(circuit) + 1)
-    keys = {row.id: _foreign(row, logit_layer) for row in circuit.nodes.itertuples()}
-    ranked = circuit.nodes[circuit.nodes.kind != "target"].sort_values("influence", ascending=False)
-    # The viewer prunes by cumulative influence: the share of all that a node and the more influential ones have.
-    cumulative = dict(zip(ranked.id, (ranked.influence.cumsum() / ranked.influence.sum()).tolist(), strict=True))
-    nodes = []
-    for row in circuit.nodes.itertuples():
-        layer, feature, context, kind, node_id, js_id = keys[row.id]
-        nodes.append(
-            {
-                "node_id": node_id,
-                "feature": feature,
-                "layer": layer,
-                "ctx_idx": context,
-                "feature_type": kind,
-                "token_prob": 0.0,
-                "is_target_logit": row.kind == "target",
-                "run_idx": 0,
-                "reverse_ctx_idx": 0,
-                "jsNodeId": js_id,
-                "clerp": row.name if row.kind in ("target", "embedding") else f"{row.id.split('@')[0]}: {row.name}",
-                "influence": cumulative.get(row.id),
-                "activation": float(row.value),
-            }
+    if not isinstance(slug, str) or _plain(slug) != slug:
+        raise ArgumentError(
+            f"slug is {slug!r}, expected letters, digits, '.', '-' and '_', as in {_plain(str(slug))!r}: it becomes "
+            "the name of a file."
         )
+    if (circuit.nodes[circuit.nodes.kind.isin(["feature", "error", "embedding"])].position < 0).any():
+        raise ArgumentError(
+            "this circuit was merged over positions, and the format has a position for every node; export the one "
+            "that it was merged from."
+        )
+    foreign = _foreign(circuit)
     links = [
-        {"source": keys[row.source][4], "target": keys[row.target][4], "weight": float(row.weight)}
-        for row in circuit.folded_edges().itertuples()
+        {"source": foreign[row.source]["node_id"], "target": foreign[row.target]["node_id"], "weight": row.weight}
+        for row in circuit.folded_edges().astype({"weight": float}).itertuples()
     ]
     return {
         "metadata": {
             "slug": slug,
-            "scan": circuit.model_name,
+            "scan": _plain(Path(circuit.model_name).name),
             "transcoder_list": [],
             "prompt_tokens": circuit.tokens,
-            "prompt": " ".join(circuit.tokens),
+            "prompt": _prompt(circuit.tokens),
             "node_threshold": 1.0,  # it is pruned already
             "schema_version": 1,
             "info": {
                 "description": (
                     f"{circuit.target}: exact attribution of a bilinear transformer. Layer 2l is the MLP input of "
-                    "layer l, 2l+1 its output; pairs are folded half to each member."
+                    "layer l, 2l+1 its output; pairs are folded half to each member. The p of a difference of logits "
+                    "is its first token's; the p of a target that is no logit is its weight, 1."
                 ),
                 "generator": {"name": "bilens"},
             },
         },
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
-        "nodes": nodes,
+        "qParams": {
+            "pinnedIds": [foreign[name]["node_id"] for name in circuit.pinned if name in foreign],
+            "supernodes": [
+                [label, *(foreign[name]["node_id"] for name in names if name in foreign)]
+                for label, *names in circuit.supernodes
+            ],
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
+        },
+        "nodes": list(foreign.values()),
         "links": links,
         "bilens": _scalars(circuit) | {name: getattr(circuit, name).to_dict("list") for name in FRAMES},
     }
 
 
-def from_attribution_graph(graph: dict[str, Any]) -> Circuit:
-    """Read the JSON back: ours whole, another program's as nodes and linear edges.
+def from_attribution_graph(graph: Mapping[str, Any]) -> Circuit:
+    """Read the JSON back, with the labels that were edited in a viewer and what was pinned and grouped there: ours
+    whole, another program's as nodes and linear edges, whose influence is worked out anew from the links.
 
     Raises:
-        CheckpointError: an object without `metadata`, `nodes` and `links`.
+        CheckpointError: an object without `metadata`, `nodes` and `links`, or with others than the format has.
     """
+    if not isinstance(graph, Mapping):
+        raise CheckpointError(f"this is no attribution graph: it is a {type(graph).__name__}, not a JSON object.")
     missing = [key for key in ("metadata", "nodes", "links") if key not in graph]
     if missing:
         raise CheckpointError(f"this is no attribution graph: it has no {', '.join(missing)}.")
-    if "bilens" in graph:
-        own = dict(graph["bilens"])
-        return Circuit(**(own | {name: pd.DataFrame(own[name]) for name in FRAMES}))
-    return _foreign_circuit(graph)
+    try:
+        if "bilens" in graph:
+            own = dict(graph["bilens"])
+            circuit = Circuit(**(own | {name: pd.DataFrame(own[name], columns=list(COLUMNS[name])) for name in FRAMES}))
+            foreign = _foreign(circuit)
+        else:
+            circuit, foreign = _foreign_circuit(graph)
+        return _edited(circuit, foreign, graph)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"this attribution graph cannot be read: {error!r}") from error
 
 
-def _foreign(row: Any, logit_layer: str) -> tuple[str, int, int, str, str, str]:
-    """`layer, feature, ctx_idx, feature_type, node_id, jsNodeId` of a node in the foreign format."""
-    position = max(int(row.position), 0)
-    if row.kind == "target":
-        return logit_layer, -1, position, "logit", f"{logit_layer}_0_{position}", f"L_0-{position}"
-    if row.kind == "embedding":
-        return "E", position, position, "embedding", f"E_{row.feature}_{position}", f"E_{row.feature}-{position}"
-    layer = str(2 * row.layer + (row.point == "mlp-out")) if row.layer >= 0 else "E"
-    if row.kind == "feature":
-        # Readers take the index back out of the pair by Cantor's function.
-        place, index = int(layer), int(row.feature)
-        paired = (place + index) * (place + index + 1) // 2 + index
-        kind, node_id = "cross layer transcoder", f"{layer}_{index}_{position}"
-        return layer, paired, position, kind, node_id, f"{layer}_{index}-0"
-    if row.kind in ("error", "mlp"):
-        return layer, -1, position, "mlp reconstruction error", f"{layer}_-1_{position}", f"{layer}_-1-{position}"
-    # Biases, and what was pruned: the format has no such nodes. Errors are drawn, and taken for nothing else.
-    node_id = row.id.replace(" ", "-")
-    return layer, -1, position, "mlp reconstruction error", node_id, node_id
+def _plain(text: str) -> str:
+    """A text as part of a file's name."""
+    return re.sub(r"[^a-zA-Z0-9_.-]+", "-", text).lstrip(".-") or "bilens"
 
 
-def _n_layers(circuit: Circuit) -> int:
-    return int(circuit.nodes.layer.max()) + 1
+def _prompt(tokens: list[str]) -> str:
+    """The text that tokens spell: by the spaces they bring, or by WordPiece's marks."""
+    return "".join(tokens) if any(token[:1] == " " for token in tokens) else " ".join(tokens).replace(" ##", "")
 
 
-def _foreign_circuit(graph: dict[str, Any]) -> Circuit:
-    kinds = {"embedding": "embedding", "logit": "target", "mlp reconstruction error": "error"}
-    tokens = list(graph["metadata"].get("prompt_tokens", []))
-    nodes = pd.DataFrame(
-        [
+def _foreign(circuit: Circuit) -> dict[str, dict[str, Any]]:
+    """The circuit's nodes in the foreign format, by their ids."""
+    layers = [_place(row.layer, row.point) for row in circuit.nodes.itertuples()]
+    logit_layer = str((max(layers) | 1) + 2)  # two past the last, whose outputs have an odd number
+    ranked = circuit.nodes[circuit.nodes.kind != "target"].sort_values("influence", ascending=False)
+    # Cumulative: the share of all that a node and the more influential ones have, which rounding may not take past 1.
+    shares = ranked.influence.cumsum() / max(ranked.influence.sum(), 1e-300)
+    cumulative = dict(zip(ranked.id, shares.clip(upper=1.0).tolist(), strict=True))
+    nodes = {}
+    n_targets = 0
+    for row, place in zip(circuit.nodes.itertuples(), layers, strict=True):
+        position, feature = max(int(row.position), 0), int(row.feature)
+        layer = str(place) if place >= 0 else "E"
+        kind, index, js_id = "unknown", NAMELESS.get(row.id if row.kind == "other" else row.kind, feature), None
+        label, p = row.name, 0.0
+        if row.kind == "target":
+            n_targets += 1
+            p = circuit.probabilities.get(row.id, 1.0)
+            layer, kind, feature = logit_layer, "logit", feature if feature >= 0 else -n_targets
+            index, js_id, label = feature, f"L_{feature}-{position}", _logit_label(row.name, p)
+        elif row.kind == "embedding":
+            # The format's `feature` of an embedding is its position, the index in its id the token.
+            kind, feature, js_id = "embedding", position, f"E_{feature}-{position}"
+        elif row.kind == "feature":
+            # Readers take the index back out of the pair by Cantor's function.
+            kind, feature, js_id = FEATURE, (place + index) * (place + index + 1) // 2 + index, f"{layer}_{index}-0"
+            identity = row.id.split("@")[0]
+            label = row.name if row.name == identity else f"{identity}: {row.name}"
+        else:
+            kind = {"bias": "bias", "other": "unknown"}.get(row.kind, ERROR)
+            feature = index
+        nodes[row.id] = {
+            "node_id": f"{layer}_{index}_{position}",
+            "feature": feature,
+            "layer": layer,
+            "ctx_idx": position,
+            "feature_type": kind,
+            "token_prob": p,
+            "is_target_logit": row.kind == "target",
+            "run_idx": 0,
+            "reverse_ctx_idx": 0,
+            "jsNodeId": js_id or f"{layer}_{index}-{position}",
+            "clerp": label,
+            "influence": cumulative.get(row.id),
+            "activation": float(row.value),
+        }
+    return nodes
+
+
+def _place(layer: int, point: str) -> int:
+    """The foreign layer of a node: two for each of ours, the input's and the output's; -1 for none."""
+    return int(2 * layer + (point == "mlp-out")) if layer >= 0 and point else int(layer)
+
+
+def _logit_label(name: str, p: float) -> str:
+    """A target's label, its name without what readers find the token and the probability by."""
+    tokens = re.fullmatch(r"logit '(.*)'", name, re.DOTALL)
+    shown = (
+        (tokens[1].replace("' - '", " - ") if tokens else name)
+        .replace('"', "”")
+        .replace("(p=", "(p =")
+        .replace("\n", "⏎")
+    )
+    return f'Output "{shown}" (p={p:.3f})'
+
+
+def _edited(circuit: Circuit, foreign: Mapping[str, Mapping[str, Any]], graph: Mapping[str, Any]) -> Circuit:
+    """The circuit with what a reader changed in the viewer. `foreign` are its nodes as they were exported, by id."""
+    ids = {node["node_id"]: name for name, node in foreign.items()}
+    labels = {}
+    for node in graph["nodes"]:
+        name = ids.get(node["node_id"])
+        if name is not None and node.get("clerp") and node["clerp"] != foreign[name]["clerp"]:
+            labels[name] = node["clerp"]
+    asked = graph.get("qParams") or {}
+    edits = dict(_listed(asked.get("clerps")))
+    for name, node in foreign.items():
+        for key in (str(node["feature"]), f"{node['layer']}_{node['feature']}_{node['ctx_idx']}"):
+            if key in edits and node["feature_type"] == FEATURE:
+                labels[name] = edits[key]
+    nodes = circuit.nodes.copy()
+    changeable = nodes.kind.isin(["feature", "error", "mlp", "bias", "other"])
+    renamed = nodes.id.map(labels).where(changeable)
+    bare = [
+        str(label).removeprefix(f"{name.split('@')[0]}: ") if isinstance(label, str) else old
+        for name, label, old in zip(nodes.id, renamed, nodes.name, strict=True)
+    ]
+    pinned = asked.get("pinnedIds") or []
+    pinned = pinned.split(",") if isinstance(pinned, str) else pinned
+    return replace(
+        circuit,
+        nodes=nodes.assign(name=bare),
+        pinned=[ids[name] for name in pinned if name in ids],
+        supernodes=[
+            [str(label), *(ids[name] for name in names if name in ids)]
+            for label, *names in _listed(asked.get("supernodes"))
+        ],
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list, or the JSON text of one."""
+    return (parse_json(value, "qParams", list) if isinstance(value, str) and value else value) or []
+
+
+def _foreign_circuit(graph: Mapping[str, Any]) -> tuple[Circuit, dict[str, dict[str, Any]]]:
+    metadata = graph["metadata"]
+    tokens = list(metadata.get("prompt_tokens", []))
+    rows: list[dict[str, Any]] = []
+    named: dict[str, dict[str, Any]] = {}
+    for node in graph["nodes"]:
+        kind, position, name = KINDS.get(node["feature_type"], "feature"), int(node["ctx_idx"]), node["node_id"]
+        copies = 1
+        while name in named:
+            # Circuit-tracer's errors have the ids of layer 0's features.
+            copies += 1
+            name = f"{node['node_id']} ({copies})"
+        named[name] = {"clerp": "", **node}
+        rows.append(
             {
-                "id": node["node_id"],
-                "kind": kinds.get(node["feature_type"], "feature"),
-                "layer": int(node["layer"]) if str(node["layer"]).isdigit() else -1,
+                "id": name,
+                "kind": kind,
+                "layer": int(node["layer"]) if str(node["layer"]).isdigit() and kind != "target" else -1,
                 "point": "",
                 "hook": "",
-                "position": int(node["ctx_idx"]),
-                "token": tokens[node["ctx_idx"]] if node["ctx_idx"] < len(tokens) else "",
-                "feature": -1 if node["feature"] is None else int(node["feature"]),
-                "name": node.get("clerp", ""),
+                "position": position,
+                "token": tokens[position] if position < len(tokens) else "",
+                "feature": _index(node, kind, metadata.get("schema_version") or 0),
+                "name": node.get("clerp") or name,
                 "value": float(node.get("activation") or 0.0),
-                "influence": float(node.get("influence") or 0.0),
                 "expanded": False,
                 "relative_error": 0.0,
             }
-            for node in graph["nodes"]
-        ]
-    )
-    edges = pd.DataFrame(graph["links"], columns=["source", "target", "weight"]).astype({"weight": float})
-    logits = nodes[nodes.kind == "target"]
-    return Circuit(
-        model_name=str(graph["metadata"].get("scan", "")),
-        target=logits.name.iloc[0] if len(logits) else "",
-        position=int(logits.position.iloc[0]) if len(logits) else len(tokens) - 1,
+        )
+    nodes = pd.DataFrame(rows)
+    edges = _foreign_edges(graph["links"], nodes)
+    targets = nodes[nodes.kind == "target"]
+    probabilities = {name: float(named[name].get("token_prob") or 0.0) for name in targets.id}
+    total = sum(probabilities.values())
+    starts = {name: p / total if total else 1 / len(probabilities) for name, p in probabilities.items()}
+    influence, shares = _handed_down(nodes, edges, starts)
+    cumulative = [float(node["influence"]) for node in graph["nodes"] if node.get("influence") is not None
+                  and node["feature_type"] not in ("embedding", "logit")]  # fmt: skip
+    circuit = Circuit(
+        model_name=str(metadata.get("scan", "")),
+        target=", ".join(targets.name),
+        position=int(targets.position.iloc[0]) if len(targets) else len(tokens) - 1,
         tokens=tokens,
-        nodes=nodes,
-        edges=edges.assign(influence=0.0, via="", via_weight=0.0),
-        hyperedges=pd.DataFrame(columns=["i", "j", "target", "weight", "influence"]),
-        heads=pd.DataFrame(columns=["source", "target", "layer", "head", "weight"]),
+        nodes=nodes.assign(influence=influence)[list(COLUMNS["nodes"])],
+        edges=edges.assign(influence=shares, via="", via_weight=0.0)[list(COLUMNS["edges"])],
+        hyperedges=pd.DataFrame(columns=list(COLUMNS["hyperedges"])).astype({"weight": float, "influence": float}),
+        heads=pd.DataFrame(columns=list(COLUMNS["heads"])).astype({"weight": float}),
         shares={},
-        kept_share=1.0,
+        kept_share=max(cumulative, default=1.0),
         n_found=len(nodes),
+        probabilities=probabilities,
     )
+    return circuit, named
+
+
+def _index(node: Mapping[str, Any], kind: str, schema: int) -> int:
+    """A node's own index: its id's, where that has the form; else the paired number taken apart, as readers do."""
+    if kind in ("error", "bias", "other") or node["feature"] is None:
+        return -1
+    parts = str(node["node_id"]).split("_")
+    if len(parts) == 3 and parts[1].isdigit() and parts[0] == str(node["layer"]) and parts[2] == str(node["ctx_idx"]):
+        return int(parts[1])
+    feature = int(node["feature"])
+    if kind != "feature" or schema < 1:
+        return feature
+    diagonal = (math.isqrt(8 * feature + 1) - 1) // 2
+    return feature - diagonal * (diagonal + 1) // 2
+
+
+def _foreign_edges(links: list[Mapping[str, Any]], nodes: pd.DataFrame) -> pd.DataFrame:
+    """Links between the nodes that are there. Where an id stands for several, readers take the last; what a link ends
+    in is no error, though."""
+    frame = pd.DataFrame(links, columns=["source", "target", "weight"]).astype({"weight": float})
+    own = nodes.id.str.replace(r" \(\d+\)$", "", regex=True)
+    sources = dict(zip(own, nodes.id, strict=True))
+    ends = nodes.kind != "error"
+    targets = dict(zip(own[ends], nodes.id[ends], strict=True))
+    frame = frame.assign(source=frame.source.map(sources), target=frame.target.map(targets))
+    return frame.dropna().reset_index(drop=True)
+
+
+def _handed_down(
+    nodes: pd.DataFrame, edges: pd.DataFrame, starts: Mapping[str, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The influence of nodes and edges: each node hands its own to its sources, in the proportion of its links."""
+    number = {name: place for place, name in enumerate(nodes.id)}
+    source, target = edges.source.map(number).to_numpy(int), edges.target.map(number).to_numpy(int)
+    sums = np.bincount(target, edges.weight.abs(), len(nodes))
+    part = edges.weight.abs().to_numpy() / np.maximum(sums[target], 1e-300)
+    arrived = nodes.id.map(starts).fillna(0.0).to_numpy(float)
+    influence = arrived.copy()
+    for _ in range(len(nodes)):  # longer than any path, should links go round
+        arrived = np.bincount(source, part * arrived[target], len(nodes))
+        if not arrived.any():
+            break
+        influence += arrived
+    return influence, part * influence[target]

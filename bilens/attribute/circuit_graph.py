@@ -25,7 +25,8 @@ from torch import Tensor
 
 from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.sweep import KINDS, Numbering, Sweep, head_sums, sweep
-from bilens.attribute.targets import Reads, Target, read_targets
+from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
+from bilens.checks import check_sizes
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, MissingSAEError
 from bilens.model import HookedBilinearTransformer
@@ -53,11 +54,13 @@ class Circuit(Tabular):
 
     Attributes:
         model_name: of the model.
-        target: the target's name; its node has the id `target`.
+        target: its name; the names of several.
+        position: of the (first) target.
         tokens: of the text.
         nodes: one row per node: `id, kind` (target, embedding, feature, error, mlp, bias, other), `layer, point, hook,
             position, token, feature, name, value` (an activation; the norm of an embedding or error), `influence` on
-            the target, whether it is `expanded`, and the `relative_error` of its completeness. -1 where there is none.
+            the targets, whether it is `expanded`, and the `relative_error` of its completeness. The feature of an
+            embedding and of a logit is the token's number. -1 where there is none.
         edges: linear: `source, target, weight, influence, via` (the last head on the way with the largest part, or
             `direct`) and `via_weight`, that part.
         hyperedges: pairs: `i, j, target, weight, influence`; a pair stands once with its whole contribution.
@@ -66,6 +69,10 @@ class Circuit(Tabular):
             was pruned.
         kept_share: the kept nodes' part of the influence of all nodes.
         n_found: how many nodes had any influence.
+        probabilities: by the id of each target that is a logit (`target`, or `target 1`, ...), its token's; of a
+            difference of logits, that of the first token.
+        pinned, supernodes: the ids of the nodes that a reader pinned in a viewer, and those put together there, each
+            group with its label first (see `circuit_files`).
     """
 
     model_name: str
@@ -79,6 +86,9 @@ class Circuit(Tabular):
     shares: dict[str, float]
     kept_share: float
     n_found: int
+    probabilities: dict[str, float] = field(default_factory=dict)
+    pinned: list[str] = field(default_factory=list)
+    supernodes: list[list[str]] = field(default_factory=list)
 
     @classmethod
     def trace(
@@ -86,21 +96,26 @@ class Circuit(Tabular):
         model: HookedBilinearTransformer,
         saes: SAEs,
         text_or_tokens: str | Sequence[int] | Int[Tensor, "p"] | Int[Tensor, "1 p"],
-        target: Target | None = None,
+        target: Target | Sequence[Target] | None = None,
         *,
+        max_n_logits: int = 1,
+        desired_logit_prob: float = 0.95,
         max_nodes: int = 200,
         node_threshold: float = 0.8,
         edge_threshold: float = 0.98,
         names: Names | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> "Circuit":
-        """Trace a target on a text back to the tokens.
+        """Trace a target, or several in one graph, on a text back to the tokens.
+
+        Several logits start with influences in the proportion of their probabilities, other targets with equal ones.
 
         Args:
             model: a bilinear model.
             saes: best one on every MLP's input and output; see `freeze`.
             text_or_tokens: one text, or its tokens.
-            target: what to explain; `None` takes the likeliest next token's logit.
+            target: what to explain; `None` takes the logits of the likeliest next tokens.
+            max_n_logits, desired_logit_prob: how many of those at most, and the probability that is enough of them.
             max_nodes: kept at most, and expanded at most per stage (the features of one SAE).
             node_threshold: the fewest nodes are kept whose influences are this part of all.
             edge_threshold: likewise for the edges between them.
@@ -108,14 +123,18 @@ class Circuit(Tabular):
             dtype: of the algebra.
 
         Raises:
-            ArgumentError: thresholds outside (0, 1], no room for a node, or names that do not fit.
+            ArgumentError: thresholds outside (0, 1], no room for a node, names that do not fit, a target given twice,
+                or logits together with other targets.
             MissingSAEError: no SAE on any MLP's input or output.
             NotBilinearError: a gated or one-branch model.
             others: as for `freeze` and `read_targets`.
         """
+        _check_limits(max_nodes, node_threshold, edge_threshold)
+        if target is not None:
+            as_targets(target)
         frozen = freeze(model, text_or_tokens, saes, dtype=dtype)
         if target is None:
-            target = Target.logit(int(frozen.logits[-1].argmax()))
+            target = likeliest(frozen, max_n_logits, desired_logit_prob)
         return trace_circuit(
             frozen,
             target,
@@ -149,6 +168,13 @@ class Circuit(Tabular):
     def relative_error(self) -> float:
         """The largest relative error of any node's completeness."""
         return float(self.nodes.relative_error.max())
+
+    @property
+    def completeness_said(self) -> str:
+        """The completeness in words."""
+        if not self.nodes.expanded.any():
+            return "completeness not checked: no node of this graph was taken apart here"
+        return f"completeness of every node within {self.relative_error:.1e} of its absolute parts"
 
     def folded_edges(self) -> pd.DataFrame:
         """All edges between two nodes, hyper-edges folded half to each member (their Shapley value):
@@ -185,6 +211,10 @@ class Circuit(Tabular):
                 ["weight", "influence"]
             ].sum(),
             heads=heads,
+            pinned=list(dict.fromkeys(merged.get(name, name) for name in self.pinned)),
+            supernodes=[
+                [label, *dict.fromkeys(merged.get(name, name) for name in names)] for label, *names in self.supernodes
+            ],
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -276,7 +306,7 @@ class Circuit(Tabular):
             f"circuit of {self.target} at position {self.position} ({self.tokens[self.position]!r})\n"
             f"  {counts}; {len(self.edges)} edges, {len(self.hyperedges)} hyper-edges\n"
             f"  kept {self.kept_share:.1%} of the influence of {self.n_found} nodes; it ends in {ends}\n"
-            f"  completeness of every node within {self.relative_error:.1e} of its absolute parts\n"
+            f"  {self.completeness_said}\n"
             f"{self.to_frame()[['id', 'name', 'value', 'influence']].head(15).to_string(index=False)}"
         )
 
@@ -284,7 +314,7 @@ class Circuit(Tabular):
 @torch.no_grad()
 def trace_circuit(
     frozen: FrozenPass,
-    target: Target,
+    target: Target | Sequence[Target],
     *,
     max_nodes: int = 200,
     node_threshold: float = 0.8,
@@ -292,11 +322,8 @@ def trace_circuit(
     names: Names | None = None,
 ) -> Circuit:
     """`Circuit.trace` on a forward pass that is there already; the arguments are the same."""
-    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
-        if not 0 < value <= 1:
-            raise ArgumentError(f"{name} is {value}, expected more than 0 and at most 1.")
-    if max_nodes < 1:
-        raise ArgumentError(f"max_nodes is {max_nodes}, expected at least 1.")
+    _check_limits(max_nodes, node_threshold, edge_threshold)
+    targets = as_targets(target)
     points = {sae.point for sae in frozen.saes.values()}
     if not points & {"mlp-in", "resid-mid", "mlp-out"}:
         raise MissingSAEError(
@@ -304,20 +331,22 @@ def trace_circuit(
             f"(hook_mlp_out); given are {', '.join(frozen.saes) or 'none'}."
         )
     labels = names_by_hook(frozen.saes, names)
-    reads = read_targets(frozen, target)
-    found = sweep(frozen, reads, max_nodes)
+    reads = read_targets(frozen, targets)
+    probabilities = [probability(frozen, each) for each in targets]
+    found = sweep(frozen, reads, _weights(reads, probabilities), max_nodes)
     kept, kept_share, n_found = _prune(found, max_nodes, node_threshold)
     edges, hyperedges = _edges(found, kept, edge_threshold)
-    nodes = _node_frame(frozen, found, kept, labels, reads.names[0])
+    nodes = _node_frame(frozen, found, kept, labels, reads.names)
+    nodes.loc[nodes.kind == "target", "feature"] = [logit_token(frozen, each) for each in targets]
     ids = dict(zip(nodes.number, nodes.id, strict=True))
     heads = _head_frame(frozen, found, edges, ids)
     edges = edges.assign(source=edges.source.map(ids), target=edges.target.map(ids))
     hyperedges = hyperedges.assign(**{column: hyperedges[column].map(ids) for column in ("i", "j", "target")})
-    used = {*edges.source, *hyperedges.i, *hyperedges.j, "target"}
+    used = {*edges.source, *hyperedges.i, *hyperedges.j}
     nodes = nodes[nodes.id.isin(used) | (nodes.number < len(found.nodes)) & (nodes.kind != "bias")]
     circuit = Circuit(
         model_name=frozen.model.cfg.model_name,
-        target=reads.names[0],
+        target=", ".join(reads.names),
         position=int(reads.positions[0]),
         tokens=frozen.strings,
         nodes=nodes[list(NODE_COLUMNS)].reset_index(drop=True),
@@ -327,14 +356,44 @@ def trace_circuit(
         shares={},
         kept_share=kept_share,
         n_found=n_found,
+        probabilities={
+            ids[number]: p for number, p in zip(found.nodes.targets, probabilities, strict=True) if p is not None
+        },
     )
     return replace(circuit, shares=_ends(circuit))
+
+
+def _check_limits(max_nodes: int, node_threshold: float, edge_threshold: float) -> None:
+    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
+        if not 0 < value <= 1:
+            raise ArgumentError(f"{name} is {value}, expected more than 0 and at most 1.")
+    check_sizes(max_nodes=max_nodes)
+
+
+def _weights(reads: Reads, probabilities: Sequence[float | None]) -> Float[Tensor, "t"]:
+    """The influence that each target starts with; together 1.
+
+    Raises:
+        ArgumentError: a target given twice, or logits among other targets.
+    """
+    seen = list(zip(reads.names, reads.positions.tolist(), strict=True))
+    for name, position in seen:
+        if seen.count((name, position)) > 1:
+            raise ArgumentError(f"two targets are called {name!r} at position {position}; give each a name of its own.")
+    known = [p for p in probabilities if p is not None]
+    if known and len(known) < len(seen):
+        raise ArgumentError(
+            f"the targets {', '.join(reads.names)} are logits and others: those have probabilities to be weighted by, "
+            "these have none; trace them apart."
+        )
+    weights = torch.tensor(known or [1.0] * len(seen), dtype=torch.float64)
+    return weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _prune(found: Sweep, max_nodes: int, threshold: float) -> tuple[Int[Tensor, "n"], float, int]:
     """The nodes to keep (without the target and biases), their part of all influence, and how many have any."""
     influence = found.influence.clone()
-    influence[found.nodes.target] = 0.0
+    influence[found.nodes.targets] = 0.0
     influence[found.nodes.kind == BIAS] = 0.0
     order = influence.argsort(descending=True)
     cumulative = influence[order].cumsum(0)
@@ -350,7 +409,7 @@ def _edges(found: Sweep, kept: Int[Tensor, "n"], threshold: float) -> tuple[pd.D
     n = len(nodes)
     inside = nodes.kind == BIAS
     inside[kept] = True
-    inside[nodes.target] = True
+    inside[nodes.targets] = True
     rest = n + nodes.kind  # what stands for a node that was pruned
     linear, pairs = [], []
     for number, row in found.rows.items():
@@ -410,13 +469,13 @@ def _table(**columns: Tensor | int | float) -> pd.DataFrame:
 
 
 def _node_frame(
-    frozen: FrozenPass, found: Sweep, kept: Int[Tensor, "n"], labels: dict[str, Sequence[str]], target: str
+    frozen: FrozenPass, found: Sweep, kept: Int[Tensor, "n"], labels: dict[str, Sequence[str]], targets: list[str]
 ) -> pd.DataFrame:
     nodes = found.nodes
     biases = (nodes.kind == BIAS).nonzero().flatten()
     rows: list[dict[str, Any]] = []
-    for number in [nodes.target, *kept.tolist(), *biases.tolist()]:
-        row = _describe(frozen, nodes, number, labels, target)
+    for number in [*nodes.targets, *kept.tolist(), *biases.tolist()]:
+        row = _describe(frozen, nodes, number, labels, targets)
         expanded = number in found.actual
         error = _relative_error(found, number) if expanded else 0.0
         influence = found.influence[number].item()
@@ -437,7 +496,7 @@ def _node_frame(
 
 
 def _describe(
-    frozen: FrozenPass, nodes: Numbering, number: int, labels: dict[str, Sequence[str]], target: str
+    frozen: FrozenPass, nodes: Numbering, number: int, labels: dict[str, Sequence[str]], targets: list[str]
 ) -> dict[str, Any]:
     kind, layer = KINDS[nodes.kind[number]], int(nodes.layer[number])
     position, feature = int(nodes.position[number]), int(nodes.feature[number])
@@ -449,8 +508,9 @@ def _describe(
     elif kind == "mlp":
         point, hook = "mlp-out", hook_of("mlp-out", layer)
     token = frozen.strings[position] if position >= 0 else ""
+    place = number - nodes.targets[0]
     identity = {
-        "target": "target",
+        "target": "target" if len(targets) == 1 else f"target {place + 1}",
         "embedding": f"embed@{position}",
         "feature": f"{sae_label}/{feature}@{position}",
         "error": f"error {sae_label}@{position}",
@@ -459,7 +519,7 @@ def _describe(
     }[kind]
     name = identity.split("@")[0]
     if kind == "target":
-        name = target
+        name = targets[place]
     elif kind == "embedding":
         name = token
     elif kind == "feature" and hook in labels:
@@ -535,7 +595,8 @@ def _ends(circuit: Circuit) -> dict[str, float]:
     folded = circuit.folded_edges().assign(weight=lambda frame: frame.influence)
     total = folded.groupby("target").weight.sum()
     level = circuit.nodes.set_index("id")
-    arrived = dict.fromkeys(circuit.nodes.id, 0.0) | {"target": 1.0}
+    starts = circuit.nodes[circuit.nodes.kind == "target"]
+    arrived = dict.fromkeys(circuit.nodes.id, 0.0) | dict(zip(starts.id, starts.influence, strict=True))
     into = dict(list(folded.groupby("target")))
     depth = {
         row.id: 10**9 if row.kind == "target" else 2 * row.layer + (2 if row.point == "mlp-out" else 1)

@@ -140,16 +140,17 @@ def check_circuit(
     Args:
         frozen: the forward pass it was traced on, with the same SAEs.
         circuit: not merged.
-        target: the one it was traced for.
+        target: the one it was traced for; one of them.
         means: each hook's mean activations (`feature_means`), to put in the place of what is removed; `None` is zero.
         errors: of the SAEs: those in the circuit are kept, or all of them always.
         counts: of nodes, for the curve; `None` takes about eight.
 
     Raises:
-        ArgumentError: a merged circuit, or one of another text.
+        ArgumentError: a merged circuit, or one of another text or target.
     """
     frame = _members(frozen, circuit)
     reads = read_targets(frozen, target)
+    _target_ids(circuit, reads)
     n = len(frame)
     if counts is None:
         counts = sorted({round(n * share) for share in (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)} - {0})
@@ -192,23 +193,33 @@ def feature_means(
 
 @torch.no_grad()
 def check_edges(
-    frozen: FrozenPass, circuit: Circuit, target: Target, *, attention: AttentionMode = "frozen"
+    frozen: FrozenPass, circuit: Circuit, target: Target | Sequence[Target], *, attention: AttentionMode = "frozen"
 ) -> EdgeCheck:
     """Remove the source of every edge alone; compare the change at its other end with the edge's weight.
 
     Args:
         frozen: the forward pass the circuit was traced on, with the same SAEs.
         circuit: not merged.
-        target: the one it was traced for.
-        attention: patterns and norm scales as they were, or as they come out.
+        target: the one it was traced for; all of them.
+        attention: patterns and norm scales as they were ("frozen"), or as they come out ("real").
+
+    Raises:
+        ArgumentError: a merged circuit, one of another text or other targets, or another attention.
     """
+    if attention not in MODES:
+        raise ArgumentError(f"attention is {attention!r}, expected 'frozen' or 'real'.")
     _members(frozen, circuit)
+    read = read_targets(frozen, target)
+    roots = {name: read[row : row + 1] for row, name in enumerate(_target_ids(circuit, read))}
+    missing = circuit.nodes[(circuit.nodes.kind == "target") & ~circuit.nodes.id.isin(list(roots))]
+    if len(missing):
+        raise ArgumentError(f"the circuit was traced for {', '.join(missing.name)} too; give all of its targets.")
     nodes = circuit.nodes.set_index("id")
     linear = circuit.edges[circuit.edges.source.map(nodes.position) >= 0]
     tables = [pd.DataFrame(columns=["source", "target", "kind", "predicted", "measured"])]
     if len(linear):
         sources, targets = list(linear.source.unique()), list(linear.target.unique())
-        reads = Reads.concatenate([_reads_of(frozen, nodes.loc[name], target) for name in targets])
+        reads = Reads.concatenate([_reads_of(frozen, nodes.loc[name], roots) for name in targets])
         change = torch.cat(
             [
                 _direct_changes(frozen, nodes.loc[sources[at : at + ROWS_AT_ONCE]], reads, attention)
@@ -229,7 +240,7 @@ def check_edges(
                 }
             )
         )
-    tables += _pair_changes(frozen, circuit, nodes, target)
+    tables += _pair_changes(frozen, circuit, nodes, roots)
     filled = [table for table in tables if len(table)]
     return EdgeCheck(attention, pd.concat(filled, ignore_index=True) if filled else tables[0])
 
@@ -405,9 +416,25 @@ def _reconstruction(sae: SAEPass, acts: Tensor, value: Tensor, mode: AttentionMo
 # --- edges ------------------------------------------------------------------------------------------------------------
 
 
-def _reads_of(frozen: FrozenPass, node: pd.Series, target: Target) -> Reads:
+def _target_ids(circuit: Circuit, reads: Reads) -> list[str]:
+    """The circuit's nodes for these targets.
+
+    Raises:
+        ArgumentError: it was not traced for one of them.
+    """
+    nodes = circuit.nodes[circuit.nodes.kind == "target"]
+    ids = {(row.name, row.position): row.id for row in nodes.itertuples(index=False)}
+    for name, position in zip(reads.names, reads.positions.tolist(), strict=True):
+        if (name, position) not in ids:
+            traced = ", ".join(f"{name} at position {at}" for name, at in ids)
+            raise ArgumentError(f"the circuit was traced for {traced}; given is {name} at position {position}.")
+    return [ids[key] for key in zip(reads.names, reads.positions.tolist(), strict=True)]
+
+
+def _reads_of(frozen: FrozenPass, node: pd.Series, roots: Mapping[str, Reads]) -> Reads:
+    """Of a row of the nodes, indexed by their ids."""
     if node.kind == "target":
-        return read_targets(frozen, target)
+        return roots[str(node.name)]
     return feature_reads(frozen, node.hook, torch.tensor([node.position]), torch.tensor([node.feature]))
 
 
@@ -445,7 +472,9 @@ def _write(frozen: FrozenPass, node: Any) -> Float[Tensor, "d_model"]:
     return sae.writes[node.position, slot].sum(0)
 
 
-def _pair_changes(frozen: FrozenPass, circuit: Circuit, nodes: pd.DataFrame, target: Target) -> list[pd.DataFrame]:
+def _pair_changes(
+    frozen: FrozenPass, circuit: Circuit, nodes: pd.DataFrame, roots: Mapping[str, Reads]
+) -> list[pd.DataFrame]:
     """Each input feature of every output feature removed: predicted from the pairs, measured on the MLP itself."""
     tables = []
     members = pd.concat(
@@ -453,7 +482,7 @@ def _pair_changes(frozen: FrozenPass, circuit: Circuit, nodes: pd.DataFrame, tar
     )
     members = members[members.j.map(nodes.kind) == "feature"].drop_duplicates()
     for name, rows in members.groupby("target"):
-        reads = _reads_of(frozen, nodes.loc[name], target)
+        reads = _reads_of(frozen, nodes.loc[name], roots)
         layer, position = int(reads.levels[0]) // 2 - 1, int(reads.positions[0])
         sae, mlp = frozen.input_sae(layer), frozen.mlp(layer)
         assert sae is not None

@@ -236,7 +236,7 @@ def freeze(
         )
     if not isinstance(text_or_tokens, str | Tensor):
         are_texts = any(isinstance(each, str) for each in text_or_tokens)
-        text_or_tokens = list(text_or_tokens) if are_texts else torch.tensor(text_or_tokens)
+        text_or_tokens = list(text_or_tokens) if are_texts else torch.tensor(text_or_tokens, dtype=torch.long)
     tokens = model.input_to_tokens(text_or_tokens)  # type: ignore[arg-type]
     if len(tokens) != 1:
         raise ArgumentError(f"{len(tokens)} texts were given; attribution takes one at a time.")
@@ -342,8 +342,12 @@ def names_by_hook(saes: Mapping[str, Any], names: Names | None) -> dict[str, Seq
     """
     if isinstance(names, FeatureStore):
         names = {name: names.labels(name) for name in names.names if _hook_by_label(name) in saes}
+    if not isinstance(names, Mapping | None):
+        raise ArgumentError(f"names is {names!r}, expected labels by hook or SAE name, or a FeatureStore.")
     found = {}
     for name, labels in (names or {}).items():
+        if not isinstance(name, str):
+            raise ArgumentError(f"names are given for {name!r}, expected a hook or an SAE's name such as '2-mlp-in'.")
         hook = _hook_by_label(name)
         if hook not in saes:
             raise ArgumentError(f"names are given for {name!r}, which has no SAE here." + nearest(name, saes))

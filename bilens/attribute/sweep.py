@@ -3,9 +3,9 @@
 1. nodes are numbered: per position the embedding and, per layer, the active features and the error of the SAE on the
    MLP's output and of the one on its input; per SAE one node for its `b_dec`; one for all constants (encoder biases,
    MLP biases)
-2. the target has influence 1. Stage by stage downwards (MLP-out features of a layer, then its MLP-in features) the
-   nodes of largest influence are expanded: an MLP-out feature over pairs of MLP-in nodes, an MLP-in feature (and any
-   other read of the stream) over everything written below it, through all attention
+2. the target has influence 1, or several have it together. Stage by stage downwards (MLP-out features of a layer, then
+   its MLP-in features) the nodes of largest influence are expanded: an MLP-out feature over pairs of MLP-in nodes, an
+   MLP-in feature (and any other read of the stream) over everything written below it, through all attention
 3. a node hands its influence on in the proportion of the absolute contributions to it, a pair's half to each member.
    All of a stage's influence comes from above it, so one sweep gives the influence of every node
 4. the fewest nodes whose influences add up to the threshold are kept
@@ -39,7 +39,8 @@ class Numbering:
         out_features, in_features: number of the first feature slot of each layer's SAEs, slots in the order
             (position, slot); `None` where there is no SAE.
         in_error, in_b_dec: numbers of the first error node of each layer's MLP input, and of its `b_dec`.
-        constant, target: their numbers.
+        constant: its number.
+        targets: their numbers.
     """
 
     kind: Int[Tensor, "node"]
@@ -54,7 +55,7 @@ class Numbering:
     in_error: list[int]
     in_b_dec: list[int]
     constant: int
-    target: int
+    targets: list[int]
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -85,7 +86,7 @@ class Sweep:
     constants: dict[int, float]
 
 
-def number_nodes(frozen: FrozenPass, target: Reads) -> Numbering:
+def number_nodes(frozen: FrozenPass, targets: Reads) -> Numbering:
     n = frozen.n_positions
     columns: dict[str, list[Tensor]] = {name: [] for name in ("kind", "layer", "is_input", "position", "feature")}
     values: list[Tensor] = []
@@ -136,7 +137,7 @@ def number_nodes(frozen: FrozenPass, target: Reads) -> Numbering:
         linear.append(torch.arange(start, count))
     constant = add("bias", -1, 0, nowhere, nowhere, torch.ones(1))
     linear.append(torch.tensor([constant]))
-    number = add("target", -1, 0, target.positions.cpu(), nowhere, target.actual)
+    first = add("target", -1, 0, targets.positions.cpu(), torch.full((len(targets),), -1), targets.actual)
     return Numbering(
         **{name: torch.cat(column) for name, column in columns.items()},
         value=torch.cat(values),
@@ -146,7 +147,7 @@ def number_nodes(frozen: FrozenPass, target: Reads) -> Numbering:
         in_error=in_error,
         in_b_dec=in_b_dec,
         constant=constant,
-        target=number,
+        targets=list(range(first, first + len(targets))),
     )
 
 
@@ -174,16 +175,24 @@ def _linear_rows(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t column"]:
     return torch.cat([*columns, reads.constants[:, None]], 1)
 
 
-def sweep(frozen: FrozenPass, target: Reads, max_nodes: int) -> Sweep:
-    """Influences and contributions from the target down, `max_nodes` nodes expanded per stage."""
-    nodes = number_nodes(frozen, target)
+def sweep(frozen: FrozenPass, targets: Reads, weights: Float[Tensor, "t"], max_nodes: int) -> Sweep:
+    """Influences and contributions from the targets down, `max_nodes` nodes expanded per stage.
+
+    Args:
+        frozen: the forward pass.
+        targets: where it starts.
+        weights: the influence that each target starts with.
+        max_nodes: the most influential ones of each stage.
+    """
+    nodes = number_nodes(frozen, targets)
     found = Sweep(nodes, torch.zeros(len(nodes), dtype=torch.float64), {}, {}, {}, {}, {}, {})
-    found.influence[nodes.target] = 1.0
-    top = int(target.levels[0])
-    if target.sees[0] == MLP and nodes.in_features[top // 2 - 1] is not None:
-        _expand_pairs(frozen, found, top // 2 - 1, torch.tensor([nodes.target]), target)
-    else:
-        _expand_linear(frozen, found, torch.tensor([nodes.target]), target)
+    found.influence[nodes.targets] = weights
+    for row, number in enumerate(nodes.targets):
+        target, layer = targets[row : row + 1], int(targets.levels[row]) // 2 - 1
+        if target.sees[0] == MLP and nodes.in_features[layer] is not None:
+            _expand_pairs(frozen, found, layer, torch.tensor([number]), target)
+        else:
+            _expand_linear(frozen, found, torch.tensor([number]), target)
     for layer in reversed(range(frozen.n_layers)):
         sae_in, sae_out = frozen.input_sae(layer), frozen.output_sae(layer)
         if sae_in is None:

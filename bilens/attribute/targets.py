@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
 from bilens.attribute.frozen import FrozenPass
+from bilens.checks import check_sizes
 from bilens.decompose.outputs import check_index
 from bilens.errors import ArgumentError, HookNameError, SAEMismatchError, nearest
 
@@ -70,12 +72,26 @@ class Target:
 
     @classmethod
     def logit(cls, token: int | str, position: int = -1, *, minus: int | str | None = None, name: str = "") -> "Target":
-        """A token's logit, or by how much it is above another's."""
+        """A token's logit, or by how much it is above another's.
+
+        Raises:
+            ArgumentError: compared with itself.
+        """
+        if minus is not None and minus == token:
+            raise ArgumentError(f"the logit of {token!r} minus itself is 0, give minus= another token.")
         return cls(LOGITS, position, token if minus is None else (token, minus), name)
 
     @classmethod
     def direction(cls, vector: Float[Tensor, "d_model"], hook: str, position: int = -1, name: str = "") -> "Target":
-        """`vector . activation` at any point of width d_model."""
+        """`vector . activation` at any point of width d_model.
+
+        Raises:
+            ArgumentError: no tensor or array.
+        """
+        if not isinstance(vector, Tensor):
+            if not isinstance(vector, np.ndarray):
+                raise ArgumentError(f"a direction is a tensor or an array of floats, given is {vector!r}.")
+            vector = torch.from_numpy(vector)
         return cls(hook, position, vector, name)
 
 
@@ -126,16 +142,60 @@ def read_targets(frozen: FrozenPass, targets: Target | Sequence[Target]) -> Read
         MissingSAEError, OutOfRangeError, TokenizationError: no such SAE, feature, position or token.
         SAEMismatchError: a feature of an SAE without linear reads.
     """
-    targets = [targets] if isinstance(targets, Target | str) else list(targets)
-    if not targets:
-        raise ArgumentError("no target was given; make one with Target.logit, Target.feature or Target.direction.")
-    for target in targets:
+    return Reads.concatenate([_read_one(frozen, target) for target in as_targets(targets)])
+
+
+def as_targets(targets: Target | Sequence[Target]) -> list[Target]:
+    """One target or several, as a list.
+
+    Raises:
+        ArgumentError: anything else, or none.
+    """
+    makers = "make one with Target.logit, Target.feature or Target.direction."
+    listed: list[Any] = list(targets) if isinstance(targets, list | tuple) else [targets]
+    if not listed:
+        raise ArgumentError(f"no target was given; {makers}")
+    for target in listed:
         if not isinstance(target, Target):
-            raise ArgumentError(
-                f"target {target!r} is no Target; make one with Target.logit, Target.feature or Target.direction."
-            )
-    parts = [_read_one(frozen, target) for target in targets]
-    return Reads.concatenate(parts)
+            shown = f"an array of shape {tuple(target.shape)}" if hasattr(target, "shape") else repr(target)
+            raise ArgumentError(f"target {shown} is no Target; {makers}")
+    return listed
+
+
+def likeliest(
+    frozen: FrozenPass, max_n_logits: int = 10, desired_logit_prob: float = 0.95, position: int = -1
+) -> list[Target]:
+    """The logits of the likeliest next tokens: the fewest whose probabilities add up to `desired_logit_prob`.
+
+    Args:
+        frozen: the forward pass.
+        max_n_logits: at most so many.
+        desired_logit_prob: more than 0, at most 1.
+        position: of the prediction; negative counts from the end.
+
+    Raises:
+        ArgumentError, OutOfRangeError: numbers outside their range.
+    """
+    check_sizes(max_n_logits=max_n_logits)
+    if not 0 < desired_logit_prob <= 1:
+        raise ArgumentError(f"desired_logit_prob is {desired_logit_prob}, expected more than 0 and at most 1.")
+    at = _position(frozen, position)
+    values, tokens = frozen.logits[at].double().softmax(-1).topk(min(max_n_logits, frozen.logits.shape[1]))
+    n = int((values.cumsum(0) < desired_logit_prob).sum()) + 1
+    return [Target.logit(token, at) for token in tokens[:n].tolist()]
+
+
+def logit_token(frozen: FrozenPass, target: Target) -> int:
+    """The token of a single logit; -1 for other targets."""
+    return -1 if target.hook != LOGITS or isinstance(target.of, tuple) else _token(frozen, target.of)
+
+
+def probability(frozen: FrozenPass, target: Target) -> float | None:
+    """Of a logit's token (the first one of a difference), by the model; `None` of other targets."""
+    if target.hook != LOGITS:
+        return None
+    token = _token(frozen, target.of[0] if isinstance(target.of, tuple) else target.of)  # type: ignore[arg-type]
+    return frozen.logits[_position(frozen, target.position)].double().softmax(-1)[token].item()
 
 
 def feature_reads(frozen: FrozenPass, hook: str, positions: Int[Tensor, "t"], features: Int[Tensor, "t"]) -> Reads:
@@ -209,10 +269,14 @@ def _place(frozen: FrozenPass, hook: str) -> tuple[int, Tensor | None, int]:
     raise HookNameError(f"no target can be at {hook!r}: {reason} Points of width d_model are {', '.join(readable)}.")
 
 
-def _read_one(frozen: FrozenPass, target: Target) -> Reads:
-    position = check_index(
-        target.position, frozen.n_positions, "position {} is outside the text's {} tokens (with [BOS])", negative=True
+def _position(frozen: FrozenPass, position: int) -> int:
+    return check_index(
+        position, frozen.n_positions, "position {} is outside the text's {} tokens (with [BOS])", negative=True
     )
+
+
+def _read_one(frozen: FrozenPass, target: Target) -> Reads:
+    position = _position(frozen, target.position)
     at = torch.tensor([position], device=frozen.embed.device)
     if target.hook == LOGITS:
         return _read_logit(frozen, target, at)
@@ -248,6 +312,8 @@ def _read_feature(frozen: FrozenPass, target: Target, at: Int[Tensor, "1"]) -> R
 def _read_logit(frozen: FrozenPass, target: Target, at: Int[Tensor, "1"]) -> Reads:
     given = target.of if isinstance(target.of, tuple) else (target.of,)
     tokens = [_token(frozen, token) for token in given]
+    if len(tokens) == 2 and tokens[0] == tokens[1]:
+        raise ArgumentError(f"the logit of {given[0]!r} minus that of {given[-1]!r} is 0: they are the same token.")
     signs = torch.tensor([1.0, -1.0][: len(tokens)], device=at.device)
     # The last product in float64: a difference of two large float32 logits is good to fewer digits than its parts.
     directions = frozen.model.W_U.detach()[:, tokens].double() @ signs.double()

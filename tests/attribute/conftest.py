@@ -4,10 +4,11 @@ import functools
 import itertools
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
-from bilens.attribute import FrozenPass, freeze
+from bilens.attribute import Circuit, FrozenPass, freeze
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.loading import POINT_TO_HOOK
 from tests.conftest import make_model
@@ -42,3 +43,12 @@ def frozen_kinds() -> dict[tuple[bool, bool], FrozenPass]:
     """One pass per kind of model, with SAEs on every point."""
     saes = saes_of(points=tuple(POINTS))
     return {kind: freeze(model_of(*kind), TOKENS, saes) for kind in MODEL_KINDS}
+
+
+def same(one: Circuit, other: Circuit) -> None:
+    """Two circuits with the same numbers and names."""
+    for name in ("nodes", "edges", "hyperedges", "heads"):
+        pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name), check_dtype=False)
+    for name in ("model_name", "target", "position", "tokens", "shares", "kept_share", "n_found", "probabilities",
+                 "pinned", "supernodes"):  # fmt: skip
+        assert getattr(one, name) == getattr(other, name)

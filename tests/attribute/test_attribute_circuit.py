@@ -3,11 +3,10 @@
 Tolerances: 1e-5 of the sum of a node's absolute parts, as for every attribution of the float32 model.
 """
 
-import json
 from dataclasses import replace
-from typing import Any
 
 import networkx as nx
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,14 +20,13 @@ from bilens.attribute import (
     check_edges,
     feature_means,
     freeze,
-    from_attribution_graph,
     trace_circuit,
 )
 from bilens.attribute.sweep import linear_rows, sweep
 from bilens.attribute.targets import read_targets
-from bilens.errors import ArgumentError, CheckpointError, MissingSAEError, NotBilinearError
+from bilens.errors import ArgumentError, CheckpointError, EmptyTextError, MissingSAEError, NotBilinearError
 from bilens.sae.store import build_feature_store
-from tests.attribute.conftest import MODEL_KINDS, N_LAYERS, TOKENS, model_of, saes_of
+from tests.attribute.conftest import MODEL_KINDS, N_LAYERS, TOKENS, model_of, saes_of, same
 from tests.conftest import make_model
 from tests.random_saes import make_sae
 
@@ -47,13 +45,6 @@ def frozen_small():
 @pytest.fixture(scope="module")
 def circuit(frozen_small):
     return trace_circuit(frozen_small, TARGETS[0], max_nodes=25)
-
-
-def same(one: Circuit, other: Circuit) -> None:
-    for name in FRAMES:
-        pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name), check_dtype=False)
-    for name in ("model_name", "target", "position", "tokens", "shares", "kept_share", "n_found"):
-        assert getattr(one, name) == getattr(other, name)
 
 
 def in_order(circuit: Circuit) -> Circuit:
@@ -136,7 +127,7 @@ def test_linear_rows_add_up_for_many_targets_at_once(frozen_kinds):
 def test_influence_by_brute_force():
     """The sweep's influences against a plain recursion over all paths, on one layer."""
     frozen = freeze(make_model(n_layer=1), TOKENS[:3], saes_of(1, kind="topk", k=2))
-    found = sweep(frozen, read_targets(frozen, Target.logit(7)), max_nodes=1000)
+    found = sweep(frozen, read_targets(frozen, Target.logit(7)), torch.ones(1, dtype=torch.float64), max_nodes=1000)
     nodes = found.nodes
     influence = torch.zeros(len(nodes), dtype=torch.float64)
 
@@ -154,7 +145,7 @@ def test_influence_by_brute_force():
                 if part := (parts[place].sum() / parts.sum()).item():
                     hand_on(source, share * part)
 
-    hand_on(nodes.target, 1.0)
+    hand_on(nodes.targets[0], 1.0)
     torch.testing.assert_close(influence, found.influence)
 
 
@@ -171,6 +162,108 @@ def test_no_sae_on_an_output_or_an_input():
     on_mid = Circuit.trace(model, saes_of(points=("resid-mid", "mlp-out"), **SMALL), TOKENS, TARGETS[2], max_nodes=30)
     assert on_mid.relative_error <= COMPLETE
     assert on_mid.nodes.id.str.startswith("1-resid-mid/").any()
+
+
+# --- several targets --------------------------------------------------------------------------------------------------
+
+
+def test_several_targets_share_one_graph(frozen_small):
+    """Influences are those of each alone, by the logits' probabilities; edges into a node are the same in any graph."""
+    targets = [Target.logit(7), Target.logit(9, 3, minus=2), Target.logit(11)]
+    options = {"max_nodes": 10_000, "node_threshold": 1.0, "edge_threshold": 1.0}
+    together = trace_circuit(frozen_small, targets, **options)
+    assert together.relative_error <= COMPLETE
+    assert together.target == "logit '7', logit '9' - '2', logit '11'"
+    roots = together.nodes[together.nodes.kind == "target"].set_index("id")
+    assert list(roots.index) == list(together.probabilities) == ["target 1", "target 2", "target 3"]
+    assert roots.feature.tolist() == [7, -1, 11]
+    assert roots.position.tolist() == [5, 3, 5]
+    chances = [frozen_small.logits[at].softmax(-1)[token].item() for at, token in ((5, 7), (3, 9), (5, 11))]
+    assert list(together.probabilities.values()) == pytest.approx(chances)
+    weights = torch.tensor(chances) / sum(chances)
+    assert roots.influence.tolist() == pytest.approx(weights.tolist())
+    alone = [trace_circuit(frozen_small, target, **options) for target in targets]
+    influence = sum(
+        weight * one.nodes.set_index("id").influence.reindex(together.nodes.id, fill_value=0.0)
+        for weight, one in zip(weights.tolist(), alone, strict=True)
+    )
+    inner = ~together.nodes.kind.isin(["target"]).to_numpy()
+    assert together.nodes.influence[inner].tolist() == pytest.approx(influence[inner].tolist(), abs=1e-6)
+    for name, one in zip(roots.index, alone, strict=True):
+        assert into(together)[name] == pytest.approx(into(one)["target"])
+    assert sum(together.shares.values()) == pytest.approx(1.0)
+    assert together.merged().nodes.id.is_unique
+    exact = check_edges(frozen_small, together, targets)
+    scale = exact.frame.groupby("target").predicted.transform(lambda w: w.abs().sum())
+    assert ((exact.frame.predicted - exact.frame.measured).abs() <= COMPLETE * scale + 1e-5).all()
+    assert {"target 1", "target 2", "target 3"} <= set(exact.frame.target)
+    for target in targets:
+        assert check_circuit(frozen_small, together, target).recovered() == pytest.approx(1.0, abs=1e-2)
+    assert together.to_page().to_html()
+
+
+def test_targets_at_several_heights(frozen_small):
+    """Features weigh the same; one that a higher one is made of is a node of its own as well."""
+    targets = [TARGETS[1], TARGETS[2], Target.feature("0-mlp-out", 1, 4)]
+    circuit = trace_circuit(frozen_small, targets, max_nodes=40)
+    assert circuit.relative_error <= COMPLETE
+    assert circuit.nodes[circuit.nodes.kind == "target"].influence.tolist() == pytest.approx([1 / 3] * 3)
+    assert circuit.probabilities == {}
+    assert sum(circuit.shares.values()) == pytest.approx(1.0)
+
+
+def test_the_likeliest_logits(text_model):
+    text, saes = "Mira lost a red kite", saes_of(2, **SMALL)
+    chances, tokens = text_model(text)[0, -1].softmax(-1).sort(descending=True)
+    for most, enough in ((3, 1.0), (10, chances[:2].sum().item() - 1e-6)):
+        circuit = Circuit.trace(text_model, saes, text, max_nodes=5, max_n_logits=most, desired_logit_prob=enough)
+        n = most if enough == 1.0 else 2
+        roots = circuit.nodes[circuit.nodes.kind == "target"]
+        assert roots.feature.tolist() == tokens[:n].tolist()
+        assert list(circuit.probabilities.values()) == pytest.approx(chances[:n].tolist())
+
+
+def test_targets_that_are_none(frozen_small, circuit):
+    model, saes = model_of(True, True), saes_of(**SMALL)
+    for wrong in (7, "what", np.ones(3), torch.ones(3), [7], None, []):
+        with pytest.raises(ArgumentError, match=r"no Target; make one|no target was given"):
+            trace_circuit(frozen_small, wrong)
+        if wrong is not None:
+            with pytest.raises(ArgumentError, match=r"no Target; make one|no target was given"):
+                Circuit.trace(model, saes, TOKENS, wrong)
+    with pytest.raises(ArgumentError, match=r"logit of 'what' minus itself"):
+        Target.logit("what", minus="what")
+    with pytest.raises(ArgumentError, match="two targets are called \"logit '7'\" at position 5"):
+        trace_circuit(frozen_small, [Target.logit(7), Target.logit(7, 5)])
+    with pytest.raises(ArgumentError, match="trace them apart"):
+        trace_circuit(frozen_small, [Target.logit(7), TARGETS[1]])
+    with pytest.raises(ArgumentError, match=r"desired_logit_prob is 0\.0"):
+        Circuit.trace(model, saes, TOKENS, desired_logit_prob=0.0)
+    with pytest.raises(ArgumentError, match="max_n_logits is 0"):
+        Circuit.trace(model, saes, TOKENS, max_n_logits=0)
+    for check in (check_circuit, check_edges):
+        with pytest.raises(ArgumentError, match="traced for logit '7' - '9' at position 5; given is logit '3'"):
+            check(frozen_small, circuit, Target.logit(3))
+    two = trace_circuit(frozen_small, [Target.logit(7), Target.logit(9)], max_nodes=5)
+    with pytest.raises(ArgumentError, match="traced for logit '9' too"):
+        check_edges(frozen_small, two, Target.logit(7))
+    with pytest.raises(ArgumentError, match="attention is 'none', expected 'frozen' or 'real'"):
+        check_edges(frozen_small, circuit, TARGETS[0], attention="none")
+    with pytest.raises(ArgumentError, match="names are given for 0"):
+        trace_circuit(frozen_small, TARGETS[0], names={0: ["a"]})
+    with pytest.raises(ArgumentError, match="names is 'abc'"):
+        trace_circuit(frozen_small, TARGETS[0], names="abc")
+    direction = np.linspace(-1, 1, model.cfg.d_model).astype("float32")
+    found = [
+        read_targets(frozen_small, Target.direction(v, "hook_embed")).actual
+        for v in (direction, torch.tensor(direction))
+    ]
+    assert found[0] == found[1]
+    with pytest.raises(ArgumentError, match="a direction is a tensor or an array"):
+        Target.direction([1.0], "hook_embed")
+    for empty in ([], torch.tensor([], dtype=torch.long)):
+        with pytest.raises(EmptyTextError):
+            freeze(model, empty)
 
 
 # --- names, files -----------------------------------------------------------------------------------------------------
@@ -260,76 +353,6 @@ def test_networkx_and_graphml_are_read_back(circuit, tmp_path):
     (tmp_path / "other.graphml").write_text("no XML")
     with pytest.raises(CheckpointError, match="no GraphML"):
         Circuit.load_graphml(tmp_path / "other.graphml")
-
-
-# What circuit-tracer's models and Neuronpedia's schema ask for: name -> types, and which of them must be there.
-TEXT, WHOLE, NUMBER, LIST, MAYBE = (str,), (int,), (int, float), (list,), (int, float, type(None))
-SCHEMA: dict[str, tuple[dict[str, tuple[type, ...]], set[str]]] = {
-    "metadata": (
-        {"slug": TEXT, "scan": TEXT, "prompt": TEXT, "prompt_tokens": LIST, "transcoder_list": LIST,
-         "node_threshold": NUMBER, "schema_version": WHOLE, "info": (dict,)},
-        {"slug", "scan", "prompt", "prompt_tokens", "transcoder_list"},
-    ),
-    "qParams": (
-        {"pinnedIds": LIST, "supernodes": LIST, "linkType": TEXT, "clickedId": TEXT, "sg_pos": TEXT},
-        {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"},
-    ),
-    "nodes": (
-        {"node_id": TEXT, "feature": WHOLE, "layer": TEXT, "ctx_idx": WHOLE, "feature_type": TEXT, "jsNodeId": TEXT,
-         "clerp": TEXT, "influence": MAYBE, "activation": MAYBE, "token_prob": NUMBER, "is_target_logit": (bool,),
-         "run_idx": WHOLE, "reverse_ctx_idx": WHOLE},
-        {"node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp"},
-    ),
-    "links": ({"source": TEXT, "target": TEXT, "weight": NUMBER}, {"source", "target", "weight"}),
-}  # fmt: skip
-FEATURE_TYPES = {"cross layer transcoder", "embedding", "logit", "mlp reconstruction error"}
-
-
-def validate(graph: dict[str, Any]) -> None:
-    for part, (types, needed) in SCHEMA.items():
-        for item in graph[part] if isinstance(graph[part], list) else [graph[part]]:
-            assert needed <= set(item) <= set(types), part
-            for name, value in item.items():
-                assert isinstance(value, types[name]), (part, name, value)
-    assert all(isinstance(token, str) for token in graph["metadata"]["prompt_tokens"])
-
-
-def test_attribution_graph(circuit):
-    graph = json.loads(json.dumps(circuit.to_attribution_graph("my-graph")))
-    validate(graph)
-    ids = [node["node_id"] for node in graph["nodes"]]
-    assert len(set(ids)) == len(ids)
-    assert len({node["jsNodeId"] + str(node["ctx_idx"]) for node in graph["nodes"]}) == len(ids)
-    assert {node["feature_type"] for node in graph["nodes"]} == FEATURE_TYPES
-    assert {end for link in graph["links"] for end in (link["source"], link["target"])} <= set(ids)
-    assert sum(node["is_target_logit"] for node in graph["nodes"]) == 1
-    n = len(TOKENS)
-    assert all(0 <= node["ctx_idx"] < n for node in graph["nodes"])
-    # Layer and index come back out of the paired number as readers take them.
-    for node in graph["nodes"]:
-        if node["feature_type"] == "cross layer transcoder":
-            layer, index, position = map(int, node["node_id"].split("_"))
-            assert (layer + index) * (layer + index + 1) // 2 + index == node["feature"]
-            assert (str(layer), position) == (node["layer"], node["ctx_idx"])
-    by_target: dict[str, float] = {}
-    for link in graph["links"]:
-        by_target[link["target"]] = by_target.get(link["target"], 0.0) + link["weight"]
-    values = {node["node_id"]: node["activation"] for node in graph["nodes"]}
-    for name, total in by_target.items():
-        assert total == pytest.approx(values[name], abs=1e-3)
-    same(from_attribution_graph(graph), circuit)
-
-
-def test_attribution_graphs_of_others(circuit):
-    graph = circuit.to_attribution_graph()
-    del graph["bilens"]
-    read = from_attribution_graph(graph)
-    assert len(read.edges) == len(circuit.folded_edges())
-    assert read.edges.weight.sum() == pytest.approx(circuit.folded_edges().weight.sum())
-    assert read.tokens == circuit.tokens
-    assert set(read.nodes.kind) == {"target", "embedding", "feature", "error"}
-    with pytest.raises(CheckpointError, match="it has no metadata, links"):
-        from_attribution_graph({"nodes": []})
 
 
 # --- interventions ----------------------------------------------------------------------------------------------------
