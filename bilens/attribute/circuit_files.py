@@ -290,6 +290,8 @@ def from_attribution_graph(graph: Mapping[str, Any]) -> Circuit:
             circuit, foreign = _foreign_circuit(graph)
         return _edited(circuit, foreign, graph)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"this attribution graph cannot be read: {error!r}") from error
 
 
@@ -405,7 +407,7 @@ def _edited(circuit: Circuit, foreign: Mapping[str, Mapping[str, Any]], graph: M
 
 def _listed(value: Any) -> list[Any]:
     """A list, or the JSON text of one."""
-    return (parse_json(value, "qParams", list) if isinstance(value, str) and value else value) or []
+    return (parse_json(value, "qParams of this attribution graph", list) if isinstance(value, str) and value else value) or []
 
 
 def _foreign_circuit(graph: Mapping[str, Any]) -> tuple[Circuit, dict[str, dict[str, Any]]]:
