@@ -3,9 +3,12 @@
 import os
 from collections.abc import Collection
 from math import isfinite
-from typing import TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from bilens.errors import ArgumentError, nearest
+from bilens.errors import ArgumentError, CheckpointError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_SEED = 2**32 - 1  # of every generator: numpy's takes no larger one
 
@@ -77,3 +80,23 @@ def _is_number(value: object) -> TypeGuard[float]:
         return isfinite(value)
     except OverflowError:
         return False
+
+
+def check_finite(name: str, tensor: "Tensor", where: Any, before: "Tensor | None" = None) -> None:
+    """Refuse a weight that holds NaN or infinity.
+
+    Args:
+        name, tensor: of the weight.
+        where: what holds it.
+        before: the weight before it was cast, if it was finite.
+
+    Raises:
+        CheckpointError: it does (with how many, and the largest number that the cast lost).
+    """
+    if tensor.isfinite().all():
+        return
+    bad = int((~tensor.isfinite()).sum())
+    lost = ""
+    if before is not None:
+        lost = f": in {tensor.dtype} there is no room for {before.abs().max():.4g}. Take bfloat16 or float32"
+    raise CheckpointError(f"{where}: {name} holds {bad} values that are NaN or infinite, of {tensor.numel()}{lost}.")

@@ -28,7 +28,15 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file
 
 from bilens.bridge import register_adapter
-from bilens.config import HF_ARCHITECTURE, MODEL_TYPE, config_from_published, config_to_published
+from bilens.checks import check_finite
+from bilens.config import (
+    HF_ARCHITECTURE,
+    MODEL_TYPE,
+    any_attention_bias,
+    config_from_published,
+    config_to_published,
+)
+from bilens.errors import CheckpointError
 from bilens.files import open_tensors
 from bilens.kv_cache import KeyValueCache
 from bilens.model import Embed, HookedBilinearTransformer, Rotary
@@ -44,7 +52,7 @@ class BilinearConfig(PretrainedConfig):
     Args:
         n_head, n_layer, n_ctx, d_model, d_hidden: the published sizes.
         vocab_size: rows of the embedding; reading a checkpoint counts them, whatever its config says.
-        bilinear, gate, bias, normalization: the published variants.
+        bilinear, gate, bias, attention_bias, scale_attn, normalization: the published variants.
         tokenizer: the published name of the tokenizer.
         repo: where the model came from.
     """
@@ -69,6 +77,8 @@ class BilinearConfig(PretrainedConfig):
         bilinear: bool = True,
         gate: str | None = None,
         bias: bool = False,
+        attention_bias: bool = False,
+        scale_attn: bool = True,
         normalization: bool = True,
         tokenizer: str | None = None,
         repo: str | None = None,
@@ -77,6 +87,7 @@ class BilinearConfig(PretrainedConfig):
         self.n_head, self.n_layer, self.n_ctx = n_head, n_layer, n_ctx
         self.d_model, self.d_hidden, self.vocab_size = d_model, d_hidden, vocab_size
         self.bilinear, self.gate, self.bias, self.normalization = bilinear, gate, bias, normalization
+        self.attention_bias, self.scale_attn = attention_bias, scale_attn
         self.tokenizer, self.repo = tokenizer, repo
         # The published configs name the authors' class; TransformerLens looks for the one that has an adapter.
         named = kwargs.get("architectures") or []
@@ -170,9 +181,18 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs = hub | kwargs
         if source is not None:
             config = copy.deepcopy(config)
-            config.vocab_size = vocabulary_size(source, **hub) or config.vocab_size
+            names, rows = stored(source, **hub)
+            if names and config.num_hidden_layers > len(names):
+                raise CheckpointError(
+                    f"{source} holds {len(names)} tensors; its config asks for {config.num_hidden_layers} layers."
+                )
+            config.vocab_size = rows or config.vocab_size
+            config.attention_bias = config.attention_bias or (config.bias and any_attention_bias(names))
         loaded = super().from_pretrained(source, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and not weight.is_meta:
+                check_finite(name, weight, source)
         if source is not None and model.generation_config.eos_token_id is None:
             model._end_where_the_tokenizer_does(tokenizer_beside(source, **hub))
         return loaded
@@ -323,33 +343,37 @@ def _keep(kept: list[Tensor], model: HookedBilinearTransformer, name: str) -> li
     return [(f"blocks.{layer}.{name}", _into(kept)) for layer in range(model.cfg.n_layers)]
 
 
-def vocabulary_size(source: str | os.PathLike[str], **hub: Any) -> int | None:
-    """Rows of the embedding in a folder's or hub repository's weights, from a file's header.
+def stored(source: str | os.PathLike[str], **hub: Any) -> tuple[set[str], int | None]:
+    """Which tensors a folder or hub repository has, and the rows of its embedding, from the weights' header or index.
 
     Args:
         source: a folder or hub id.
         hub: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
 
     Returns:
-        `None` where there are no safetensors weights or no such tensor; what reads them will say so.
+        The names, and `None` where there are no safetensors weights or no embedding; what reads them will say so.
     """
     from bilens.loading import read_index
 
+    names: set[str] = set()
     for name in WEIGHTS_FILES:
         found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub)
         if found is None:
             continue
         if name.endswith(".json"):
-            shard = next((file for file, names in read_index(Path(found)).items() if EMBEDDING in names), None)
+            shards = read_index(Path(found))
+            names = set().union(*shards.values())
+            shard = next((file for file, held in shards.items() if EMBEDDING in held), None)
             found = shard and cached_file(str(source), shard, **hub)
         if found:
             with open_tensors(Path(found)) as file:
-                return file.get_slice(EMBEDDING).get_shape()[0] if EMBEDDING in file.keys() else None  # noqa: SIM118
-    return None
+                names |= set(file.keys())
+                return names, file.get_slice(EMBEDDING).get_shape()[0] if EMBEDDING in file.keys() else None  # noqa: SIM118
+    return names, None
 
 
 def tokenizer_beside(source: str | os.PathLike[str], **hub: Any) -> Any:
-    """The tokenizer in a folder or hub repository, `None` where there is none; arguments as of `vocabulary_size`."""
+    """The tokenizer in a folder or hub repository, `None` where there is none; arguments as of `stored`."""
     from bilens.loading import TOKENIZER_FILES, load_tokenizer
 
     found = [cached_file(str(source), n, _raise_exceptions_for_missing_entries=False, **hub) for n in TOKENIZER_FILES]

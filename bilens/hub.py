@@ -184,6 +184,11 @@ def model_card(cfg: BilinearTransformerConfig, repo_id: str) -> str:
     kind = "bilinear" if cfg.is_bilinear else "gated" if cfg.bilinear else "one-branch"
     b_gate, b_in, b_out = (" + b_gate", " + b_in", " + b_out") if cfg.bias else ("", "", "")
     first = f"{cfg.gate or ''}(W_gate n{b_gate})" if cfg.bilinear else f"{cfg.gate or ''}(W_in n{b_in})"
+    scale = (
+        "Attention's output is scaled by `1/sqrt(2 n_layer)`, which is not in `attn.o`."
+        if cfg.scale_attn
+        else "Attention's output is not scaled."
+    )
     mlp = f"W_out ({first} * (W_in n{b_in})){b_out}" if cfg.bilinear else f"W_out {first}{b_out}"
     keys = ["n_layer", "n_head", "d_model", "d_hidden", "n_ctx", "bilinear", "gate", "bias", "normalization"]
     facts = "\n".join(f"| `{key}` | {json.dumps(published[key])} |" for key in [*keys, "tokenizer"])
@@ -201,7 +206,7 @@ untied embeddings. Its MLPs compute
 | vocabulary | {cfg.d_vocab} |
 
 `model.safetensors` holds `transformer.wte`, `transformer.h.L.attn.qkv` (q, k, v), `.attn.o`, `.mlp.w` (left rows, then
-right rows), `.mlp.p` and `lm_head`. Attention's output is scaled by `1/sqrt(2 n_layer)`, which is not in `attn.o`.
+right rows), `.mlp.p` and `lm_head`. {scale}
 
 ```python
 import bilens

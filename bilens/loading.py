@@ -4,8 +4,10 @@ The weights may also be in shards, `model-00001-of-0000N.safetensors`, which `mo
 
 1. find the files: a bundled name, a folder, or a hub id
 2. read the config, refuse it by name where a key is missing
-3. check every tensor's name and shape against the model the config describes, and that it is finite
-4. copy; the parameters are stored as published, so nothing is computed and saving gives the same bits back
+3. compare the names, shapes and dtypes in the weights' header with the model the config describes, before anything of
+   that size is made
+4. copy, and see that everything is finite; the parameters are stored as published, so nothing is computed and saving
+   gives the same bits back
 """
 
 import json
@@ -13,18 +15,34 @@ import os
 import re
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import bilens.hf  # noqa: F401  what is saved here loads through AutoModelForCausalLM at once
-from bilens.config import config_from_published, config_to_published
+from bilens.checks import check_finite
+from bilens.config import (
+    BilinearTransformerConfig,
+    any_attention_bias,
+    config_from_published,
+    config_to_published,
+)
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, nearest
-from bilens.files import destination_folder, open_tensors, read_json, to_path, write_atomically, write_files
+from bilens.files import (
+    MAX_JSON_BYTES,
+    destination_folder,
+    open_tensors,
+    read_json,
+    regular_file,
+    to_path,
+    write_atomically,
+    write_files,
+)
 from bilens.hub import HubOptions, fetch_from_hub
 from bilens.model import HookedBilinearTransformer
 
@@ -32,6 +50,8 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT_MODEL = "ts-tiny"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+EMBEDDING = "transformer.wte.weight"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 HUB_TOKENIZER_FILES = (
     "tokenizer*",
@@ -99,24 +119,29 @@ def load_model(
     folder, name = find_model(source, hub)
     published = read_json(folder / CONFIG_FILE)
     weights = weights_file(folder)
-    tensors = read_tensors(weights)
-    embedding = tensors.get("transformer.wte.weight")
-    if embedding is None:
+    header = read_header(weights)
+    embedding = header.get(EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(
-            f"{weights}: no tensor 'transformer.wte.weight'; is this a published bilinear transformer? "
-            f"It holds {', '.join(sorted(tensors)[:4])}, ..."
+            f"{weights}: no tensor {EMBEDDING!r} with two axes; is this a published bilinear transformer? "
+            f"It holds {', '.join(sorted(header)[:4])}, ..."
         )
+    if published.get("bias") is True and any_attention_bias(header):
+        published.setdefault("attention_bias", True)
     cfg = config_from_published(
         published,
         d_vocab=embedding.shape[0],
         device=resolve_device(device),
-        dtype=resolve_dtype(dtype, embedding.dtype),
+        dtype=resolve_dtype(dtype, FLOATS[embedding.dtype]),
         model_name=name,
     )
+    header = {name: info for name, info in header.items() if not name.endswith("rotary.inv_freq")}
+    check_layers(cfg.n_layers, header, weights)
+    check_shapes(header, published_shapes(cfg), weights)
     if tokenizer is None:
         tokenizer = load_tokenizer(folder, cfg.tokenizer_name, hub)
     model = HookedBilinearTransformer(cfg, tokenizer, init_weights=False)
-    _copy_weights(model, tensors, weights)
+    _copy_weights(model, read_tensors(weights), weights)
     return model.eval()
 
 
@@ -130,12 +155,18 @@ def save_model(
         folder: made where it does not exist; files in it are replaced one by one, each whole or not at all.
         dtype: of the weights on disk; `None` keeps the model's. Loading with `dtype="auto"` and saving gives the same
             bits back.
+
+    Raises:
+        CheckpointError: a weight that is not finite, or not in this dtype: nothing could load the file.
+        ArgumentError, WriteError: the folder cannot be written to.
     """
     folder = destination_folder(folder)
     tensors = {
         name: weight.detach().to("cpu", dtype or model.cfg.dtype).contiguous()
         for name, weight in published_tensors(model).items()
     }
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, "the model")
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     config = config_to_published(model.cfg) | {"dtype": str(dtype or model.cfg.dtype).removeprefix("torch.")}
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
@@ -152,6 +183,8 @@ def published_tensors(model: HookedBilinearTransformer) -> dict[str, Tensor]:
     for layer, block in enumerate(model.blocks):
         at = f"transformer.h.{layer}"
         tensors[f"{at}.attn.qkv.weight"] = block.attn.qkv.weight
+        if block.attn.qkv.bias is not None:
+            tensors[f"{at}.attn.qkv.bias"] = block.attn.qkv.bias
         tensors[f"{at}.attn.o.weight"] = block.attn.o.weight
         tensors[f"{at}.attn.rotary.inv_freq"] = block.attn.rotary.inv_freq
         for name in ("w", "p"):
@@ -160,6 +193,24 @@ def published_tensors(model: HookedBilinearTransformer) -> dict[str, Tensor]:
             if linear.bias is not None:
                 tensors[f"{at}.mlp.{name}.bias"] = linear.bias
     return tensors
+
+
+def published_shapes(cfg: BilinearTransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of `published_tensors` of a model of this config, the rotary buffers left out."""
+    assert cfg.d_mlp is not None
+    wide = (2 if cfg.bilinear else 1) * cfg.d_mlp
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys((EMBEDDING, "lm_head.weight"), (cfg.d_vocab, cfg.d_model))
+    for layer in range(cfg.n_layers):
+        at = f"transformer.h.{layer}"
+        shapes[f"{at}.attn.qkv.weight"] = (3 * cfg.d_model, cfg.d_model)
+        shapes[f"{at}.attn.o.weight"] = (cfg.d_model, cfg.d_model)
+        shapes[f"{at}.mlp.w.weight"] = (wide, cfg.d_model)
+        shapes[f"{at}.mlp.p.weight"] = (cfg.d_model, cfg.d_mlp)
+        if cfg.attention_bias:
+            shapes[f"{at}.attn.qkv.bias"] = (3 * cfg.d_model,)
+        if cfg.bias:
+            shapes |= {f"{at}.mlp.w.bias": (wide,), f"{at}.mlp.p.bias": (cfg.d_model,)}
+    return shapes
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -178,8 +229,7 @@ def find_model(source: str | os.PathLike[str] | None, hub: HubOptions | None = N
         hub.refuse_revision(str(source))
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (path / file).exists() and not (file == WEIGHTS_FILE and (path / INDEX_FILE).exists()):
-                found = sorted(p.name for p in path.iterdir())
-                raise ModelNotFoundError(f"{path} has no {file}; it holds {found}.")
+                raise ModelNotFoundError(f"{path} has no {file}; it holds {holds(path)}.")
         return path, str(source)
     if isinstance(source, str) and HUB_ID.fullmatch(source):
         return _fetch_model(source, hub), source
@@ -187,6 +237,13 @@ def find_model(source: str | os.PathLike[str] | None, hub: HubOptions | None = N
         f"no model {str(source)!r}: not a bundled name ({', '.join(list_models()) or 'none here'}), not a folder, and "
         "not a hub id of the form owner/name." + nearest(str(source), list_models())
     )
+
+
+def holds(folder: Path, at_most: int = 12) -> str:
+    """What is in a folder, for a message."""
+    names = sorted(path.name for path in folder.iterdir())
+    more = f", ... ({len(names)} in all)" if len(names) > at_most else ""
+    return (", ".join(names[:at_most]) + more) or "nothing"
 
 
 def _fetch_model(repo: str, hub: HubOptions) -> Path:
@@ -223,6 +280,7 @@ def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None
         read = read_json(options) if options.exists() else special
         # Older files hold {"content": "[BOS]", ...} where newer ones hold "[BOS]".
         found = {key: token["content"] if isinstance(token := read.get(key), dict) else token for key in special}
+        regular_file(folder / "tokenizer.json", MAX_JSON_BYTES)
         try:
             backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises nothing narrower
@@ -259,22 +317,22 @@ def resolve_device(device: str | torch.device | None) -> str:
     """A device's name; `None` is CUDA where there is one. `ArgumentError` for one that this machine does not have."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str | torch.device):
+        raise ArgumentError(f"device is {device!r}, expected a name such as 'cpu', or a torch.device.")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" can make a tensor, but holds nothing
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ArgumentError(f"device {str(device)!r} is not to be had: {str(error).splitlines()[0]}") from error
     return str(device)
 
 
 def resolve_dtype(dtype: torch.dtype | str, stored: torch.dtype) -> torch.dtype:
-    """A torch dtype from itself, its name, or `"auto"` (the stored one)."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
+    """A torch dtype from itself, its name, or `"auto"` (the stored one); `ArgumentError` for one without fractions."""
+    if isinstance(dtype, str) and dtype == "auto":
         return stored
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
     name = str(dtype).removeprefix("torch.")
-    if name not in known:
+    if not isinstance(dtype, str | torch.dtype) or name not in known:
         raise ArgumentError(f"dtype {dtype!r} is not one of auto, {', '.join(known)}." + nearest(name, known))
     return known[name]
 
@@ -304,6 +362,32 @@ def read_index(path: Path) -> dict[str, set[str]]:
     return dict(shards)
 
 
+class TensorInfo(NamedTuple):
+    """What a safetensors header says of a tensor; `dtype` in the format's own words (`F32`)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Shapes and dtypes of a safetensors file, or of the shards that an index names, without reading a weight.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or damaged, a shard holds other tensors than the index says, or a
+            tensor is not of floating point.
+    """
+    header: dict[str, TensorInfo] = {}
+    for file in _files(path):
+        with open_tensors(file, remedy=_fetch_again(file)) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                header[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype())
+    for name, info in header.items():
+        if info.dtype not in FLOATS:
+            raise CheckpointError(f"{path}: {name} is of dtype {info.dtype}, expected one of {', '.join(FLOATS)}.")
+    return header
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, or of the shards that an index names, each finite.
 
@@ -311,34 +395,47 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: a file is missing, truncated or damaged, a shard holds other tensors than the index says, or a
             tensor holds NaN or infinity (named).
     """
-    if path.suffix != ".json":
-        return _read_file(path)
-    tensors = {}
-    for file, names in read_index(path).items():
-        if not path.with_name(file).exists():
-            raise CheckpointError(f"{path.parent} has no {file}, which {path.name} names for {len(names)} tensors.")
-        shard = _read_file(path.with_name(file))
-        if shard.keys() != names:
-            raise CheckpointError(
-                f"{path.with_name(file)}: {path.name} and the file disagree about {sorted(shard.keys() ^ names)[:4]}."
-            )
-        tensors.update(shard)
-    return tensors
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    remedy = f"A truncated download? Delete {path.resolve()} and fetch it again."
-    with open_tensors(path, remedy=remedy) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors: dict[str, Tensor] = {}
+    for file in _files(path):
+        with open_tensors(file, remedy=_fetch_again(file)) as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
-            raise CheckpointError(f"{path}: {name} holds {bad} values that are NaN or infinite, of {tensor.numel()}.")
+        if tensor.is_floating_point():
+            check_finite(name, tensor, path)
     return tensors
 
 
-def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Compare the tensors of the file at `path` with the names and shapes that its config asks for.
+def _fetch_again(path: Path) -> str:
+    return f"A truncated download? Delete {path.resolve()} and fetch it again."
+
+
+def _files(path: Path) -> list[Path]:
+    """The safetensors file itself, or the shards of an index, which hold what it says."""
+    if path.suffix != ".json":
+        return [path]
+    files = []
+    for name, names in read_index(path).items():
+        file = path.with_name(name)
+        if not file.exists():
+            raise CheckpointError(f"{path.parent} has no {name}, which {path.name} names for {len(names)} tensors.")
+        with open_tensors(file, remedy=_fetch_again(file)) as opened:
+            if set(opened.keys()) != names:
+                differ = sorted(set(opened.keys()) ^ names)[:4]
+                raise CheckpointError(f"{file}: {path.name} and the file disagree about {differ}.")
+        files.append(file)
+    return files
+
+
+def check_layers(n_layers: int, header: Mapping[str, TensorInfo], path: Path) -> None:
+    """Refuse more layers than the file has tensors, before names are made up for them (`CheckpointError`)."""
+    if n_layers > len(header):
+        raise CheckpointError(f"{path} holds {len(header)} tensors; the config asks for {n_layers} layers.")
+
+
+def check_shapes(
+    tensors: Mapping[str, TensorInfo] | Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """Compare the tensors (or the header) of the file at `path` with the names and shapes that its config asks for.
 
     Raises:
         CheckpointError: a tensor is missing (with the nearest left over), of another shape, or left over.
@@ -357,8 +454,7 @@ def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]],
 
 @torch.no_grad()
 def _copy_weights(model: HookedBilinearTransformer, tensors: dict[str, Tensor], path: Path) -> None:
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary.inv_freq")}
-    wanted = {name: w for name, w in published_tensors(model).items() if not name.endswith("rotary.inv_freq")}
-    check_shapes(tensors, {name: tuple(weight.shape) for name, weight in wanted.items()}, path)
-    for name, weight in wanted.items():
-        weight.copy_(tensors[name])
+    for name, weight in published_tensors(model).items():
+        if not name.endswith("rotary.inv_freq"):
+            weight.copy_(tensors[name])
+            check_finite(name, weight, path, before=tensors[name])

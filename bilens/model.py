@@ -1,7 +1,7 @@
 """The hooked bilinear transformer.
 
     x_0    = W_E[tokens]
-    x      = x + s * attn(norm1(x))        s = 1/sqrt(2 n_layers), folded into the exposed W_O
+    x      = x + s * attn(norm1(x))        s = 1/sqrt(2 n_layers), folded into the exposed W_O; 1 without `scale_attn`
     x      = x + mlp(norm2(x))             mlp(n) = W_out (act(W_gate n + b_gate) * (W_in n + b_in)) + b_out
     logits = norm_f(x) W_U
 
@@ -101,12 +101,12 @@ class Rotary(nn.Module):
 
 
 class Attention(NamedWeightsMixin):
-    """Causal multi-head attention with one fused, bias-free `qkv`; returns what is added to the residual stream."""
+    """Causal multi-head attention with one fused `qkv`; returns what is added to the residual stream."""
 
     def __init__(self, cfg: BilinearTransformerConfig, layer: int):
         super().__init__()
         self.cfg, self.layer = cfg, layer
-        self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
+        self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.attention_bias)
         self.o = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
         self.rotary = Rotary(cfg.d_head)
         for name in ("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result"):
@@ -150,25 +150,30 @@ class Attention(NamedWeightsMixin):
     def QK(self) -> FactoredMatrix:
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
-    def _no_bias(self, name: str, *shape: int) -> Tensor:
-        """Zeros: attention has no biases in this architecture (TransformerLens asks for them)."""
-        return NamedWeight.zeros(self.o.weight, shape, f"{name}: attention has no biases in this architecture")
+    def _qkv_bias(self, name: str, index: int) -> Float[Tensor, "head d_head"]:
+        """The bias, or zeros where the model has none (TransformerLens asks for them)."""
+        shape = (self.cfg.n_heads, self.cfg.d_head)
+        if self.qkv.bias is None:
+            return NamedWeight.zeros(self.qkv.weight, shape, f"{name}: attention has no biases in this model")
+        return NamedWeight.viewing(self.qkv.bias.unflatten(0, (3, *shape))[index])
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
-        return self._no_bias("b_Q", self.cfg.n_heads, self.cfg.d_head)
+        return self._qkv_bias("b_Q", 0)
 
     @property
     def b_K(self) -> Float[Tensor, "head d_head"]:
-        return self._no_bias("b_K", self.cfg.n_heads, self.cfg.d_head)
+        return self._qkv_bias("b_K", 1)
 
     @property
     def b_V(self) -> Float[Tensor, "head d_head"]:
-        return self._no_bias("b_V", self.cfg.n_heads, self.cfg.d_head)
+        return self._qkv_bias("b_V", 2)
 
     @property
     def b_O(self) -> Float[Tensor, "d_model"]:
-        return self._no_bias("b_O", self.cfg.d_model)
+        return NamedWeight.zeros(
+            self.o.weight, (self.cfg.d_model,), "b_O: attention's output has no bias in this architecture"
+        )
 
     def forward(
         self,
@@ -574,6 +579,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         """Every weight under its TransformerLens name (`blocks.0.attn.W_Q`, ...); `SVDInterpreter` asks for it."""
         names = {"attn": ["W_Q", "W_K", "W_V", "W_O"], "mlp": ["W_in", "W_out"]}
         names["mlp"] += ["W_gate"] if self.cfg.bilinear else []
+        names["attn"] += ["b_Q", "b_K", "b_V"] if self.cfg.attention_bias else []
         if self.cfg.bias:
             names["mlp"] += ["b_in", "b_out", *(["b_gate"] if self.cfg.bilinear else [])]
         return {"embed.W_E": self.W_E, "unembed.W_U": self.W_U} | {

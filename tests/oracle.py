@@ -35,7 +35,7 @@ def oracle(published: dict[str, Any], tensors: dict[str, Array], tokens: list[in
     n_head, n_layer, d_hidden = published["n_head"], published["n_layer"], published["d_hidden"]
     d_head = published["d_model"] // n_head
     activation = ACTIVATIONS[published.get("gate")]
-    s = 1 / math.sqrt(2 * n_layer)
+    s = 1 / math.sqrt(2 * n_layer) if published.get("scale_attn", True) else 1.0
     seen: dict[str, Array] = {}
 
     def norm(x: Array, name: str) -> Array:
@@ -52,7 +52,7 @@ def oracle(published: dict[str, Any], tensors: dict[str, Array], tokens: list[in
         at, block = f"transformer.h.{layer}", f"blocks.{layer}"
         seen[f"{block}.hook_resid_pre"] = x
         read = norm(x, f"{block}.ln1")
-        qkv = read @ weights[f"{at}.attn.qkv.weight"].T
+        qkv = read @ weights[f"{at}.attn.qkv.weight"].T + weights.get(f"{at}.attn.qkv.bias", 0.0)
         heads: dict[str, list[Array]] = {key: [] for key in ("q", "k", "v", "rot_q", "rot_k", "z", "result")}
         scores, patterns = [], []
         for head in range(n_head):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments, pipeline
 
 from bilens.errors import CheckpointError, ContextLengthError, OutOfRangeError
-from bilens.hf import BilinearConfig, BilinearForCausalLM, vocabulary_size
+from bilens.hf import BilinearConfig, BilinearForCausalLM, stored
 from bilens.loading import load_model
 from bilens.model import HookedBilinearTransformer
 from tests.conftest import Reference, make_model
@@ -29,6 +29,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"bias": True, "gate": "relu", "n_head": 4},
     {"bilinear": False, "gate": "gelu", "bias": True},
     {"normalization": False, "n_layer": 3},
+    {"scale_attn": False, "bias": True, "attention_bias": True},
 ]
 
 
@@ -97,7 +98,7 @@ def test_shards_dtypes_and_extra_keys(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "shards" / "config.json").read_text())
     (tmp_path / "shards" / "config.json").write_text(json.dumps(config | {"vocab_size": 7, "note": "kept"}))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
-    assert again.config.vocab_size == vocabulary_size(tmp_path / "shards") == 50
+    assert again.config.vocab_size == stored(tmp_path / "shards")[1] == 50
     assert again.config.note == again.hooked.cfg.published["note"] == "kept"
     assert torch.equal(again(TOKENS).logits, hf(TOKENS).logits)
 

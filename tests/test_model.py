@@ -112,6 +112,8 @@ VARIANTS = {
     "four heads": {"n_head": 4},
     "eight heads, bias": {"n_head": 8, "bias": True},
     "three layers": {"n_layer": 3},
+    "attention not scaled": {"scale_attn": False, "n_layer": 3},
+    "biases in attention": {"bias": True, "attention_bias": True},
     "one layer": {"n_layer": 1},
 }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bilens.attribute.algebra import padded_nonzero
 from bilens.decompose.tensors import BilinearLayer
-from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError, nearest
+from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, SAEMismatchError, nearest
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.loading import HOOK_TO_POINT, hook_of, point_of
 from bilens.sae.store import FeatureStore
@@ -224,11 +224,14 @@ def freeze(
     Raises:
         ArgumentError: several texts, two SAEs on one hook, or a dtype below float32.
         EmptyTextError, ContextLengthError: the text does not fit.
+        NotBilinearError: a model with biases in attention.
         SAEMismatchError: an SAE of another width or without a published point, or SAEs attached to the model, whose
             reconstructions would stand for its activations.
     """
     if dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"dtype is {dtype}, expected torch.float32 or torch.float64.")
+    if model.cfg.attention_bias:
+        raise NotBilinearError("this model has biases in attention (attn.qkv.bias), which attribution does not split.")
     if model.acts_to_saes:
         raise SAEMismatchError(
             f"SAEs are attached to the model at {', '.join(model.acts_to_saes)}: its activations are their "

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
 
-from bilens.config import check_positive_integers
+from bilens.config import check_positive_integers, check_switches
 from bilens.errors import CheckpointError
 
 SIZE_KEYS = ("d_input", "d_hidden", "d_output", "n_layer")
@@ -40,9 +40,14 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         check_positive_integers(vars(self), SIZE_KEYS)
-        for key in SWITCH_KEYS:
-            if not isinstance(getattr(self, key), bool):
-                raise CheckpointError(f"config.json: {key} is {getattr(self, key)!r}, expected true or false.")
+        check_switches(vars(self), SWITCH_KEYS)
+        for key in ("height", "width"):
+            if getattr(self, key) is not None:
+                check_positive_integers(vars(self), (key,))
+        if self.height is not None and self.width is not None and self.height * self.width != self.d_input:
+            raise CheckpointError(
+                f"config.json: {self.height} x {self.width} pixels are not the {self.d_input} of d_input."
+            )
         if self.class_names is not None and len(self.class_names) != self.d_output:
             raise CheckpointError(
                 f"config.json: class_names has {len(self.class_names)} names, d_output is {self.d_output}."
@@ -75,6 +80,8 @@ def classifier_config_from_published(published: dict[str, Any]) -> ClassifierCon
     check_positive_integers(published, SIZE_KEYS)
     keys = (*SIZE_KEYS, *SWITCH_KEYS, "height", "width")
     names = published.get("class_names")
+    if not isinstance(names, list | tuple | None):
+        raise CheckpointError(f"config.json: class_names is {names!r:.100}, expected a list of names.")
     return ClassifierConfig(
         **{key: published[key] for key in keys if key in published},
         class_names=None if names is None else tuple(map(str, names)),

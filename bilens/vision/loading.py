@@ -11,13 +11,26 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
+from bilens.checks import check_finite
 from bilens.errors import CheckpointError, ModelNotFoundError
 from bilens.files import destination_folder, read_json, to_path, write_atomically
 from bilens.hub import HubOptions, fetch_from_hub
-from bilens.loading import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, check_shapes, read_tensors, resolve_dtype
-from bilens.vision.config import classifier_config_from_published, classifier_config_to_published
+from bilens.loading import (
+    CONFIG_FILE,
+    FLOATS,
+    HUB_ID,
+    WEIGHTS_FILE,
+    TensorInfo,
+    check_layers,
+    check_shapes,
+    holds,
+    read_header,
+    read_tensors,
+    resolve_device,
+    resolve_dtype,
+)
+from bilens.vision.config import ClassifierConfig, classifier_config_from_published, classifier_config_to_published
 from bilens.vision.model import BilinearClassifier
 
 
@@ -46,22 +59,33 @@ def load_classifier(
     folder = _find(source, HubOptions(revision, token, cache_dir, local_files_only))
     cfg = classifier_config_from_published(read_json(folder / CONFIG_FILE))
     path = folder / WEIGHTS_FILE
-    tensors = read_tensors(path)
-    with torch.device("meta"):  # shapes only: the weights come from the file
+    header = read_header(path)
+    check_layers(cfg.n_layer, header, path)
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, _stored_dtype(header, path))
+    check_shapes(header, _shapes(cfg), path)
+    with torch.device("meta"):  # the weights come from the file
         model = BilinearClassifier(cfg)
-    check_shapes(tensors, {name: tuple(weight.shape) for name, weight in model.named_parameters()}, path)
-    model.to(resolve_dtype(dtype, _stored_dtype(tensors, path)))
-    model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tensors = read_tensors(path)
+    model.to(dtype).to_empty(device=device)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(tensors[name])
+            check_finite(name, weight, path, before=tensors[name])
     return model.eval()
 
 
 def save_classifier(model: BilinearClassifier, folder: str | os.PathLike[str]) -> None:
-    """Write `config.json` and `model.safetensors`; the folder is made, each file is replaced whole or not at all."""
+    """Write `config.json` and `model.safetensors`; the folder is made, each file is replaced whole or not at all.
+
+    Raises:
+        CheckpointError: a weight that is not finite: nothing could load the file.
+        ArgumentError, WriteError: the folder cannot be written to.
+    """
     folder = destination_folder(folder)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, "the classifier")
     config = json.dumps(classifier_config_to_published(model.cfg), indent=2) + "\n"
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(config))
@@ -73,7 +97,7 @@ def _find(source: str | os.PathLike[str], hub: HubOptions) -> Path:
         hub.refuse_revision(str(source))
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (path / file).exists():
-                raise ModelNotFoundError(f"{path} has no {file}; it holds {sorted(p.name for p in path.iterdir())}.")
+                raise ModelNotFoundError(f"{path} has no {file}; it holds {holds(path)}.")
         return path
     if isinstance(source, str) and HUB_ID.fullmatch(source):
         files = (CONFIG_FILE, WEIGHTS_FILE)
@@ -81,9 +105,17 @@ def _find(source: str | os.PathLike[str], hub: HubOptions) -> Path:
     raise ModelNotFoundError(f"no classifier {str(source)!r}: not a folder, and not a hub id of the form owner/name.")
 
 
-def _stored_dtype(tensors: dict[str, Tensor], path: Path) -> torch.dtype:
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise CheckpointError(f"{path} holds {found}, expected weights of one floating-point dtype.")
-    return dtypes.pop()
+def _shapes(cfg: ClassifierConfig) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (cfg.d_hidden, cfg.d_input)}
+    for layer in range(cfg.n_layer):
+        shapes[f"blocks.{layer}.weight"] = (2 * cfg.d_hidden, cfg.d_hidden)
+        if cfg.bias:
+            shapes[f"blocks.{layer}.bias"] = (2 * cfg.d_hidden,)
+    return shapes | {"head.weight": (cfg.d_output, cfg.d_hidden)}
+
+
+def _stored_dtype(header: dict[str, TensorInfo], path: Path) -> torch.dtype:
+    dtypes = {info.dtype for info in header.values()}
+    if len(dtypes) != 1:
+        raise CheckpointError(f"{path} holds {', '.join(sorted(dtypes)) or 'nothing'}, expected weights of one dtype.")
+    return FLOATS[dtypes.pop()]

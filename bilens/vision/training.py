@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, TrainingError
 from bilens.files import destination_folder, write_atomically
+from bilens.loading import resolve_device
 from bilens.vision.augmentation import augmentation
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.data import ImageDataset, load_images
@@ -161,7 +162,7 @@ def train_classifier(
         TrainingError: the loss is no number any more.
     """
     data, config = load_images(data), config or ImageTrainConfig()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(device)
     if out is not None:  # what cannot be written is to fail now
         out = destination_folder(out)
     cfg = ClassifierConfig(

@@ -132,16 +132,16 @@ def test_damaged_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"blocks.1.weight holds 1 values that are NaN or infinite, of 98"):
         BilinearClassifier.from_pretrained(tmp_path)
     save_file(published(tmp_path) | {"head.weight": torch.ones(4, 7, dtype=torch.int64)}, path)
-    with pytest.raises(CheckpointError, match="holds float32, int64, expected weights of one floating-point dtype"):
+    with pytest.raises(CheckpointError, match=r"head\.weight is of dtype I64, expected one of F64, F32, F16, BF16"):
         BilinearClassifier.from_pretrained(tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"has no config.json; it holds \[\]"):
+    with pytest.raises(ModelNotFoundError, match=r"has no config.json; it holds nothing"):
         BilinearClassifier.from_pretrained(tmp_path)
     published(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ModelNotFoundError, match=r"has no model.safetensors; it holds \['config.json'\]"):
+    with pytest.raises(ModelNotFoundError, match=r"has no model.safetensors; it holds config.json"):
         BilinearClassifier.from_pretrained(tmp_path)
     with pytest.raises(ModelNotFoundError, match="not a folder, and not a hub id"):
         BilinearClassifier.from_pretrained(tmp_path / "elsewhere")
