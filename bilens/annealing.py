@@ -230,12 +230,14 @@ def anneal(
                 stages["annealed"],
                 stages.get("from scratch"),
             )
-        train, held_out = (TokenizedTexts.from_texts(part, model.tokenizer) for part in texts)
+        train, held_out = (TokenizedTexts.from_texts(part, model.tokenizer, bool(model.n_bos)) for part in texts)
         run = AnnealingRun(model, train, held_out, config, out / CHECKPOINT_FILE)
         before = validate(model, held_out)
         at_once = validate(folded(run.model), held_out)
         compared = (
-            None if scratch is None else validate(scratch, TokenizedTexts.from_texts(texts[1], scratch.tokenizer))
+            None
+            if scratch is None
+            else validate(scratch, TokenizedTexts.from_texts(texts[1], scratch.tokenizer, bool(scratch.n_bos)))
         )
         validations = run.fit()
         annealed = folded(run.model)

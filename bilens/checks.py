@@ -27,6 +27,13 @@ def check_seeds(**seeds: object) -> None:
             raise ArgumentError(f"{name} is {value!r}, expected a whole number from 0 to {LARGEST_SEED}.")
 
 
+def check_counts(**counts: object) -> None:
+    """Refuse what is no whole number, zero or above (`ArgumentError`, named)."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ArgumentError(f"{name} is {value!r}, expected a whole number, 0 or more.")
+
+
 def check_rates(**rates: object) -> None:
     """Refuse a learning rate and the like that is no finite number above zero (`ArgumentError`, named)."""
     for name, value in rates.items():

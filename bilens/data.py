@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bilens.errors import EmptyTextError, TrainingError
 from bilens.files import to_path
+from bilens.tokenization import encode
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -196,44 +197,90 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, n_ctx: int = 2
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Texts as token ids without special tokens, with what is needed to count characters."""
+    """Texts as token ids without the special tokens around them, with what is needed to count characters.
+
+    Args:
+        rows: the tokens of each text.
+        n_characters: of each text.
+        bos, eos: the tokens in front of a text and behind it, `None` for none.
+    """
 
     rows: list[list[int]]
     n_characters: list[int]
-    bos: int
-    eos: int
+    bos: int | None
+    eos: int | None
 
     @classmethod
-    def from_texts(cls, texts: Sequence[str], tokenizer: Any) -> "TokenizedTexts":
-        """Encode with a transformers tokenizer that has a BOS and an EOS token."""
-        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-            raise TrainingError("the tokenizer needs a BOS and an EOS token to separate texts.")
-        rows = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        # A text may normalise to nothing (a lone accent): there is nothing in it to predict.
-        kept = [(row, len(text)) for row, text in zip(rows, texts, strict=True) if row]
-        return cls([row for row, _ in kept], [n for _, n in kept], tokenizer.bos_token_id, tokenizer.eos_token_id)
+    def from_texts(
+        cls, texts: Sequence[str], tokenizer: Any, prepend_bos: bool = True, *, keep_empty: bool = False
+    ) -> "TokenizedTexts":
+        """Encode with a transformers tokenizer.
+
+        Args:
+            texts: with or without `[BOS]` and, at the end, `[EOS]` written out: they are not of the text.
+            tokenizer: whose `[BOS]` and `[EOS]`, where it has them, go around each text.
+            prepend_bos: false for none in front.
+            keep_empty: keep texts without a token (a lone accent normalises to nothing), so that rows are texts.
+
+        Raises:
+            ArgumentError, TokenizationError: as for `bilens.tokenization.encode`.
+        """
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        rows, lengths = [], []
+        for text, row in zip(texts, encode(tokenizer, texts), strict=True):
+            while eos is not None and row and row[-1] == eos:
+                row = row[:-1]
+            if row or keep_empty:
+                rows.append(row)
+                lengths.append(len(_without(text, tokenizer.bos_token, tokenizer.eos_token)))
+        return cls(rows, lengths, bos if prepend_bos else None, eos)
+
+    @property
+    def front(self) -> list[int]:
+        """What every piece starts with: `[BOS]`, or nothing."""
+        return [] if self.bos is None else [self.bos]
+
+    @property
+    def back(self) -> list[int]:
+        """What every text ends with: `[EOS]`, or nothing."""
+        return [] if self.eos is None else [self.eos]
 
     @property
     def n_tokens(self) -> int:
         """All tokens, one BOS and one EOS per text included."""
-        return sum(map(len, self.rows)) + 2 * len(self.rows)
+        return sum(map(len, self.rows)) + len(self.front + self.back) * len(self.rows)
 
     def pieces(self, n_ctx: int) -> list[list[int]]:
-        """`[BOS] text [EOS]`, a text longer than the context in several pieces that each start with `[BOS]`."""
-        room = n_ctx - 1
+        """`[BOS] text [EOS]`, a text longer than the context in several pieces that each start with `[BOS]`.
+
+        Raises:
+            TrainingError: the tokenizer has neither token, so that packed texts would run into one another.
+        """
+        if not self.front + self.back:
+            raise TrainingError("the tokenizer needs a BOS or an EOS token to separate texts.")
+        room = n_ctx - len(self.front)
         pieces = []
         for row in self.rows:
-            row = [*row, self.eos]
-            pieces += [[self.bos, *row[at : at + room]] for at in range(0, len(row), room)]
+            row = row + self.back
+            pieces += [self.front + row[at : at + room] for at in range(0, len(row), room)]
         return pieces
 
     def starts(self, n_ctx: int) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
         """`[BOS] text`, cut to the context and padded on the right with `[EOS]`; and its attention mask."""
-        lengths = torch.tensor([min(len(row) + 1, n_ctx) for row in self.rows])
-        tokens = torch.full((len(self.rows), int(lengths.max())), self.eos)
-        for i, row in enumerate(self.rows):
-            tokens[i, : lengths[i]] = torch.tensor([self.bos, *row][:n_ctx])
+        rows = [(self.front + row)[:n_ctx] for row in self.rows]
+        lengths = torch.tensor([len(row) for row in rows])
+        tokens = torch.full((len(rows), int(lengths.max())), self.eos or 0)
+        for i, row in enumerate(rows):
+            tokens[i, : lengths[i]] = torch.tensor(row)
         return tokens, (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+
+
+def _without(text: str, *special: str | None) -> str:
+    """A text without what is written out of special tokens, and without the space that stood between."""
+    bare = text
+    for token in special:
+        bare = bare.replace(token, "") if token else bare
+    return text if bare == text else bare.strip()
 
 
 def pack(pieces: Sequence[list[int]], n_ctx: int, seed: int) -> Int[Tensor, "row pos"]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig
@@ -36,10 +37,10 @@ from bilens.config import (
     config_from_published,
     config_to_published,
 )
-from bilens.errors import CheckpointError
+from bilens.errors import ArgumentError, CheckpointError
 from bilens.files import open_tensors
-from bilens.kv_cache import KeyValueCache
 from bilens.model import Embed, HookedBilinearTransformer, Rotary
+from bilens.tokenization import attended
 
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 EMBEDDING = "transformer.wte.weight"
@@ -119,6 +120,7 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Block"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"\.rotary\.inv_freq$"]  # noqa: RUF012
     _supports_sdpa = True
+    accepts_loss_kwargs = True  # num_items_in_batch, which the Trainer counts
 
     def __init__(self, config: BilinearConfig):
         super().__init__(config)
@@ -250,6 +252,7 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Int[Tensor, "batch pos"] | None = None,
         attention_mask: Int[Tensor, "batch key"] | None = None,
+        position_ids: Int[Tensor, "#batch pos"] | None = None,
         past_key_values: Any = None,
         inputs_embeds: Float[Tensor, "batch pos d_model"] | None = None,
         labels: Int[Tensor, "batch pos"] | None = None,
@@ -257,21 +260,33 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache_position: Int[Tensor, "pos"] | None = None,
+        logits_to_keep: int | Int[Tensor, "kept"] = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        token_type_ids: Int[Tensor, "batch pos"] | None = None,
     ) -> Any:
         """Run the hooked model with transformers' arguments.
 
         Args:
             input_ids: tokens; or give `inputs_embeds`, rows in place of `W_E`'s.
             attention_mask: 1 for tokens, 0 for padding, the positions in the cache included. Positions are counted from
-                the first token.
+                the first token. `None` takes padding tokens that lead a row as padding (see `bilens.tokenization`).
+            position_ids: only those that the mask implies; padding may have any.
             past_key_values: a transformers cache; new keys and values are added to it.
-            labels: targets, not shifted; -100 is left out. Adds `loss`, the mean next-token cross-entropy.
+            labels: targets, not shifted; -100 is left out, and so are padding and what would be predicted from it. Adds
+                `loss`, the mean next-token cross-entropy.
             use_cache: make a cache where none is given.
             output_attentions: add `attentions`, each layer's pattern `(batch, head, query, key)`.
             output_hidden_states: add `hidden_states`: the stream entering each block, and the last one normalised.
             return_dict: false gives a tuple.
+            cache_position: only the positions that follow those in the cache.
+            logits_to_keep: give the logits of so many last positions (0 is all), or of these positions.
+            num_items_in_batch: divide the loss's sum by it instead of by the number of targets (the `Trainer` does,
+                to accumulate gradients).
+            token_type_ids: only zeros: there is one kind of token.
 
         Raises:
+            ArgumentError: positions or kinds of tokens that this model cannot have, or a mask that does not fit.
             ContextLengthError, EmptyTextError, OutOfRangeError: the input does not fit the model.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -282,22 +297,37 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
         hooked = self.hooked
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None  # nothing is padding, and the fused kernel may run
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        mask = self._whole_mask(attention_mask, input_ids, given, past)
+        self._check_positions(position_ids, cache_position, mask, past)
+        if token_type_ids is not None and bool(token_type_ids.any()):
+            raise ArgumentError("token_type_ids holds other kinds than 0; this model knows one kind of token.")
         streams: list[Any] = []
         patterns: list[Any] = []
         kept = _keep(patterns, hooked, "attn.hook_pattern") if output_attentions else []
         if output_hidden_states:
             kept += [*_keep(streams, hooked, "hook_resid_pre"), ("ln_final.hook_normalized", _into(streams))]
         with hooked.hooks(kept):
-            logits = hooked(
-                input_ids if inputs_embeds is None else inputs_embeds,
+            stream = hooked(
+                given,
                 start_at_layer=None if inputs_embeds is None else 0,
-                attention_mask=attention_mask,
-                past_kv_cache=None if past_key_values is None else _Cache(past_key_values),
+                stop_at_layer=len(hooked.blocks),
+                attention_mask=mask,
+                past_kv_cache=None if past_key_values is None else _Cache(past_key_values, given),
             )
+            stream = hooked.ln_final(stream)
+            wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = hooked.unembed(stream[:, wanted] if labels is None else stream)
+        loss = None
+        if labels is not None:
+            targets = _predicted(labels.to(logits.device), mask[:, past:])
+            loss = self.loss_function(
+                logits, targets, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
+            )
+            logits = logits[:, wanted]
         output = CausalLMOutputWithPast(
-            loss=None if labels is None else self.loss_function(logits, labels, vocab_size=logits.shape[-1]),
+            loss=loss,
             logits=logits,
             past_key_values=past_key_values,
             hidden_states=tuple(streams) if output_hidden_states else None,
@@ -305,29 +335,88 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return output if return_dict is None or return_dict else output.to_tuple()
 
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`; without an `attention_mask`, padding that leads a row is seen as by `forward`."""
+        tokens = inputs if inputs is not None else kwargs.get("input_ids")
+        if isinstance(tokens, Tensor) and tokens.ndim == 2 and kwargs.get("attention_mask") is None:
+            mask = self._leading_padding(tokens)
+            if not bool(mask.all()):
+                kwargs["attention_mask"] = mask
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
-class _Cache(KeyValueCache):
-    """A transformers cache where the hooked model expects its own: theirs is `(batch, head, pos, d_head)`."""
+    def _leading_padding(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+        """The mask of tokens that came without one: labels or the caller know what is padding behind a text."""
+        special = self.generation_config
+        return attended(tokens, special.pad_token_id, special.bos_token_id, "left")
 
-    def __init__(self, cache: Any):
-        super().__init__([])
+    def _whole_mask(self, mask: Any, tokens: Tensor | None, given: Tensor, past: int) -> Int[Tensor, "batch key"]:
+        """The mask of the positions in the cache and the new ones."""
+        batch, n_new = given.shape[:2] if given.ndim > 1 else (1, given.shape[0])
+        if mask is not None:
+            mask = self.hooked.checked_mask(mask, given)
+            if tuple(mask.shape) != (batch, past + n_new):
+                raise ArgumentError(
+                    f"attention_mask has {mask.shape[1]} positions, expected {past + n_new}: the {past} in "
+                    f"past_key_values and the {n_new} new ones (in {batch} rows, not {mask.shape[0]})."
+                )
+            return mask
+        if tokens is None:
+            return torch.ones(batch, past + n_new, dtype=torch.long, device=given.device)
+        new = self._leading_padding(tokens.view(batch, n_new))
+        return torch.cat([new.new_ones(batch, past), new], dim=1)
+
+    def _check_positions(self, position_ids: Any, cache_position: Any, mask: Tensor, past: int) -> None:
+        if cache_position is not None and cache_position.tolist() != list(range(past, mask.shape[1])):
+            raise ArgumentError(
+                f"cache_position is {cache_position.tolist()}, expected {past} to {mask.shape[1] - 1}: new positions "
+                f"follow the {past} in past_key_values."
+            )
+        if position_ids is None:
+            return
+        implied = (mask.cumsum(1) - 1)[:, past:]
+        wrong = (position_ids.to(implied.device) != implied) & (mask[:, past:] == 1)
+        if bool(wrong.any()):
+            row = int(wrong.any(1).nonzero()[0])
+            raise ArgumentError(
+                f"position_ids of row {row} are {position_ids.expand_as(implied)[row].tolist()}, expected "
+                f"{implied[row].clamp_min(0).tolist()}: positions are counted over the tokens that attention_mask lets "
+                "through. Leave position_ids out, or mask the padding."
+            )
+
+
+def _predicted(labels: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """The targets that a text alone would have: none that is padding, or that follows it."""
+    after = F.pad(mask[:, :-1], (1, 0), value=1)
+    return labels.masked_fill((mask == 0) | (after == 0), -100)
+
+
+class _Cache:
+    """A transformers cache where the hooked model expects TransformerLens' own, for one forward pass."""
+
+    frozen = False
+
+    def __init__(self, cache: Any, tokens: Tensor):
         self.cache = cache
+        past = cache.get_seq_length()
+        self.previous_attention_mask = tokens.new_ones(tokens.shape[0], past, dtype=torch.long)
+
+    def __getitem__(self, layer: int) -> "_CachedLayer":
+        return _CachedLayer(self.cache, layer)
+
+
+class _CachedLayer:
+    """One layer of it: transformers keeps keys and values as `(batch, head, pos, d_head)`."""
+
+    def __init__(self, cache: Any, layer: int):
+        self.cache, self.layer = cache, layer
 
     @property
-    def n_positions(self) -> int:
-        return int(self.cache.get_seq_length())
+    def past_keys(self) -> Float[Tensor, "1 pos 0 0"]:
+        """Only as many as there are: what the forward pass asks for."""
+        return torch.empty(1, self.cache.get_seq_length(self.layer), 0, 0)
 
-    def append_mask(self, mask: Int[Tensor, "batch pos"] | None, new: Tensor) -> Int[Tensor, "batch pos"] | None:
-        """The mask as it is: transformers' covers the positions in the cache already."""
-        if mask is not None and mask.shape[1] != self.n_positions + new.shape[1]:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} positions, expected {self.n_positions + new.shape[1]}: the "
-                f"{self.n_positions} in past_key_values and the {new.shape[1]} new ones."
-            )
-        return mask
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
         return k.transpose(1, 2), v.transpose(1, 2)
 
 

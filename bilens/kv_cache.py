@@ -1,40 +1,60 @@
-"""Keys and values of positions already run, so that generation runs only the new token."""
-
-from dataclasses import dataclass
+"""Keys and values of positions already run, in TransformerLens' own cache: what the forward pass asks of it."""
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+from bilens.errors import ArgumentError, ContextLengthError
 
 
-@dataclass
-class KeyValueCache:
-    """Rotated keys and values of the positions already run, one pair per layer, each `(batch, pos, head, d_head)`."""
+def cached_positions(cache: TransformerLensKeyValueCache, layers: range) -> int:
+    """How many positions are in the cache, at the layers that will run.
 
-    entries: list[tuple[Tensor, Tensor] | None]
-    mask: Int[Tensor, "batch pos"] | None = None
+    Raises:
+        ArgumentError: not as many at one layer as at another (an earlier pass stopped between them).
+    """
+    counts = {layer: cache[layer].past_keys.shape[1] for layer in layers}
+    if len(set(counts.values())) > 1:
+        raise ArgumentError(
+            f"past_kv_cache holds {counts} positions by layer; expected as many at each. A pass with stop_at_layer or "
+            "start_at_layer fills some layers only: freeze the cache before it."
+        )
+    return next(iter(counts.values()), 0)
 
-    @classmethod
-    def empty(cls, n_layers: int) -> "KeyValueCache":
-        return cls([None] * n_layers)
 
-    @property
-    def n_positions(self) -> int:
-        return next((entry[0].shape[1] for entry in self.entries if entry is not None), 0)
+def extended_mask(
+    cache: TransformerLensKeyValueCache, mask: Int[Tensor, "batch pos"], past: int, n_new: int
+) -> Int[Tensor, "batch key"]:
+    """The mask of the positions in the cache and the new ones; the cache keeps it, unless it is frozen.
 
-    def append_mask(self, mask: Int[Tensor, "batch new"] | None, new: Tensor) -> Int[Tensor, "batch pos"] | None:
-        """Add the mask of the new positions of `new`, `(batch, new, ...)`; that of all, `None` where none is padded."""
-        if mask is None and self.mask is None:
-            return None
-        batch, n_new = new.shape[:2]
-        past = self.mask if self.mask is not None else mask.new_ones(batch, self.n_positions)  # type: ignore[union-attr]
-        self.mask = torch.cat([past, past.new_ones(batch, n_new) if mask is None else mask], dim=1)
-        return self.mask
+    Args:
+        cache: with `past` positions.
+        mask: of the new positions, or of all.
+        past, n_new: how many are in the cache, and how many come.
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new positions to a layer; return all of its keys and values."""
-        past = self.entries[layer]
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
-        self.entries[layer] = (k, v)
-        return k, v
+    Raises:
+        ArgumentError: a mask or a cache of another shape.
+    """
+    batch, width = mask.shape
+    previous = cache.previous_attention_mask.to(mask.device)
+    if previous.shape[0] != batch or width not in (n_new, past + n_new):
+        raise ArgumentError(
+            f"attention_mask has shape {(batch, width)}, expected ({previous.shape[0]}, {n_new}) for the new positions "
+            f"or ({previous.shape[0]}, {past + n_new}) with the {past} in past_kv_cache."
+        )
+    if width == n_new:
+        # A cache that another model's pass filled may know more than it holds, or nothing of padding.
+        known = previous[:, :past]
+        mask = torch.cat([known, mask.new_ones(batch, past - known.shape[1]), mask], dim=1)
+    if not cache.frozen:
+        cache.previous_attention_mask = mask
+    return mask
+
+
+def check_room(past: int, n_new: int, n_ctx: int) -> None:
+    """`ContextLengthError` where the new positions do not fit behind those in the cache."""
+    if past + n_new > n_ctx:
+        raise ContextLengthError(
+            f"{n_new} tokens after the {past} in the cache do not fit the model's context of {n_ctx}."
+        )

@@ -26,14 +26,15 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.hook_points import HookPoint
 
 from bilens.attaching import SAEAttachmentMixin
 from bilens.config import BilinearTransformerConfig
-from bilens.errors import ArgumentError, ContextLengthError, NotBilinearError, OutOfRangeError
+from bilens.errors import ArgumentError, NotBilinearError, OutOfRangeError
 from bilens.generation import generate
 from bilens.hooking import CheckedHooks, eager_while_hooked
-from bilens.kv_cache import KeyValueCache
+from bilens.kv_cache import cached_positions, check_room, extended_mask
 from bilens.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.tokenization import PaddingSide, TokenizationMixin
 
@@ -180,13 +181,13 @@ class Attention(NamedWeightsMixin):
         x: Float[Tensor, "batch pos d_model"],
         positions: Int[Tensor, "#batch pos"],
         mask: Int[Tensor, "batch key"] | None = None,
-        kv_cache: KeyValueCache | None = None,
+        kv_cache: TransformerLensKeyValueCache | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.cfg.n_heads, self.cfg.d_head)).unbind(2)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         q, k = self.hook_rot_q(self.rotary(q, positions)), self.hook_rot_k(self.rotary(k, positions))
         if kv_cache is not None:
-            k, v = kv_cache.append(self.layer, k, v)
+            k, v = kv_cache[self.layer].append(k, v)
         z = self.hook_z(self._mix(q, k, v, mask))
         if self.cfg.use_attn_result:
             return self.hook_result(einsum(z, self._scaled_o(), "b p h e, h e m -> b p h m")).sum(2)
@@ -372,7 +373,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         tokens: Int[Tensor, "*batch pos"] | None = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         stop_at_layer: int | None = None,
-        past_kv_cache: KeyValueCache | None = None,
+        past_kv_cache: TransformerLensKeyValueCache | None = None,
         padding_side: PaddingSide | None = None,
     ) -> Any:
         """Run the model.
@@ -383,37 +384,54 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
             loss_per_token: the loss of every position `(batch, pos - 1)` instead of its mean.
             prepend_bos: for text only; `None` takes `cfg.default_prepend_bos`.
             start_at_layer: run from this block on; negative counts from the end.
-            tokens: needed for the loss when `input` is a residual stream.
-            attention_mask: 1 for tokens, 0 for padding; made by itself for a list of texts.
+            tokens: of a residual stream that is given as `input`: needed for the loss, and to see what is padding.
+            attention_mask: 1 for tokens, 0 for padding, of the new positions or with those in the cache. `None` finds
+                padding by itself: in a list of texts, and in tokens as `get_attention_mask` does.
             stop_at_layer: return the residual stream entering this block; negative counts from the end.
-            past_kv_cache: keys and values of earlier positions; the new ones are added to it.
-            padding_side: of a list of texts; `None` takes the tokenizer's own.
+            past_kv_cache: keys and values of earlier positions, and which of them are padding
+                (`TransformerLensKeyValueCache.init_cache(model.cfg, device, batch_size)`); the new ones are added to
+                it, unless it is frozen.
+            padding_side: of texts, or of tokens of several; `None` takes the tokenizer's own.
 
         Raises:
-            ArgumentError: an input or return type that is none, or a loss without tokens.
+            ArgumentError: an input or return type that is none, a loss without tokens, or a mask or cache that does not
+                belong to the input.
             ContextLengthError, EmptyTextError, OutOfRangeError: the input does not fit the model.
         """
+        first, last = self._layer_bound(start_at_layer, 0), self._layer_bound(stop_at_layer, self.cfg.n_layers)
         if start_at_layer is None:
             tokens = self.input_to_tokens(input, prepend_bos, padding_side)  # type: ignore[arg-type]
-            if isinstance(input, list) and attention_mask is None and len(input) > 1:
-                attention_mask = self.attention_mask(input, prepend_bos, padding_side)
             self._begin_splices(tokens)
             residual = self.hook_embed(self.embed(tokens))
         else:
             residual = input
             tokens = None if tokens is None else self.input_to_tokens(tokens)
             self._begin_splices(tokens)
+        if attention_mask is not None:
+            mask = self.checked_mask(attention_mask, residual)
+        elif isinstance(input, list):
+            mask = self.attention_mask(input, prepend_bos, padding_side)
+        elif isinstance(input, str) or tokens is None:
+            mask = torch.ones(residual.shape[:2], dtype=torch.long, device=residual.device)
+        else:
+            mask = self.get_attention_mask(tokens, prepend_bos, padding_side)
+        past, n_new = 0, residual.shape[1]
         if past_kv_cache is not None:
-            past, new = past_kv_cache.n_positions, residual.shape[1]
-            if past + new > self.cfg.n_ctx:
-                raise ContextLengthError(
-                    f"{new} tokens after the {past} in the cache do not fit the model's context of {self.cfg.n_ctx}."
-                )
-            attention_mask = past_kv_cache.append_mask(attention_mask, residual)
-        positions = self._positions(residual, attention_mask, past_kv_cache)
-        first, last = self._layer_bound(start_at_layer, 0), self._layer_bound(stop_at_layer, self.cfg.n_layers)
+            past = cached_positions(past_kv_cache, range(first, last))
+            check_room(past, n_new, self.cfg.n_ctx)
+            mask = extended_mask(past_kv_cache, mask, past, n_new)
+        elif mask.shape != residual.shape[:2]:
+            raise ArgumentError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected that of the tokens, "
+                f"{tuple(residual.shape[:2])}."
+            )
+        if bool((mask[:, :-1] < mask[:, 1:]).any()):
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, past:]  # counted from the first token of the text
+            attended = mask
+        else:  # causal attention never sees padding that nothing follows, and the fused kernel may run
+            positions, attended = torch.arange(past, past + n_new, device=residual.device)[None], None
         for block in self.blocks[first:last]:
-            residual = block(residual, positions, attention_mask, past_kv_cache)
+            residual = block(residual, positions, attended, past_kv_cache)
         if stop_at_layer is not None:
             return residual
         logits = self.unembed(self.ln_final(residual))
@@ -425,20 +443,18 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
             raise ArgumentError(f"return_type {return_type!r} is not one of 'logits', 'loss', 'both', None.")
         if tokens is None:
             raise ArgumentError("a loss from a residual stream needs the tokens: pass tokens=.")
-        if attention_mask is not None:  # with a cache it covers the earlier positions too
-            attention_mask = attention_mask[:, -tokens.shape[1] :]
-        loss = self.loss_fn(logits, tokens, attention_mask, loss_per_token)
+        loss = self.loss_fn(logits, tokens, mask[:, past:], loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
-    def _positions(
-        self, residual: Tensor, mask: Tensor | None, cache: KeyValueCache | None
-    ) -> Int[Tensor, "#batch pos"]:
-        """Rotary positions: counted from the first real token, on from the cache."""
-        n_new = residual.shape[1]
-        if mask is not None:
-            return (mask.cumsum(1) - 1).clamp_min(0)[:, -n_new:]
-        past = 0 if cache is None else cache.n_positions
-        return torch.arange(past, past + n_new, device=residual.device)[None]
+    def checked_mask(self, mask: Any, residual: Tensor) -> Int[Tensor, "batch pos"]:
+        """A mask that was given, as ones and zeros on the model's device."""
+        if not isinstance(mask, Tensor) or mask.ndim not in (1, 2):
+            kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"{mask!r:.80}"
+            raise ArgumentError(f"attention_mask is {kind}; expected a tensor of ones and zeros, one for each token.")
+        mask = mask.to(residual.device)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ArgumentError("attention_mask holds other values than 1 (a token) and 0 (padding).")
+        return mask.long() if mask.ndim == 2 else mask.long()[None]
 
     def _layer_bound(self, layer: int | None, default: int) -> int:
         if layer is None:
@@ -458,7 +474,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         """Next-token cross-entropy in nats, padding left out: its mean, or `(batch, pos - 1)` with `per_token`."""
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         loss = loss.view(tokens[:, 1:].shape)
-        if attention_mask is None:
+        if attention_mask is None or bool(attention_mask.all()):
             return loss if per_token else loss.mean()
         predicted = (attention_mask[:, :-1] * attention_mask[:, 1:]).to(loss.dtype)
         return loss * predicted if per_token else (loss * predicted).sum() / predicted.sum()

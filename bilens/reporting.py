@@ -157,7 +157,7 @@ def active_features(decomposer: Decomposer, text: str) -> list[int]:
     _, cache = decomposer.model.run_with_cache(
         tokens, names_filter=decomposer.out_hook, stop_at_layer=decomposer.layer + 1, return_cache_object=False
     )
-    strongest = decomposer.output_view.activations(cache[decomposer.out_hook][0, 1:]).amax(0)
+    strongest = decomposer.output_view.activations(cache[decomposer.out_hook][0, decomposer.model.n_bos :]).amax(0)
     order = strongest.argsort(descending=True)
     return order[: int((strongest > 0).sum())].tolist()
 
@@ -446,7 +446,7 @@ def evaluate(
     model = load_model(source)
     place = saes if saes is not None else sae_source(model.cfg.model_name)
     found = {e.folder: load_sae(place, e.point, e.layer, e.expansion, e.k, e.tag or "") for e in list_saes(place)}
-    loss = validate(model, TokenizedTexts.from_texts(texts, model.tokenizer))
+    loss = validate(model, TokenizedTexts.from_texts(texts, model.tokenizer, bool(model.n_bos)))
     scores = evaluate_saes(model, found, texts)
     return ModelCard(model.cfg.model_name, len(texts), loss.nats_per_token, loss.nats_per_character, scores)
 

@@ -370,7 +370,7 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.bf16):
-            loss = model(batch, return_type="loss")
+            loss = model(batch, return_type="loss", attention_mask=torch.ones_like(batch))  # a last [EOS] is no padding
         if not loss.isfinite():
             raise TrainingError(f"the loss is {loss.item()} at step {self.step}; lower the learning rate {config.lr}.")
         loss.backward()

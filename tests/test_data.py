@@ -161,12 +161,32 @@ def test_from_texts(tokenizer: Any, texts: list[str]) -> None:
     assert some.n_tokens == sum(len(row) + 2 for row in some.rows)
 
 
-def test_texts_need_bos_and_eos(texts: list[str]) -> None:
-    """A tokenizer without one of the two is refused."""
+def test_special_tokens_that_are_written_out(tokenizer: Any, texts: list[str]) -> None:
+    """[BOS] anywhere and [EOS] at the end of a text are none of it: same tokens, and the same number of characters."""
+    plain = TokenizedTexts.from_texts(texts[:4], tokenizer)
+    written = [f"[BOS] {texts[0]}", f"[BOS][BOS]{texts[1]} [EOS]", f"{texts[2]}[EOS][EOS]", f"{texts[3]} [BOS]"]
+    assert TokenizedTexts.from_texts(written, tokenizer) == plain
+    middle = TokenizedTexts.from_texts(["the fox [BOS] the owl [EOS] the frog"], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(middle.rows[0]) == ["the", "fox", "the", "owl", "[EOS]", "the", "frog"]
+    assert TokenizedTexts.from_texts(["[BOS]", "the fox"], tokenizer).rows == [middle.rows[0][:2]]
+    assert TokenizedTexts.from_texts(["[BOS]", "the fox"], tokenizer, keep_empty=True).rows[0] == []
+
+
+def test_texts_without_bos_or_eos(texts: list[str]) -> None:
+    """A tokenizer without [BOS], or no wish for it: none in front. Without [EOS] too, packed texts need a separator."""
     own = train_tokenizer(texts, 100)
+    some = TokenizedTexts.from_texts(texts[:5], own)
+    without = TokenizedTexts.from_texts(texts[:5], own, prepend_bos=False)
+    assert without.pieces(20) == [piece[1:] for piece in some.pieces(21)]
+    tokens, mask = without.starts(32)
+    for row, kept, text in zip(tokens, mask.bool(), some.rows, strict=True):
+        assert row[kept].tolist() == text
+    own.bos_token = None
+    assert TokenizedTexts.from_texts(texts[:5], own) == without
     own.eos_token = None
-    with pytest.raises(TrainingError, match="BOS and an EOS"):
-        TokenizedTexts.from_texts(texts, own)
+    assert TokenizedTexts.from_texts(texts[:5], own).starts(32)[1].equal(mask)
+    with pytest.raises(TrainingError, match="BOS or an EOS token to separate texts"):
+        TokenizedTexts.from_texts(texts[:5], own).pieces(20)
 
 
 @given(rows=rows_of_tokens, n_ctx=st.integers(2, 25))

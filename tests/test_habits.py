@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformer_lens import FactoredMatrix, SVDInterpreter, patching
 from transformer_lens import utilities as utils
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.head_detector import detect_head
 
-from bilens.kv_cache import KeyValueCache
 from bilens.model import HookedBilinearTransformer
 from bilens.viz.circuits import AttentionPatterns
 from tests.conftest import SHARED, make_model
@@ -405,7 +405,7 @@ def test_losses(model: HookedBilinearTransformer, tokens: Tensor) -> None:
 @torch.no_grad()
 def test_a_cache_of_keys_and_values(model: HookedBilinearTransformer, tokens: Tensor) -> None:
     """Token by token with past_kv_cache gives the logits of the whole."""
-    cache = KeyValueCache.empty(model.cfg.n_layers)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", len(tokens))
     steps = [model(tokens[:, i : i + 1], past_kv_cache=cache) for i in range(tokens.shape[1])]
     close(torch.cat(steps, 1), model(tokens))
 

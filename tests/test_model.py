@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformer_lens import FactoredMatrix
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from bilens.errors import ArgumentError, ContextLengthError, EmptyTextError, NotBilinearError, OutOfRangeError
-from bilens.kv_cache import KeyValueCache
 from bilens.loading import published_tensors
 from bilens.model import HookedBilinearTransformer, RMSNorm
 from tests.conftest import SMALL, Reference, make_model
@@ -597,7 +597,7 @@ def test_gradients_of_a_left_padded_batch() -> None:
 def test_any_split_over_a_cache_gives_the_whole(cuts: set[int], watched: bool) -> None:
     """Tokens fed piece by piece with a key-value cache give the logits of one run, for every way to cut them."""
     model, whole = make_model(), torch.tensor([TOKENS, TOKENS[::-1]])
-    cache = KeyValueCache.empty(model.cfg.n_layers)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
     bounds = [0, *sorted(cuts), len(TOKENS)]
     pieces = []
     for a, b in pairwise(bounds):
@@ -607,7 +607,7 @@ def test_any_split_over_a_cache_gives_the_whole(cuts: set[int], watched: bool) -
         else:
             logits = model(whole[:, a:b], past_kv_cache=cache)
         pieces.append(logits)
-        assert cache.n_positions == b
+        assert cache[0].past_keys.shape[1] == b
     close(torch.cat(pieces, dim=1), model(whole))
 
 
@@ -616,7 +616,7 @@ def test_a_cache_remembers_padding() -> None:
     model = make_model()
     rows = [[3, 4, 5, 6], [8, 9]]
     tokens, mask = torch.tensor([[3, 4, 5, 6], [0, 0, 8, 9]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    cache = KeyValueCache.empty(model.cfg.n_layers)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 2)
     model(tokens, attention_mask=mask, past_kv_cache=cache)
     logits, loss = model(torch.tensor([[7, 1], [7, 1]]), past_kv_cache=cache, return_type="both")
     alone = [model(torch.tensor([[*row, 7, 1]])) for row in rows]
@@ -629,7 +629,7 @@ def test_a_cache_remembers_padding() -> None:
 def test_a_mask_may_come_later_than_the_cache() -> None:
     """Positions cached before any mask was given count as real tokens."""
     model = make_model()
-    cache = KeyValueCache.empty(model.cfg.n_layers)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 1)
     model(torch.tensor([[3, 4]]), past_kv_cache=cache)
     logits = model(torch.tensor([[5, 6, 0]]), attention_mask=torch.tensor([[1, 1, 0]]), past_kv_cache=cache)
     close(logits[:, :2], model(torch.tensor([[3, 4, 5, 6]]))[:, 2:])
@@ -639,7 +639,7 @@ def test_a_cache_works_from_a_later_layer() -> None:
     """With start_at_layer the layers below stay empty; positions still count on."""
     model, tokens = make_model(), torch.tensor([TOKENS])
     residual = model(tokens, stop_at_layer=1)
-    cache = KeyValueCache.empty(model.cfg.n_layers)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 1)
     pieces = [
         model(residual[:, a:b], start_at_layer=1, past_kv_cache=cache) for a, b in ((0, 4), (4, 5), (5, len(TOKENS)))
     ]
@@ -649,7 +649,7 @@ def test_a_cache_works_from_a_later_layer() -> None:
 def test_a_full_cache_refuses_more() -> None:
     """Positions past the context are refused though the new tokens alone would fit, and the cache stays as it was."""
     model = make_model(n_ctx=8)
-    cache = KeyValueCache.empty(model.cfg.n_layers)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 1)
     model(torch.tensor([TOKENS[:6]]), past_kv_cache=cache)
     with pytest.raises(ContextLengthError, match="3 tokens after the 6 in the cache"):
         model(torch.tensor([TOKENS[:3]]), past_kv_cache=cache)

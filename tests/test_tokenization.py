@@ -47,9 +47,34 @@ def test_a_tokenizer_that_adds_no_bos(bare_tokenizer: Any) -> None:
     assert model.to_tokens("the red", prepend_bos=False).tolist() == [[2, 3]]
 
 
-def test_a_bos_that_is_written_out_counts(text_model: HookedBilinearTransformer) -> None:
-    """A text that starts with [BOS] already is not given a second one."""
-    assert torch.equal(text_model.to_tokens("[BOS] " + SENTENCE), text_model.to_tokens(SENTENCE))
+@pytest.mark.parametrize("prepend_bos", [True, False, None])
+@pytest.mark.parametrize("text", ["[BOS] " + SENTENCE, "[BOS][BOS]" + SENTENCE, "Mira [BOS] found a red kite. [BOS]"])
+def test_a_bos_that_is_written_out_is_none(
+    text_model: HookedBilinearTransformer, text: str, prepend_bos: bool | None
+) -> None:
+    """Whatever a text has written out: exactly one [BOS] with prepend_bos, none without."""
+    assert torch.equal(text_model.to_tokens(text, prepend_bos), text_model.to_tokens(SENTENCE, prepend_bos))
+    batch = text_model.to_tokens([text, SENTENCE], prepend_bos)
+    assert torch.equal(batch[0], batch[1])
+    assert text_model.to_single_token("[BOS]") == text_model.tokenizer.bos_token_id
+
+
+def test_bos_that_also_ends_texts(bare_tokenizer: Any) -> None:
+    """Where [BOS] and [EOS] are one token, as in GPT-2, one that is written behind a text stays."""
+    both = PreTrainedTokenizerFast(
+        tokenizer_object=bare_tokenizer.backend_tokenizer, unk_token="[UNK]", bos_token="[BOS]", eos_token="[BOS]"
+    )
+    model = make_model(tokenizer=both)
+    assert model.to_tokens("[BOS] the [BOS] red").tolist() == [[1, 2, 1, 3]]
+    assert model.to_tokens("[BOS] the [BOS] red", prepend_bos=False).tolist() == [[2, 1, 3]]
+
+
+def test_half_a_character(text_model: HookedBilinearTransformer) -> None:
+    """A lone surrogate, which no tokenizer takes, is refused by its place; a whole pair is a character."""
+    for call in (text_model, text_model.to_tokens, text_model.generate, lambda text: text_model(["the fox", text])):
+        with pytest.raises(TokenizationError, match=r"holds '\\ud83d' at 4, half of a surrogate pair"):
+            call("the \ud83d fox")
+    assert text_model.to_tokens("the 🦊").shape == (1, 3)
 
 
 def test_the_default_is_the_configs(text_model: HookedBilinearTransformer) -> None:
@@ -77,12 +102,13 @@ def test_any_text_gets_one_bos(tokenizer: Any, text: str) -> None:
 
 
 def test_without_a_bos_token_it_cannot_be_prepended(bare_tokenizer: Any) -> None:
-    """A tokenizer without [BOS]: refused unless prepend_bos is False."""
+    """A tokenizer without [BOS] has none to give: by default none is prepended, and asking for one is refused."""
     no_bos = PreTrainedTokenizerFast(tokenizer_object=bare_tokenizer.backend_tokenizer, unk_token="[UNK]")
     model = make_model(tokenizer=no_bos)
     with pytest.raises(TokenizationError, match="no \\[BOS\\]"):
-        model.to_tokens("the red")
-    assert model.to_tokens("the red", prepend_bos=False).tolist() == [[2, 3]]
+        model.to_tokens("the red", prepend_bos=True)
+    assert model.to_tokens("the red").tolist() == model.to_tokens("the red", prepend_bos=False).tolist() == [[2, 3]]
+    assert model.n_bos == 0
 
 
 # --- batches, context, and what is refused ----------------------------------------------------------------------------
@@ -159,7 +185,7 @@ def test_empty_text(text_model: HookedBilinearTransformer, empty: Any) -> None:
 def test_an_empty_text_is_a_bare_bos_to_to_tokens(text_model: HookedBilinearTransformer) -> None:
     """To start from nothing is possible with [BOS] in front; without it there is no token."""
     assert text_model.to_tokens("").tolist() == [[text_model.tokenizer.bos_token_id]]
-    with pytest.raises(EmptyTextError, match="prepend_bos is False"):
+    with pytest.raises(EmptyTextError, match=r"no \[BOS\] is prepended"):
         text_model.to_tokens(" \n", prepend_bos=False)
     with pytest.raises(EmptyTextError):
         text_model.to_tokens([])

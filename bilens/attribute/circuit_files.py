@@ -407,7 +407,9 @@ def _edited(circuit: Circuit, foreign: Mapping[str, Mapping[str, Any]], graph: M
 
 def _listed(value: Any) -> list[Any]:
     """A list, or the JSON text of one."""
-    return (parse_json(value, "qParams of this attribution graph", list) if isinstance(value, str) and value else value) or []
+    return (
+        parse_json(value, "qParams of this attribution graph", list) if isinstance(value, str) and value else value
+    ) or []
 
 
 def _foreign_circuit(graph: Mapping[str, Any]) -> tuple[Circuit, dict[str, dict[str, Any]]]:

@@ -186,8 +186,8 @@ def feature_means(
     for text in tqdm(texts, desc="feature means", unit=" texts"):
         _, cache = model.run_with_cache(text, names_filter=list(views), return_cache_object=False)
         for hook, view in views.items():
-            sums[hook] += view.activations(cache[hook][0, 1:]).sum(0).double().cpu()
-        n += cache[next(iter(views))].shape[1] - 1
+            sums[hook] += view.activations(cache[hook][0, model.n_bos :]).sum(0).double().cpu()
+        n += cache[next(iter(views))].shape[1] - model.n_bos
     return {hook: (total / max(n, 1)).float() for hook, total in sums.items()}
 
 

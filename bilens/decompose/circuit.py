@@ -134,7 +134,8 @@ def feature_circuit(
     x, y, pattern, site = (cache[name][0] for name in names)
     if position is None:
         pre = view_out.pre_activations(y)[:, decomposer.check_feature(feature)]
-        position = int(pre[1:].argmax()) + 1 if len(pre) > 1 else 0
+        first = min(model.n_bos, len(pre) - 1)
+        position = int(pre[first:].argmax()) + first
     attribution = decomposer.attribute(tokens, feature, position)
 
     direction = decomposer.directions(feature)

@@ -189,7 +189,7 @@ def fidelity(
     for at in tqdm(range(0, len(tokens), batch_size), desc="fidelity", unit="batch"):
         rows = tokens[at : at + batch_size].to(model.cfg.device)
         kept = mask[at : at + batch_size].bool().to(rows.device)
-        kept[:, 0] = False
+        kept[:, : model.n_bos] = False
         _, cache = model.run_with_cache(
             rows, names_filter=hooks, stop_at_layer=decomposer.layer + 1, return_cache_object=False
         )

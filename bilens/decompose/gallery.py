@@ -524,8 +524,8 @@ class _OnTexts:
             row, position = int(rows[place]), int(positions[place])
             if row in found:
                 continue
-            last = int(inputs.mask[row].nonzero().max())
-            window = range(max(1, position - BEFORE), min(last, position + AFTER) + 1)
+            first, last = (int(end) for end in inputs.mask[row].nonzero().aminmax())
+            window = range(max(first, position - BEFORE), min(last, position + AFTER) + 1)
             tokens = [inputs.strings[token] for token in inputs.tokens[row, window.start : window.stop].tolist()]
             values = part[self.places[row, window.start : window.stop]].tolist()
             found[row] = Example(tokens, values, position - window.start), place

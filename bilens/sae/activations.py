@@ -95,8 +95,9 @@ class StreamedRows:
     `dataset.shuffle(seed=0, buffer_size=...)`.
     """
 
-    def __init__(self, dataset: Any, column: str, tokenizer: Any, n_ctx: int):
+    def __init__(self, dataset: Any, column: str, tokenizer: Any, n_ctx: int, prepend_bos: bool = True):
         self.dataset, self.column, self.tokenizer, self.n_ctx = dataset, column, tokenizer, n_ctx
+        self.prepend_bos = prepend_bos
         self.seek({"row": 0, "text": 0, "piece": 0})
 
     def seek(self, position: dict[str, int]) -> None:
@@ -147,7 +148,7 @@ class StreamedRows:
                 raise TrainingError(f"the data has no column {self.column!r}; it has {list(example)}.")
             if not isinstance(text, str | None):
                 raise TrainingError(f"the data's column {self.column!r} holds {text!r}, expected text.")
-            yield TokenizedTexts.from_texts([text or ""], self.tokenizer).pieces(self.n_ctx)
+            yield TokenizedTexts.from_texts([text or ""], self.tokenizer, self.prepend_bos).pieces(self.n_ctx)
 
     def identity(self) -> dict[str, Any]:
         """Of data of any length: its first row."""

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from bilens.data import stream_texts
-from bilens.errors import ArgumentError, EmptyTextError, TokenizationError
+from bilens.data import TokenizedTexts, stream_texts
+from bilens.errors import ArgumentError, EmptyTextError
 from bilens.files import to_path
 from bilens.sae.feature_statistics import Places
 
@@ -91,44 +91,45 @@ def open_corpus(
     return Corpus(lambda: iter(texts), {"texts": len(texts), "sha256": digest.hexdigest()[:32]}, len(texts))
 
 
-def batches(texts: Sequence[str], first_text: int, tokenizer: Any, n_ctx: int, max_tokens: int) -> Iterator[Batch]:
+def batches(
+    texts: Sequence[str], first_text: int, tokenizer: Any, n_ctx: int, max_tokens: int, prepend_bos: bool = True
+) -> Iterator[Batch]:
     """A group's contexts, the shortest first, up to `max_tokens` at a time with padding.
 
     Args:
         texts: of the group.
         first_text: the number of its first text in the corpus.
-        tokenizer: a transformers tokenizer with a BOS token.
+        tokenizer: a transformers tokenizer.
         n_ctx: the model's context.
         max_tokens: a single context may be longer.
+        prepend_bos: whether a context starts with `[BOS]`, if the tokenizer has one.
 
     Raises:
-        TokenizationError: a tokenizer without a BOS token.
+        ArgumentError, TokenizationError: as for `bilens.tokenization.encode`.
     """
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        raise TokenizationError("this tokenizer has no [BOS] token, which every context starts with.")
-    rows = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    room = n_ctx - 1
+    tokenized = TokenizedTexts.from_texts(texts, tokenizer, prepend_bos, keep_empty=True)
+    bos = tokenized.front
+    room = n_ctx - len(bos)
     contexts = [
-        (row[at : at + room], first_text + place, at + 1)
-        for place, row in enumerate(rows)
+        (row[at : at + room], first_text + place, at + len(bos))
+        for place, row in enumerate(tokenized.rows)
         for at in range(0, len(row), room)
     ]
     contexts.sort(key=lambda context: len(context[0]))  # stable: equal lengths stay in the order of the stream
     start = 0
     while start < len(contexts):
         stop = start + 1
-        while stop < len(contexts) and (stop + 1 - start) * (len(contexts[stop][0]) + 1) <= max_tokens:
+        while stop < len(contexts) and (stop + 1 - start) * (len(contexts[stop][0]) + len(bos)) <= max_tokens:
             stop += 1
         yield _batch(contexts[start:stop], bos)
         start = stop
 
 
-def _batch(contexts: list[tuple[list[int], int, int]], bos: int) -> Batch:
+def _batch(contexts: list[tuple[list[int], int, int]], bos: list[int]) -> Batch:
     lengths = np.array([len(ids) for ids, _, _ in contexts])
-    tokens = np.full((len(contexts), int(lengths.max()) + 1), bos)
-    mask = np.arange(-1, tokens.shape[1] - 1) < lengths[:, None]
-    mask[:, 0] = False
+    tokens = np.full((len(contexts), int(lengths.max()) + len(bos)), bos[0] if bos else 0)
+    at = np.arange(tokens.shape[1]) - len(bos)
+    mask = (at >= 0) & (at < lengths[:, None])
     ids = np.concatenate([np.asarray(ids) for ids, _, _ in contexts])
     tokens[mask] = ids
     ends = lengths.cumsum()

@@ -103,12 +103,14 @@ def evaluate_saes(
     for at in tqdm(starts, desc="evaluating SAEs", unit="batch", disable=not parallel.is_main()):
         rows = tokens[at : at + batch_size].to(model.cfg.device)
         row_mask = mask[at : at + batch_size].to(model.cfg.device)
+        counted = row_mask.bool()
+        counted[:, : model.n_bos] = False
         loss, cache = model.run_with_cache(rows, return_type="loss", loss_per_token=True, names_filter=hooks)
         clean += (loss * row_mask[:, 1:]).sum().item()
         for hook in ablated:
             ablated[hook] += _spliced_loss(model, rows, row_mask, hook, torch.zeros_like(cache[hook]))
         for tally in tallies.values():
-            reconstruction = tally.add(row_mask, cache[tally.reads], cache[tally.writes])
+            reconstruction = tally.add(counted, cache[tally.reads], cache[tally.writes])
             tally.loss += _spliced_loss(model, rows, row_mask, tally.writes, reconstruction)
     losses = torch.tensor([clean, *ablated.values()], dtype=torch.float64)
     clean, *rest = parallel.sum_over_processes(losses).tolist()
@@ -129,12 +131,10 @@ class _Tally:
         self.sum = torch.zeros(sae.W_dec.shape[-1], dtype=torch.float64)
         self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.long)
 
-    def add(self, mask: Tensor, x: Float[Tensor, "b p *width"], y: Float[Tensor, "b p *width_out"]) -> Tensor:
-        """Count a batch, `x` read and `y` to be written; its reconstruction."""
+    def add(self, kept: Tensor, x: Float[Tensor, "b p *width"], y: Float[Tensor, "b p *width_out"]) -> Tensor:
+        """Count the tokens `kept` of a batch, `x` read and `y` to be written; its reconstruction."""
         acts = encode(self.sae, x)
         reconstruction = reconstruct(self.sae, acts, x, y)
-        kept = mask.bool()
-        kept[:, 0] = False
         target, found = (t[kept].flatten(1).double() for t in (y, reconstruction))
         self.n += len(target)
         self.fired += (acts[kept.to(acts.device)] != 0).sum(0).cpu()

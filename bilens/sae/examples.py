@@ -109,8 +109,8 @@ class FeatureActivations:
             if row in seen:
                 continue
             seen.add(row)
-            last = int(self.mask[row].nonzero().max())
-            low, high = max(1, position - before), min(last, position + after)
+            first, last = (int(end) for end in self.mask[row].nonzero().aminmax())
+            low, high = max(first, position - before), min(last, position + after)
             window = self.tokens[row, low : high + 1].tolist()
             examples.append(
                 Example([self.strings[t] for t in window], dense[row, low : high + 1].tolist(), position - low)
@@ -162,7 +162,7 @@ def feature_activations(
     """
     hooks = [splice_hooks(model, sae, f"SAE {i}")[0] for i, sae in enumerate(saes)]
     tokens, mask = text_starts(model, texts)
-    mask[:, 0] = 0
+    mask[:, : model.n_bos] = 0
     stop = stop_after(hooks)
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in saes]
     for at in range(0, len(tokens), batch_size):

@@ -178,7 +178,8 @@ class FeaturePass:
 
     def _batches(self, group: int, texts: list[str]) -> Iterator[Batch]:
         first = group * self.batch_texts
-        return batches(texts, first, self.model._require_tokenizer(), self.model.cfg.n_ctx, self.batch_tokens)
+        model = self.model
+        return batches(texts, first, model._require_tokenizer(), model.cfg.n_ctx, self.batch_tokens, bool(model.n_bos))
 
     @torch.no_grad()
     def _forward(self, batch: Batch) -> tuple[Places, dict[str, Firings]]:

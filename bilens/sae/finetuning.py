@@ -87,7 +87,7 @@ def finetune_saes(
     """
     config, out = config or FinetuneConfig(), to_path(out, "out")
     texts = load_texts(data, column=column)
-    pieces = TokenizedTexts.from_texts(texts, model.tokenizer).pieces(model.cfg.n_ctx)
+    pieces = TokenizedTexts.from_texts(texts, model._require_tokenizer(), bool(model.n_bos)).pieces(model.cfg.n_ctx)
     for name, sae in saes.items():
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)

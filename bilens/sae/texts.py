@@ -1,7 +1,6 @@
 """Texts as the passes over data take them: each from its `[BOS]`, cut to the context, none of them empty."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jaxtyping import Int
@@ -19,6 +18,8 @@ def text_starts(
 ) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
     """`[BOS] text`, cut to the model's context and padded on the right; and its attention mask. One row per text.
 
+    The first `model.n_bos` tokens are not of the text.
+
     Raises:
         ArgumentError: one text instead of a list, or something in it that is no text.
         EmptyTextError: no texts, one that is empty or only whitespace, or none with a token in it.
@@ -32,15 +33,10 @@ def text_starts(
         raise ArgumentError(f"text {other} of {len(texts)} is {texts[other]!r:.80}; expected a string.")
     if not texts:
         raise EmptyTextError("the list of texts is empty.")
-    tokenizer = model._require_tokenizer()
     blank = next((i for i, text in enumerate(texts) if not text.strip()), None)
     if blank is not None:
         raise EmptyTextError(f"text {blank} of {len(texts)}, {texts[blank]!r}, has nothing in it; leave it out.")
-    tokenized = TokenizedTexts.from_texts(texts, tokenizer)
-    if not tokenized.rows:
+    tokenized = TokenizedTexts.from_texts(texts, model._require_tokenizer(), bool(model.n_bos), keep_empty=True)
+    if not any(tokenized.rows):
         raise EmptyTextError(f"none of the {len(texts)} texts has a token in it; the first is {texts[0]!r}.")
-    # A lone accent normalises to nothing: its row is [BOS], so that rows are texts.
-    if len(tokenized.rows) < len(texts):
-        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        tokenized = replace(tokenized, rows=rows)
     return tokenized.starts(model.cfg.n_ctx)

@@ -385,7 +385,7 @@ class SAERun:
                 model_name=self.model.cfg.model_name,
                 hook_name=target.hook,
                 context_size=self.model.cfg.n_ctx,
-                prepend_bos=True,
+                prepend_bos=bool(self.model.n_bos),
             ),
         }
         if target.hook.endswith("hook_z"):
@@ -534,9 +534,9 @@ def _rows(
     if streaming and isinstance(data, str | os.PathLike):
         data = open_dataset(data, split, streaming=True)
     if isinstance(data, Dataset | IterableDataset):
-        return StreamedRows(data, column, model._require_tokenizer(), n_ctx)
+        return StreamedRows(data, column, model._require_tokenizer(), n_ctx, bool(model.n_bos))
     texts = load_texts(data, split, column)
-    pieces = TokenizedTexts.from_texts(texts, model._require_tokenizer()).pieces(n_ctx)
+    pieces = TokenizedTexts.from_texts(texts, model._require_tokenizer(), bool(model.n_bos)).pieces(n_ctx)
     n_tokens = sum(map(len, pieces))
     if n_tokens < config.batch_size:
         raise TrainingError(
