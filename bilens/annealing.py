@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bilens.bare import require_bare
 from bilens.checks import check_amounts, check_flags, check_rates, check_seeds, check_shares, check_sizes
 from bilens.config import config_from_published, config_to_published
 from bilens.data import Texts, TokenizedTexts, pack, training_and_validation
@@ -203,6 +204,7 @@ def anneal(
     model = load_model(model) if isinstance(model, str | os.PathLike) else model
     scratch = load_model(scratch) if isinstance(scratch, str | os.PathLike) else scratch
     check_annealable(model, config)
+    require_bare(model, *([] if scratch is None else [scratch]))
     if Path(model.cfg.model_name).resolve() == out.resolve():
         raise ArgumentError(f"out is {str(out)!r}, the folder of the model to anneal; expected another one.")
     for one in (model, scratch):
@@ -390,6 +392,7 @@ def fit_linear(model: HookedBilinearTransformer, batches: Sequence[Tensor]) -> L
     `s` minimises `<(act(z) - s z / 2)^2>` for every hidden unit; `c` minimises `<|x / rms(x) - c x|^2>`, where
     `|x|^2 = d_model rms^2`.
     """
+    require_bare(model)
     act, cfg = ACTIVATIONS[model.cfg.gate], model.cfg
     sums: dict[str, Tensor] = {}
 

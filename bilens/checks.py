@@ -1,4 +1,4 @@
-"""Values that a configuration or a command is given, checked by name: importing this costs nothing."""
+"""Values that a configuration or a command is given, and weights, checked by name: importing this costs nothing."""
 
 import os
 from collections.abc import Collection
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_SEED = 2**32 - 1  # of every generator: numpy's takes no larger one
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_sizes(**sizes: object) -> None:
@@ -100,7 +103,8 @@ def check_finite(name: str, tensor: "Tensor", where: Any, before: "Tensor | None
     Raises:
         CheckpointError: it does (with how many, and the largest number that the cast lost).
     """
-    if tensor.isfinite().all():
+    # A sum takes a tenth of the time of looking at every number, and is finite unless they are huge or not finite.
+    if tensor.sum().isfinite() or tensor.isfinite().all():
         return
     bad = int((~tensor.isfinite()).sum())
     lost = ""

@@ -51,6 +51,14 @@ class ArgumentError(BilensError, ValueError, TypeError):
     """An argument of a kind, shape or value that the function does not take."""
 
 
+class AlteredModelError(BilensError, RuntimeError):
+    """A measurement of a model (or SAE) by itself was asked of one with SAEs attached or hooks on it."""
+
+
+class StaleError(BilensError, RuntimeError):
+    """Something made from a model or SAE, used after that changed or with another one."""
+
+
 class EmptyTextError(BilensError, ValueError):
     """A text (or token sequence) with nothing in it."""
 

@@ -30,6 +30,7 @@ from bilens.attribute import (
 )
 from bilens.attribute.faithfulness import MODES
 from bilens.attribute.targets import read_targets
+from bilens.bare import require_bare
 from bilens.data import TokenizedTexts
 from bilens.decompose import Decomposer
 from bilens.decompose.circuit import FeatureCircuit, feature_circuit, rank_features
@@ -153,6 +154,7 @@ def layer_decomposers(
 @torch.no_grad()
 def active_features(decomposer: Decomposer, text: str) -> list[int]:
     """Output features that fire on a text (`[BOS]` left out), the strongest first."""
+    require_bare(decomposer.model, decomposer.output_view.sae)
     tokens = decomposer.model.input_to_tokens(text)
     _, cache = decomposer.model.run_with_cache(
         tokens, names_filter=decomposer.out_hook, stop_at_layer=decomposer.layer + 1, return_cache_object=False

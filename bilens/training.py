@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens.bare import require_bare
 from bilens.checkpoint import load_checkpoint, save_checkpoint
 from bilens.checks import check_amounts, check_flags, check_memory, check_rates, check_seeds, check_shares, check_sizes
 from bilens.config import config_from_published
@@ -159,6 +160,7 @@ def validate(
     model: HookedBilinearTransformer, texts: TokenizedTexts, *, step: int = 0, batch_size: int = 32
 ) -> Validation:
     """Loss per token and per character on whole texts; see `Validation`."""
+    require_bare(model)
     tokens, mask = texts.starts(model.cfg.n_ctx)
     total = 0.0
     for at in range(0, len(tokens), batch_size):
@@ -305,6 +307,7 @@ class TrainingRun:
 
     def fit(self) -> list[Validation]:
         """Take every step that is left; the validation losses of the whole run."""
+        require_bare(self.model)
         config = self.config
         if self.checkpoint is not None and self.checkpoint.exists():
             self.load_checkpoint()

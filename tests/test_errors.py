@@ -36,6 +36,8 @@ def test_every_exception_shows_its_message(error: type[BilensError]) -> None:
         ("OutOfRangeError", IndexError),
         ("ArgumentError", ValueError),
         ("ArgumentError", TypeError),
+        ("AlteredModelError", RuntimeError),
+        ("StaleError", RuntimeError),
         ("EmptyTextError", ValueError),
         ("ContextLengthError", ValueError),
         ("TokenizationError", ValueError),

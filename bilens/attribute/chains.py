@@ -134,6 +134,8 @@ class _Search:
     """The tree as it grows."""
 
     def __init__(self, model: HookedBilinearTransformer, k: int, width: int, depth: int, data: list[FrozenPass]):
+        for frozen in data:
+            frozen.check_current()
         self.model, self.k, self.width, self.depth, self.data = model, k, width, depth, data
         self.W_E = model.W_E.detach().float()
         self.OV = torch.einsum("lhde,lhef->lhdf", model.W_V.detach().float(), model.W_O.detach().float())

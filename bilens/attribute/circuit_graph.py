@@ -330,7 +330,7 @@ def trace_circuit(
             "a circuit is made of the features of SAEs on MLPs' inputs (ln2.hook_normalized) and outputs "
             f"(hook_mlp_out); given are {', '.join(frozen.saes) or 'none'}."
         )
-    labels = names_by_hook(frozen.saes, names)
+    labels = names_by_hook(frozen.model, frozen.saes, names)
     reads = read_targets(frozen, targets)
     probabilities = [probability(frozen, each) for each in targets]
     found = sweep(frozen, reads, _weights(reads, probabilities), max_nodes)

@@ -28,6 +28,7 @@ from bilens.attribute.circuit_graph import Circuit, trace_circuit
 from bilens.attribute.frozen import FrozenPass, SAEPass, SAEs, check_saes, freeze
 from bilens.attribute.interventions import Hook, frozen_hooks, read_values, rerun
 from bilens.attribute.targets import STREAM, Reads, Target, feature_reads, read_targets
+from bilens.bare import require_bare
 from bilens.display import Tabular
 from bilens.errors import ArgumentError
 from bilens.model import HookedBilinearTransformer
@@ -181,6 +182,7 @@ def feature_means(
 ) -> dict[str, Float[Tensor, "d_sae"]]:
     """Every SAE's mean activations over the tokens of some texts, `[BOS]` left out, by hook."""
     views = check_saes(model, saes)
+    require_bare(model, *(view.sae for view in views.values()))
     sums = {hook: torch.zeros(view.d_sae, dtype=torch.float64) for hook, view in views.items()}
     n = 0
     for text in tqdm(texts, desc="feature means", unit=" texts"):

@@ -9,7 +9,6 @@
 Source: DESIGN section 4.
 """
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,11 @@ from sae_lens import SAE
 from torch import Tensor
 
 from bilens.attribute.algebra import padded_nonzero
+from bilens.bare import require_bare
+from bilens.checks import check_finite
 from bilens.decompose.tensors import BilinearLayer
 from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, SAEMismatchError, nearest
+from bilens.fingerprint import Snapshot
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.loading import HOOK_TO_POINT, hook_of, point_of
 from bilens.sae.store import FeatureStore
@@ -103,6 +105,7 @@ class FrozenPass:
         pattern, scale1, scale2, scale_final: attention patterns and norm divisors.
         embed, attn_out, mlp_out: what is added to the residual stream.
         W_V, W_O: of every layer, `W_O` with the residual scale.
+        made_from: model and SAEs as they were.
     """
 
     model: HookedBilinearTransformer = field(repr=False)
@@ -120,6 +123,15 @@ class FrozenPass:
     mlp_out: Float[Tensor, "layer p d_model"] = field(repr=False)
     W_V: Float[Tensor, "layer head d_model d_head"] = field(repr=False)
     W_O: Float[Tensor, "layer head d_head d_model"] = field(repr=False)
+    made_from: Snapshot = field(repr=False)
+
+    def check_current(self) -> None:
+        """Refuse to go on where the model or an SAE was changed since: activations and weights would not fit together.
+
+        Raises:
+            StaleError: it was.
+        """
+        self.made_from.check("this frozen pass", "call freeze again.")
 
     @property
     def n_layers(self) -> int:
@@ -222,21 +234,17 @@ def freeze(
         dtype: of the algebra. Activations are the model's own in either case; float32 takes half of memory and time.
 
     Raises:
+        AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
         ArgumentError: several texts, two SAEs on one hook, or a dtype below float32.
+        CheckpointError: weights or activations that are not finite.
         EmptyTextError, ContextLengthError: the text does not fit.
         NotBilinearError: a model with biases in attention.
-        SAEMismatchError: an SAE of another width or without a published point, or SAEs attached to the model, whose
-            reconstructions would stand for its activations.
+        SAEMismatchError: an SAE of another width or without a published point.
     """
     if dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"dtype is {dtype}, expected torch.float32 or torch.float64.")
     if model.cfg.attention_bias:
         raise NotBilinearError("this model has biases in attention (attn.qkv.bias), which attribution does not split.")
-    if model.acts_to_saes:
-        raise SAEMismatchError(
-            f"SAEs are attached to the model at {', '.join(model.acts_to_saes)}: its activations are their "
-            "reconstructions. Detach them with model.reset_saes()."
-        )
     if not isinstance(text_or_tokens, str | Tensor):
         are_texts = any(isinstance(each, str) for each in text_or_tokens)
         text_or_tokens = list(text_or_tokens) if are_texts else torch.tensor(text_or_tokens, dtype=torch.long)
@@ -244,6 +252,7 @@ def freeze(
     if len(tokens) != 1:
         raise ArgumentError(f"{len(tokens)} texts were given; attribution takes one at a time.")
     views = check_saes(model, saes)
+    require_bare(model, *(view.sae for view in views.values()))
 
     blocks = [f"blocks.{layer}" for layer in range(model.cfg.n_layers)]
     parts = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"]
@@ -252,6 +261,8 @@ def freeze(
     names += ["hook_embed", "ln_final.hook_scale", "ln_final.hook_normalized"]
     logits, cache = model.run_with_cache(tokens, names_filter=names, return_cache_object=False)
     cache = {name: value[0] for name, value in cache.items()}
+    for name, value in (*cache.items(), ("the logits", logits)):
+        check_finite(name, value, "this forward pass")
 
     def stack(part: str) -> Tensor:
         return torch.stack([cache[f"{block}.{part}"] for block in blocks]).to(dtype)
@@ -272,6 +283,7 @@ def freeze(
         mlp_out=stack("hook_mlp_out"),
         W_V=model.W_V.detach().to(dtype, copy=True),
         W_O=model.W_O.detach().to(dtype, copy=True),
+        made_from=Snapshot(model, {f"the SAE on {hook}": view.original for hook, view in views.items()}),
     )
 
 
@@ -294,9 +306,7 @@ def check_saes(model: HookedBilinearTransformer, saes: SAEs) -> dict[str, SAEVie
             raise SAEMismatchError(f"an SAE is on {hook!r}; the model has {model.cfg.n_layers} layers.")
         if hook in views:
             raise ArgumentError(f"two SAEs are on {hook!r} ({layer}-{point}); give one per hook.")
-        if torch.finfo(sae.dtype).bits < 32:
-            sae = copy.deepcopy(sae).to(torch.float32)
-        views[hook] = view = SAEView(sae)
+        views[hook] = view = SAEView.of(sae)
         if view.d_in != model.cfg.d_model:
             raise SAEMismatchError(
                 f"the SAE on {hook!r} has d_in {view.d_in}, the model's d_model is {model.cfg.d_model}: "
@@ -333,18 +343,23 @@ def _hook_by_label(name: str) -> str:
     return hook_of(match[2], int(match[1])) if match else name
 
 
-def names_by_hook(saes: Mapping[str, Any], names: Names | None) -> dict[str, Sequence[str]]:
+def names_by_hook(
+    model: HookedBilinearTransformer, saes: Mapping[str, SAEPass], names: Names | None
+) -> dict[str, Sequence[str]]:
     """Labels of features by hook, given by hook or by the SAE's name.
 
     Args:
-        saes: by hook, anything with `.view.d_sae`.
+        model, saes: of the pass, the SAEs by hook.
         names: one label per feature of each SAE named; or a feature store, which may know other SAEs as well.
 
     Raises:
         ArgumentError: names of an SAE that is not there, or not one per feature.
+        StaleError: a store of another model or other SAEs.
     """
     if isinstance(names, FeatureStore):
-        names = {name: names.labels(name) for name in names.names if _hook_by_label(name) in saes}
+        here = [name for name in names.names if _hook_by_label(name) in saes]
+        names.check_made_from(model, {name: saes[_hook_by_label(name)].view.original for name in here})
+        names = {name: names.labels(name) for name in here}
     if not isinstance(names, Mapping | None):
         raise ArgumentError(f"names is {names!r}, expected labels by hook or SAE name, or a FeatureStore.")
     found = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bilens.attribute.frozen import FrozenPass
 from bilens.attribute.targets import LOGITS, Reads
+from bilens.bare import require_bare
 
 Hook: TypeAlias = tuple[str, Callable[..., Any]]
 FINAL = "ln_final.hook_normalized"
@@ -41,6 +42,7 @@ def rerun(
         fwd_hooks: what is changed, in this order.
         names: activation points to give back, as they are after the changes.
     """
+    require_bare(frozen.model)
     seen: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any) -> None:

@@ -271,7 +271,7 @@ def split(
         values=values,
         actual=reads.actual.item(),
         input_points={layer: sae.point for layer in range(n_layers) if (sae := frozen.input_sae(layer)) is not None},
-        names=dict(names_by_hook(frozen.saes, names)),
+        names=dict(names_by_hook(frozen.model, frozen.saes, names)),
     )
 
 

@@ -141,7 +141,9 @@ def read_targets(frozen: FrozenPass, targets: Target | Sequence[Target]) -> Read
         HookNameError: a point that is not there, or that is no linear read of the residual stream.
         MissingSAEError, OutOfRangeError, TokenizationError: no such SAE, feature, position or token.
         SAEMismatchError: a feature of an SAE without linear reads.
+        StaleError: the model or an SAE was changed after `freeze`.
     """
+    frozen.check_current()
     return Reads.concatenate([_read_one(frozen, target) for target in as_targets(targets)])
 
 

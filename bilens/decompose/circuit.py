@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens.bare import require_bare
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.eigensweep import EigenSweep, top_eigenpairs
 from bilens.decompose.results import Attribution, Eigencircuits
@@ -120,6 +121,7 @@ def feature_circuit(
         MissingSAEError, OutOfRangeError, EmptyTextError, ContextLengthError: as for `Decomposer.attribute`.
     """
     model, view_in, view_out = decomposer.model, decomposer.input_view, decomposer.output_view
+    require_bare(model, view_in.sae, view_out.sae)
     tokens = model.input_to_tokens(text_or_tokens)
     pattern_hook = f"blocks.{decomposer.layer}.attn.hook_pattern"
     names = [
@@ -296,6 +298,7 @@ def layer_inputs(
     decomposer: Decomposer, tokens: Int[Tensor, "text pos"], batch_size: int = 32
 ) -> Float[Tensor, "text pos d_model"]:
     """What the decomposer's layer reads (`ln2.hook_normalized`) on every token."""
+    require_bare(decomposer.model)
     parts = []
     for rows in tokens.split(batch_size):
         _, cache = decomposer.model.run_with_cache(

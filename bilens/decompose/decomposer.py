@@ -11,7 +11,6 @@
 Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; DESIGN section 4.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
@@ -21,6 +20,7 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
+from bilens.bare import require_bare
 from bilens.decompose.between import PairInteractions, top_pairs
 from bilens.decompose.cp import CPCurve, CPDecomposition, cp_decompose
 from bilens.decompose.eigen import Order, sorted_eigenpairs
@@ -79,8 +79,12 @@ class Decomposer:
 
     SAEs in half precision are read in float32 at least: the expansion is exact only where the SAE's own rounding is.
 
+    Model and SAEs are read anew at every call, so what is done to their weights, and where they are moved to, counts
+    from then on. What a call returns is of the weights at that time.
+
     Raises:
         ArgumentError: as many names as features are needed, and an integer for the layer.
+        CheckpointError: weights that are not finite.
         NotBilinearError: a gated or one-branch model.
         SAEMismatchError: an SAE of another width, hook or layer.
         OutOfRangeError: no such layer.
@@ -99,7 +103,7 @@ class Decomposer:
         n_layers = model.cfg.n_layers
         self.model = model
         self.layer = check_index(layer, n_layers, "layer {} is outside the model's {} layers", negative=True)
-        self.weights = BilinearLayer.of(model, self.layer)
+        BilinearLayer.of(model, self.layer)  # refuses what cannot be read
         at = f"blocks.{self.layer}"
         self.normalized_hook, self.resid_mid_hook = f"{at}.ln2.hook_normalized", f"{at}.hook_resid_mid"
         self.scale_hook, self.out_hook = f"{at}.ln2.hook_scale", f"{at}.hook_mlp_out"
@@ -114,22 +118,29 @@ class Decomposer:
         return f"Decomposer({', '.join([str(self.model.cfg.model_name), f'layer {self.layer}', *saes])})"
 
     @property
+    def weights(self) -> BilinearLayer:
+        """The layer's weights as they are in the model now, in float32 at least."""
+        return BilinearLayer.of(self.model, self.layer)
+
+    @property
     def input_sae(self) -> SAE[Any] | None:
-        return None if self._input is None else self._input.sae
+        return None if self._input is None else self.input_view.sae
 
     @property
     def output_sae(self) -> SAE[Any] | None:
-        return None if self._output is None else self._output.sae
+        return None if self._output is None else self.output_view.sae
 
     @property
     def input_view(self) -> SAEView:
-        """The input SAE as directions; raises `MissingSAEError` where there is none."""
-        return self._need("input")
+        """The input SAE as directions, as it is now; raises `MissingSAEError` where there is none."""
+        self._input = self._need("input").current()
+        return self._input
 
     @property
     def output_view(self) -> SAEView:
-        """The output SAE as directions; raises `MissingSAEError` where there is none."""
-        return self._need("output")
+        """The output SAE as directions, as it is now; raises `MissingSAEError` where there is none."""
+        self._output = self._need("output").current()
+        return self._output
 
     # --- from the weights alone ---------------------------------------------------------------------------------------
 
@@ -177,7 +188,7 @@ class Decomposer:
         matrix = self.interaction(output, side=side)
         values, vectors = sorted_eigenpairs(matrix, k, order)
         norms = torch.linalg.matrix_norm(matrix)
-        decoder = None if self._input is None else self._input.decoder.to(vectors)
+        decoder = None if self._input is None else self.input_view.decoder.to(vectors)
         return Eigencircuits(values, vectors, norms, self.output_indices(output), decoder, self.input_names)
 
     @typed
@@ -549,12 +560,14 @@ class Decomposer:
             position: `[BOS]` counted; negative counts from the end.
 
         Raises:
+            AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
             ArgumentError: several texts, or a feature or position that is no integer.
             EmptyTextError, ContextLengthError: the text does not fit.
             MissingSAEError: it needs both SAEs.
             OutOfRangeError: no such feature or position.
         """
         view_in, view_out = self.input_view, self.output_view
+        require_bare(self.model, view_in.sae, view_out.sae)
         feature = self.check_feature(feature)
         if not isinstance(text_or_tokens, str | Tensor):
             text_or_tokens = torch.tensor(text_or_tokens)
@@ -657,7 +670,7 @@ class Decomposer:
 
     def check_feature(self, feature: SupportsIndex) -> int:
         """An output feature's index as an int; raises `OutOfRangeError` outside the output SAE."""
-        return check_index(feature, self.output_view.d_sae, "feature {} is outside the output SAE's {}")
+        return check_index(feature, self._need("output").d_sae, "feature {} is outside the output SAE's {}")
 
     @property
     def reads_layer_input(self) -> bool:
@@ -691,6 +704,7 @@ class Decomposer:
         """What directions on one side of the layer are named after: the SAE's features, or tokens without an SAE."""
         view, names = (self._input, self.input_names) if which == "input" else (self._output, self.output_names)
         if view is not None:
+            view = self.input_view if which == "input" else self.output_view
             return Lexicon("feature", view.decoder.to(self.weights.W_out), names)
         rows = (self.model.W_E if which == "input" else self.model.W_U.T).detach().to(self.weights.W_out)
         strings = None if self.model.tokenizer is None else self.token_strings(torch.arange(len(rows)))
@@ -717,9 +731,7 @@ class Decomposer:
     def _view(self, sae: SAE[Any] | None, which: str, hooks: tuple[str, ...]) -> SAEView | None:
         if sae is None:
             return None
-        if torch.finfo(sae.dtype).bits < 32:
-            sae = copy.deepcopy(sae).to(torch.float32)
-        view = SAEView(sae)
+        view = SAEView.of(sae)
         if view.d_in != self.model.cfg.d_model:
             raise SAEMismatchError(
                 f"the {which} SAE has d_in {view.d_in}, the model's d_model is {self.model.cfg.d_model}: "

@@ -22,6 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens.bare import require_bare
+from bilens.checks import check_sizes
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.eigensweep import top_eigenpairs
 from bilens.decompose.outputs import Output
@@ -174,11 +176,15 @@ def fidelity(
         batch_size: texts at a time.
 
     Raises:
+        AlteredModelError: SAEs are attached to the model, or there are hooks on it or on the SAE.
+        ArgumentError: a batch size that is none.
         EmptyTextError: no texts, or one with nothing in it.
         MissingSAEError: no output SAE.
         OutOfRangeError: no such feature, or more eigenpairs than `d_model`.
     """
+    check_sizes(batch_size=batch_size)
     view, model = decomposer.output_view, decomposer.model
+    require_bare(model, view.sae)
     features = torch.arange(view.d_sae) if output is None else decomposer.feature_indices(output)
     e = decomposer.directions(features)
     eigen = top_eigenpairs(decomposer.weights, e, k, progress=False)

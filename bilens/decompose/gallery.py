@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens.bare import require_bare
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.motifs import MOTIFS, classify, negated_first, typical_activations
 from bilens.decompose.neighbours import cluster
@@ -197,6 +198,7 @@ def motif_gallery(
         progress: show a bar.
 
     Raises:
+        AlteredModelError: SAEs are attached to a model, or there are hooks on it or on an SAE.
         ArgumentError: no layers, or another number of activations than of layers; activations on different texts; `n`
             or `min_tokens` below 1.
         MissingSAEError: a decomposer without one of its SAEs.
@@ -212,6 +214,7 @@ def motif_gallery(
     if min(n, min_tokens) < 1:
         raise ArgumentError(f"n {n} and min_tokens {min_tokens} must be at least 1.")
     for d, ins, outs in zip(decomposers, inputs, outputs, strict=True):
+        require_bare(d.model, d.input_view.sae, d.output_view.sae)
         for which, given, view in (("input", ins, d.input_view), ("output", outs, d.output_view)):
             if given.d_sae != view.d_sae:
                 raise SAEMismatchError(

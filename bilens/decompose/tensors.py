@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.checks import check_finite
 from bilens.errors import NotBilinearError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class BilinearLayer:
         """One layer of a model, detached, in float32 at least.
 
         Raises:
+            CheckpointError: weights that are not finite.
             NotBilinearError: a gated or one-branch model: its output is not a quadratic form of its input.
         """
         if not model.cfg.is_bilinear:
@@ -53,7 +55,10 @@ class BilinearLayer:
         mlp = model.blocks[layer].mlp
         names = ("W_gate", "W_in", "W_out", "b_gate", "b_in", "b_out")
         dtype = torch.promote_types(model.cfg.dtype, torch.float32)
-        return cls(**{name: getattr(mlp, name).detach().as_subclass(Tensor).to(dtype) for name in names})
+        weights = {name: getattr(mlp, name).detach().as_subclass(Tensor).to(dtype) for name in names}
+        for name, weight in weights.items():
+            check_finite(name, weight, f"layer {layer} of the model {model.cfg.model_name!r}")
+        return cls(**weights)
 
     def to(self, dtype: torch.dtype) -> "BilinearLayer":
         return BilinearLayer(*(t.to(dtype) for t in vars(self).values()))

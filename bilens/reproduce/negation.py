@@ -37,6 +37,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens.bare import require_bare
 from bilens.decompose import Decomposer
 from bilens.display import Tabular
 from bilens.errors import ArgumentError
@@ -180,6 +181,7 @@ def negation_study(
 
 
 def _run(model: HookedBilinearTransformer, decomposers: Sequence[Decomposer]) -> _Run:
+    require_bare(model)
     tokens, adjective = tokens_of(model)
     hooks = [d.normalized_hook for d in decomposers] + [d.out_hook for d in decomposers]
     hooks += [f"blocks.{d.layer}.hook_resid_post" for d in decomposers]

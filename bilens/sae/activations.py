@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens.bare import require_bare
 from bilens.data import TokenizedTexts, pack
 from bilens.errors import EmptyTextError, SAEMismatchError, TrainingError
 from bilens.model import HookedBilinearTransformer
@@ -185,6 +186,7 @@ class ActivationStream:
         seed: int = 0,
         bf16: bool = False,
     ):
+        require_bare(model)
         self.widths = hook_widths(model, hooks)
         self.model, self.rows, self.batch_size, self.seed, self.bf16 = model, rows, batch_size, seed, bf16
         self.step = 0

@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from bilens import parallel
 from bilens.attaching import encode, reconstruct, splice_hooks
+from bilens.bare import require_bare
+from bilens.checks import check_sizes
 from bilens.display import Tabular
 from bilens.errors import ArgumentError
 from bilens.model import HookedBilinearTransformer
@@ -90,12 +92,16 @@ def evaluate_saes(
         batch_size: texts at a time.
 
     Raises:
+        AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
+        ArgumentError: SAEs without names, or a batch size that is none.
         HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.attaching`).
         EmptyTextError: no texts, or one with nothing in it.
     """
     if not isinstance(saes, Mapping):
         raise ArgumentError(f'saes is a {type(saes).__name__}; expected SAEs by name: {{"mine": sae}}.')
+    check_sizes(batch_size=batch_size)
     tallies = {name: _Tally(sae, *splice_hooks(model, sae, f"the SAE {name!r}")) for name, sae in saes.items()}
+    require_bare(model, *saes.values())
     hooks = sorted({hook for tally in tallies.values() for hook in (tally.reads, tally.writes)})
     tokens, mask = text_starts(model, texts)
     clean, ablated = 0.0, dict.fromkeys((tally.writes for tally in tallies.values()), 0.0)

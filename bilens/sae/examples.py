@@ -11,6 +11,8 @@ from sae_lens import SAE
 from torch import Tensor
 
 from bilens.attaching import encode, splice_hooks
+from bilens.bare import require_bare
+from bilens.checks import check_sizes
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.texts import text_starts
@@ -157,10 +159,14 @@ def feature_activations(
         batch_size: texts at a time.
 
     Raises:
+        AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
+        ArgumentError: a batch size that is none.
         HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.attaching`).
         EmptyTextError: no texts, or one with nothing in it.
     """
+    check_sizes(batch_size=batch_size)
     hooks = [splice_hooks(model, sae, f"SAE {i}")[0] for i, sae in enumerate(saes)]
+    require_bare(model, *saes)
     tokens, mask = text_starts(model, texts)
     mask[:, : model.n_bos] = 0
     stop = stop_after(hooks)

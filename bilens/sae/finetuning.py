@@ -27,6 +27,7 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens.bare import require_bare
 from bilens.checkpoint import load_checkpoint, save_checkpoint
 from bilens.data import Texts, TokenizedTexts, load_texts, pack
 from bilens.errors import SAEMismatchError, TrainingError
@@ -119,6 +120,7 @@ class FinetuneRun:
                 "blocks, such as 'blocks.1.hook_mlp_out'."
             )
         model.check_hook_name(hook)
+        require_bare(model, sae)
         self.model, self.sae, self.pieces, self.config = model, sae.to(torch.float32), pieces, config
         self.checkpoint, self.name, self.hook, self.layer = checkpoint, name, hook, int(match[1])
         self.norms = sae.W_dec.detach().norm(dim=-1, keepdim=True)

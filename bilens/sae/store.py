@@ -24,10 +24,11 @@ from sae_lens import SAE
 
 from bilens import parallel
 from bilens.attaching import splice_hooks
+from bilens.bare import require_bare
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, OutOfRangeError, nearest
 from bilens.files import read_json, to_path
-from bilens.fingerprint import fingerprint, model_fingerprint, sae_fingerprint
+from bilens.fingerprint import check_same, fingerprint, model_fingerprint, sae_fingerprint
 from bilens.model import HookedBilinearTransformer
 from bilens.sae.corpus import open_corpus
 from bilens.sae.evaluation import DENSE
@@ -111,6 +112,7 @@ def build_feature_store(
         checkpoint_seconds: between checkpoints.
 
     Raises:
+        AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
         ArgumentError: no SAEs, or not by name.
         HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.attaching`), or whose
             activations are not finite.
@@ -124,6 +126,7 @@ def build_feature_store(
     if not isinstance(saes, Mapping) or not saes:
         raise ArgumentError(f'saes is {saes!r:.80}; expected SAEs by name: {{"mine": sae}}.')
     hooks = {name: splice_hooks(model, sae, f"the SAE {name!r}") for name, sae in saes.items()}
+    require_bare(model, *saes.values())
     tokenizer = model._require_tokenizer()
     corpus = open_corpus(source, split, column, config.max_texts)
     vocabulary = vocabulary_strings(tokenizer, model.cfg.d_vocab)
@@ -433,6 +436,7 @@ class FeatureStore(Tabular):
         counts_all_tokens: whether tokens are counted on all firings, or estimated from a sample of each feature's.
         config: what is kept.
         names: of the SAEs.
+        identity: fingerprints of what it was made from, and the configuration.
     """
 
     folder: Path
@@ -443,6 +447,7 @@ class FeatureStore(Tabular):
     wordpiece: bool = field(repr=False)
     config: FeatureStoreConfig = field(repr=False)
     saes: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    identity: Mapping[str, Any] = field(repr=False)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "FeatureStore":
@@ -465,9 +470,24 @@ class FeatureStore(Tabular):
                 raise CheckpointError(f"{folder} has format {identity['format']}, not {FORMAT}. {BUILD_ANEW}")
             names = ("model_name", "n_tokens", "n_texts", "counts_all_tokens", "wordpiece", "saes")
             config = FeatureStoreConfig(**identity["config"])
-            return cls(folder=folder, config=config, **{name: manifest[name] for name in names})
+            return cls(folder=folder, config=config, identity=identity, **{name: manifest[name] for name in names})
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no manifest that bilens wrote: {error!r}. {BUILD_ANEW}") from error
+
+    def check_made_from(self, model: HookedBilinearTransformer, saes: Mapping[str, SAE[Any]]) -> None:
+        """Refuse to describe the features of other SAEs, or of another model's.
+
+        Args:
+            model: must be the one that the store was made from.
+            saes: by their names in the store; so must these.
+
+        Raises:
+            StaleError: one of them is not.
+        """
+        check_same(self.identity["model"], model_fingerprint(model), f"the feature store {self.folder}", "model")
+        for name, sae in saes.items():
+            what = f"the feature store {self.folder} of {name!r}"
+            check_same(self.identity["saes"][name], sae_fingerprint(sae), what, "SAE")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens.bare import require_bare
 from bilens.checkpoint import load_checkpoint, save_checkpoint
 from bilens.data import TokenizedTexts, load_texts, open_dataset
 from bilens.errors import ArgumentError, SAEMismatchError, TrainingError, nearest
@@ -250,6 +251,7 @@ def train_saes(
     twice = {target.name for target in targets if [t.name for t in targets].count(target.name) > 1}
     if twice:
         raise SAEMismatchError(f"hooks asks twice for {', '.join(sorted(twice))}.")
+    require_bare(model)
     widths = hook_widths(model, [hook for target in targets for hook in target.hooks])
     for target in targets:
         if config.k > config.expansion * widths[target.hook]:

@@ -11,7 +11,8 @@ The pre-activation is what the activation function is given: of a gated SAE that
 the choice of a top-k, deciding afterwards which features are let through.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
+from bilens.checks import check_finite
 from bilens.errors import ArgumentError, SAEMismatchError, nearest
+from bilens.fingerprint import Snapshot
 
 LINEAR_ENCODERS = (
     "standard",
@@ -47,9 +50,37 @@ class FrozenNorm:
 
 @dataclass(frozen=True)
 class SAEView:
-    """An SAE as directions in the space it reads and writes."""
+    """An SAE as directions in the space it reads and writes.
+
+    Attributes:
+        sae: what is read.
+        given: what `sae` is a float32 copy of, where that is in half precision.
+
+    Raises:
+        CheckpointError: weights that are not finite.
+        SAEMismatchError: a kind of SAE without one linear write per feature.
+    """
 
     sae: SAE[Any]
+    given: SAE[Any] | None = None
+    _snapshot: Snapshot | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, sae: SAE[Any]) -> "SAEView":
+        """In float32 at least: directions are exact only where the SAE's own rounding is."""
+        if torch.finfo(sae.dtype).bits >= 32:
+            return cls(sae)
+        return cls(copy.deepcopy(sae).to(torch.float32), sae, Snapshot(saes={"the SAE": sae}))
+
+    def current(self) -> "SAEView":
+        """This view, or one of the SAE as it is now: a float32 copy does not follow what it was copied from."""
+        halved = torch.finfo(self.sae.dtype).bits < 32
+        return SAEView.of(self.original) if halved or (self._snapshot and self._snapshot.changed()) else self
+
+    @property
+    def original(self) -> SAE[Any]:
+        """The SAE that was given."""
+        return self.sae if self.given is None else self.given
 
     def __post_init__(self) -> None:
         architecture = self.sae.cfg.architecture()
@@ -66,6 +97,8 @@ class SAEView:
             )
         if self.sae.cfg.reshape_activations != "none":
             raise SAEMismatchError("an SAE on reshaped activations (hook_z) does not read the residual stream.")
+        for name, weight in self.sae.named_parameters():
+            check_finite(name, weight.detach(), f"the SAE on {self.hook_name!r}")
 
     @property
     def hook_name(self) -> str | None:

@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.bare import require_bare
 from bilens.decompose.eigen import signed, sorted_eigenpairs
 from bilens.decompose.results import Eigencircuits
 from bilens.decompose.tensors import BilinearLayer, interaction_matrix
@@ -273,6 +274,7 @@ def read_by_last_layer(
     if space == "pixels":
         x = model.flatten(images)
     else:
+        require_bare(model)
         name = f"blocks.{model.cfg.n_layer - 1}.hook_resid_pre"
         x = model.run_with_cache(images, return_cache_object=False, names_filter=name)[1][name]
     return with_one(x.double()) if homogeneous else x.double()

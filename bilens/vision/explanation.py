@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.bare import require_bare
 from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.typing import typed
@@ -135,6 +136,7 @@ def explain(
         raise ArgumentError(f"image has shape {tuple(image.shape)}, expected one image of {cfg.d_input} pixels.")
     if min(positive, negative) < 0:
         raise OutOfRangeError(f"positive is {positive} and negative {negative}, expected 0 or more.")
+    require_bare(model)
     with torch.no_grad():
         logits = model(image.reshape(1, -1))[0].double()
     if isinstance(classes, int):

@@ -1,0 +1,38 @@
+"""One guard for everything that measures: a model (or SAE) is measured by itself, or not at all.
+
+An SAE that is attached and a hook that someone left change what a forward pass computes. A measurement through them is
+of another model than the one it names, so it is refused.
+"""
+
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from bilens.errors import AlteredModelError
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+SHOWN = 3
+
+
+def require_bare(*modules: nn.Module) -> None:
+    """Refuse models and SAEs that would not compute what their weights say; to be asked before the pass.
+
+    Args:
+        modules: a model, and the SAEs that are read beside it.
+
+    Raises:
+        AlteredModelError: SAEs are attached, or there are hooks: TransformerLens' or torch's own, temporary or not.
+    """
+    for module in modules:
+        attached: dict[str, Any] = getattr(module, "acts_to_saes", {})
+        hooked = (name for name, part in module.named_modules() if any(getattr(part, kind) for kind in _HOOKS))
+        found = [f"an SAE is attached at {name}" for name in attached]
+        found += [f"a hook is on {name or 'it'}" for name in islice(hooked, SHOWN)]
+        if found:
+            raise AlteredModelError(
+                f"this measures {type(module).__name__} by itself, and {', '.join(found)}: the numbers would be of "
+                "something else. Detach SAEs with reset_saes(), and hooks with "
+                "reset_hooks(including_permanent=True), a torch hook with its handle's remove(); or leave the `with` "
+                "block they are for."
+            )
