@@ -2,7 +2,7 @@
 
     python benchmarks/attribution.py TEXTS [TARGETS] [PROMPTS]
 
-TEXTS is what `bilens.data.load_texts` takes; better texts that the SAEs were not trained on. Prints
+TEXTS is what `bilens.train.data.load_texts` takes; better texts that the SAEs were not trained on. Prints
 
 1. the completeness error of TARGETS (1000) random targets (features of every SAE, logits, differences, directions) in
    random modes, relative to the sum of absolute parts, and that of their token attributions
@@ -23,7 +23,7 @@ import torch
 import bilens
 from bilens.attribute import Target, attribute_tokens, check_circuits, feature_means, freeze, split
 from bilens.attribute.targets import READABLE
-from bilens.data import load_texts
+from bilens.train.data import load_texts
 
 PROMPT = 32  # tokens
 PER_TEXT = 20  # targets

@@ -2,7 +2,7 @@
 
     python benchmarks/completeness.py TEXTS [N]
 
-TEXTS is what `bilens.data.load_texts` takes. Errors are relative to the sum of the absolute parts.
+TEXTS is what `bilens.train.data.load_texts` takes. Errors are relative to the sum of the absolute parts.
 """
 
 import random
@@ -11,7 +11,7 @@ import sys
 import torch
 
 import bilens
-from bilens.data import load_texts
+from bilens.train.data import load_texts
 
 
 def main(texts_path: str, n: int = 1000) -> None:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 import bilens
-from bilens.decompose.eigensweep import EigenSweep, top_eigenpairs
-from bilens.decompose.tensors import BilinearLayer, hidden_coefficients
+from bilens.layer.bilinear import BilinearLayer, hidden_coefficients
+from bilens.layer.eigen.solve import EigenSweep, top_eigenpairs
 from bilens.sae.view import SAEView
 
 ROUNDS, SAMPLE_A, SAMPLE_B = 3, 48, 2

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/feature_store.py TEXTS [N_TEXTS]
 
-TEXTS is what `bilens.data.load_texts` takes. The loop finds less (frequency, mean, maximum and top contexts; no random
-contexts, no tokens, no histogram, nothing on disk) and pads batches in the order of the texts, as one would write it.
-Times are the process' own: what else the machine does is left out.
+TEXTS is what `bilens.train.data.load_texts` takes. The loop finds less (frequency, mean, maximum and top contexts; no
+random contexts, no tokens, no histogram, nothing on disk) and pads batches in the order of the texts, as one would
+write it. Times are the process' own: what else the machine does is left out.
 """
 
 import sys
@@ -14,8 +14,8 @@ from time import process_time
 import torch
 
 import bilens
-from bilens.data import load_texts
 from bilens.sae import FeatureStoreConfig, build_feature_store
+from bilens.train.data import load_texts
 
 N_TOP, BEFORE, AFTER = 12, 12, 6
 

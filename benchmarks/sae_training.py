@@ -18,9 +18,9 @@ from datasets import Dataset
 from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig, TopKTrainingSAEConfig
 
 import bilens
-from bilens.data import TokenizedTexts, load_texts, pack
-from bilens.sae.activations import PackedRows
-from bilens.sae.training import SAERun, SAETrainConfig, Target
+from bilens.sae.train.activations import PackedRows
+from bilens.sae.train.training import SAERun, SAETrainConfig, Target
+from bilens.train.data import TokenizedTexts, load_texts, pack
 
 REPEATS = 3
 CONFIG = SAETrainConfig(tokens=32 * 1024, checkpoint_every=1_000_000)

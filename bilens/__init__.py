@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from bilens.annealing import AnnealConfig, anneal
     from bilens.attribute import Circuit
-    from bilens.config import BilinearTransformerConfig
     from bilens.decompose import Decomposer
     from bilens.errors import BilensError
-    from bilens.hf import BilinearConfig, BilinearForCausalLM
-    from bilens.loading import list_models, load_model
-    from bilens.model import HookedBilinearTransformer
-    from bilens.reporting import report
+    from bilens.model.config import BilinearTransformerConfig
+    from bilens.model.hf import BilinearConfig, BilinearForCausalLM
+    from bilens.model.loading import list_models, load_model
+    from bilens.model.transformer import HookedBilinearTransformer
+    from bilens.pages.dashboard import FeatureDashboard
+    from bilens.pages.report import report
     from bilens.sae import (
         FeatureStore,
         build_feature_store,
@@ -29,32 +29,32 @@ if TYPE_CHECKING:
         push_saes,
         train_saes,
     )
-    from bilens.training import TrainConfig, train_lm
-    from bilens.viz.dashboard import FeatureDashboard
+    from bilens.train.annealing import AnnealConfig, anneal
+    from bilens.train.language_model import TrainConfig, train_lm
 
 _HOME = {
-    "AnnealConfig": "bilens.annealing",
+    "AnnealConfig": "bilens.train.annealing",
     "BilensError": "bilens.errors",
-    "BilinearConfig": "bilens.hf",
-    "BilinearForCausalLM": "bilens.hf",
-    "BilinearTransformerConfig": "bilens.config",
+    "BilinearConfig": "bilens.model.hf",
+    "BilinearForCausalLM": "bilens.model.hf",
+    "BilinearTransformerConfig": "bilens.model.config",
     "Circuit": "bilens.attribute",
     "Decomposer": "bilens.decompose",
-    "FeatureDashboard": "bilens.viz.dashboard",
+    "FeatureDashboard": "bilens.pages.dashboard",
     "FeatureStore": "bilens.sae",
-    "HookedBilinearTransformer": "bilens.model",
-    "TrainConfig": "bilens.training",
-    "anneal": "bilens.annealing",
+    "HookedBilinearTransformer": "bilens.model.transformer",
+    "TrainConfig": "bilens.train.language_model",
+    "anneal": "bilens.train.annealing",
     "build_feature_store": "bilens.sae",
     "evaluate_saes": "bilens.sae",
     "finetune_saes": "bilens.sae",
-    "list_models": "bilens.loading",
+    "list_models": "bilens.model.loading",
     "list_saes": "bilens.sae",
-    "load_model": "bilens.loading",
+    "load_model": "bilens.model.loading",
     "load_sae": "bilens.sae",
     "push_saes": "bilens.sae",
-    "report": "bilens.reporting",
-    "train_lm": "bilens.training",
+    "report": "bilens.pages.report",
+    "train_lm": "bilens.train.language_model",
     "train_saes": "bilens.sae",
 }
 

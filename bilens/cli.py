@@ -42,8 +42,8 @@ def train_lm(
     device: str | None = None,
 ) -> None:
     """Train a bilinear language model (and its tokenizer) and write it in the published format."""
-    from bilens.training import TrainConfig
-    from bilens.training import train_lm as train
+    from bilens.train.language_model import TrainConfig
+    from bilens.train.language_model import train_lm as train
 
     config = TrainConfig(
         d_model=d_model,
@@ -95,8 +95,8 @@ def anneal(
     seed: int = 1,
 ) -> None:
     """Turn a gated or normalised model into a bilinear one while training it on."""
-    from bilens.annealing import AnnealConfig
-    from bilens.annealing import anneal as run
+    from bilens.train.annealing import AnnealConfig
+    from bilens.train.annealing import anneal as run
 
     config = AnnealConfig(
         normalization=normalization, ramp=ramp, epochs=epochs, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed
@@ -174,9 +174,9 @@ def train_sae(
     seed: int = 0,
 ) -> None:
     """Train SAEs or transcoders with SAELens, all hooks from one pass over the model."""
-    from bilens import parallel
-    from bilens.loading import load_model
-    from bilens.sae.training import SAETrainConfig, train_saes
+    from bilens._core import parallel
+    from bilens.model.loading import load_model
+    from bilens.sae.train.training import SAETrainConfig, train_saes
 
     config = SAETrainConfig(
         architecture=architecture,
@@ -215,9 +215,9 @@ def finetune_sae(
     seed: int = 1,
 ) -> None:
     """Fine-tune trained SAEs on the output of the model they are spliced into; run again to go on."""
-    from bilens.loading import load_model
-    from bilens.sae.finetuning import FinetuneConfig, finetune_saes
+    from bilens.model.loading import load_model
     from bilens.sae.loading import load_sae_folder
+    from bilens.sae.train.finetuning import FinetuneConfig, finetune_saes
 
     loaded = load_model(model)
     saes = {name: load_sae_folder(folder / name, n_layers=loaded.cfg.n_layers) for name in sae}
@@ -235,9 +235,9 @@ def evaluate(
     column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
 ) -> None:
     """Validation loss of a model; sparsity, explained variance and loss recovered of its SAEs."""
-    from bilens.data import load_texts
-    from bilens.files import destination
-    from bilens.reporting import evaluate as run
+    from bilens._core.files import destination
+    from bilens.pages.report import evaluate as run
+    from bilens.train.data import load_texts
 
     if out is not None:
         destination(out)
@@ -261,8 +261,8 @@ def sweep(
 ) -> None:
     """Spectra of all output features of a whole model; under torchrun, its processes share the work."""
     from bilens.decompose.sweep import sweep as write
-    from bilens.loading import load_model
-    from bilens.reporting import layer_decomposers
+    from bilens.model.loading import load_model
+    from bilens.pages.report import layer_decomposers
 
     loaded = load_model(model)
     decomposers = layer_decomposers(loaded, layer, saes, expansion, sparsity)
@@ -285,12 +285,12 @@ def features(
     seed: Annotated[int, typer.Option(help="Of the random contexts.")] = 0,
 ) -> None:
     """Store what every SAE feature fires on over a corpus; several processes share it under torchrun."""
-    from bilens import parallel
+    from bilens._core import parallel
     from bilens.errors import ArgumentError
-    from bilens.loading import load_model
-    from bilens.reporting import sae_source
+    from bilens.model.loading import load_model
+    from bilens.pages.report import sae_source
+    from bilens.sae.features.store import FeatureStoreConfig, build_feature_store
     from bilens.sae.loading import list_saes, load_sae
-    from bilens.sae.store import FeatureStoreConfig, build_feature_store
 
     with parallel.processes():
         device = parallel.local_device()
@@ -320,8 +320,8 @@ def dashboard(
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_features.html"),
 ) -> None:
     """Write what features fire on to one self-contained HTML file."""
-    from bilens.sae.store import FeatureStore
-    from bilens.viz.dashboard import FeatureDashboard
+    from bilens.pages.dashboard import FeatureDashboard
+    from bilens.sae.features.store import FeatureStore
 
     features = FeatureStore.load(store)[sae]
     records = [features.feature(index) for index in feature]
@@ -350,8 +350,8 @@ def report(
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_report.html"),
 ) -> None:
     """Write a report on the circuits of one layer: one self-contained HTML file."""
-    from bilens.data import load_texts
-    from bilens.reporting import report as write
+    from bilens.pages.report import report as write
+    from bilens.train.data import load_texts
 
     texts = None if examples is None else load_texts(examples)
     circuits = write(
@@ -394,8 +394,8 @@ def trace(
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_trace.html"),
 ) -> None:
     """Trace a logit or a feature back to the tokens: an interactive graph in one self-contained HTML file."""
-    from bilens.data import load_texts
-    from bilens.reporting import trace as write
+    from bilens.pages.report import trace as write
+    from bilens.train.data import load_texts
 
     texts = None if examples is None else load_texts(examples)
     circuit = write(
@@ -431,8 +431,8 @@ def gallery(
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_gallery.html"),
 ) -> None:
     """Pairs of features that make an AND, XOR, AND NOT or inhibition: a gallery in one self-contained HTML file."""
-    from bilens.data import load_texts
-    from bilens.reporting import gallery as write
+    from bilens.pages.report import gallery as write
+    from bilens.train.data import load_texts
 
     texts = None if examples is None else load_texts(examples)
     found = write(
@@ -444,7 +444,7 @@ def gallery(
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilens_demo.html")) -> None:
     """Circuits of the bundled model: which pairs of input features build an output feature, in which tokens."""
-    from bilens.reporting import demo as write
+    from bilens.pages.report import demo as write
 
     _tell(write(out, say=typer.echo), out)
 
@@ -460,8 +460,8 @@ def reproduce(
     seed: int = 0,
 ) -> None:
     """Make figures of the papers again, as far as this machine can: a page each, and a table "paper / here"."""
-    from bilens.data import load_texts
     from bilens.reproduce import RECIPES, Settings, recipe
+    from bilens.train.data import load_texts
 
     chosen = list(RECIPES.values()) if everything else [recipe(name) for name in names or []]
     if not chosen:

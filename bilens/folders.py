@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bilens._core.files import destination_folder, write_atomically
 from bilens.errors import CheckpointError, OverwriteError, WriteError
-from bilens.files import destination_folder, write_atomically
 
 try:
     import fcntl

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from tokenizers import models
 from torch import Tensor
 
-from bilens.config import config_from_published
-from bilens.data import SPECIAL_TOKENS, train_tokenizer
-from bilens.loading import load_model
-from bilens.model import HookedBilinearTransformer
+from bilens.model.config import config_from_published
+from bilens.model.loading import load_model
+from bilens.model.transformer import HookedBilinearTransformer
+from bilens.train.data import SPECIAL_TOKENS, train_tokenizer
+
+pytest_plugins = ["tests.browser"]
 
 # Derandomized: a test that passes here passes again elsewhere. No deadline: a first call may import or compile.
 settings.register_profile("bilens", deadline=None, max_examples=20, derandomize=True)

@@ -10,18 +10,18 @@ import torch
 
 from bilens.attribute import Circuit, Target, check_circuit, feature_means, freeze
 from bilens.bare import require_bare
-from bilens.data import TokenizedTexts
 from bilens.decompose import Decomposer
-from bilens.decompose.circuit import feature_circuit, layer_inputs
+from bilens.decompose.feature import feature_circuit, layer_inputs
 from bilens.decompose.gallery import motif_gallery
 from bilens.errors import AlteredModelError
-from bilens.model import HookedBilinearTransformer
-from bilens.sae.evaluation import evaluate_saes
-from bilens.sae.examples import feature_activations
-from bilens.sae.finetuning import FinetuneConfig, finetune_saes
-from bilens.sae.store import build_feature_store
-from bilens.sae.training import SAETrainConfig, train_saes
-from bilens.training import TrainConfig, TrainingRun, validate
+from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.features.examples import feature_activations
+from bilens.sae.features.store import build_feature_store
+from bilens.sae.train.evaluation import evaluate_saes
+from bilens.sae.train.finetuning import FinetuneConfig, finetune_saes
+from bilens.sae.train.training import SAETrainConfig, train_saes
+from bilens.train.data import TokenizedTexts
+from bilens.train.language_model import TrainConfig, TrainingRun, validate
 from tests.conftest import make_model
 from tests.random_saes import make_sae
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bilens.errors import ArgumentError
-from bilens.model import HookedBilinearTransformer
+from bilens.model.transformer import HookedBilinearTransformer
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.model import BilinearClassifier
 from tests.conftest import make_model

@@ -14,8 +14,8 @@ from transformer_lens import utils
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from bilens.errors import ArgumentError
-from bilens.model import HookedBilinearTransformer
-from bilens.tokenization import attended
+from bilens.model.tokenization import attended
+from bilens.model.transformer import HookedBilinearTransformer
 from tests.conftest import make_model
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}

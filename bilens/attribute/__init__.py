@@ -1,8 +1,8 @@
 """Exact attribution through every layer: splits, token attributions, circuits, and their checks by intervention."""
 
 from bilens.attribute.chains import Chain, trace_chain
+from bilens.attribute.circuit import Circuit, trace_circuit
 from bilens.attribute.circuit_files import from_attribution_graph
-from bilens.attribute.circuit_graph import Circuit, trace_circuit
 from bilens.attribute.faithfulness import (
     CircuitChecks,
     EdgeCheck,

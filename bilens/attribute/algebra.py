@@ -3,7 +3,7 @@
 With attention patterns and norm scales frozen, attention is linear and an MLP is quadratic:
 
     attn(x)[q]  = sum_h sum_s pattern_h[q, s] (x[s] / scale[s]) W_V_h W_O_h
-    u . mlp(n)  = n^T Q_u n + g_u . n + h_u                                       (`bilens.decompose.tensors`)
+    u . mlp(n)  = n^T Q_u n + g_u . n + h_u                                       (`bilens.layer.bilinear`)
 
 A *field* is what one target reads of a residual stream: a vector at every position. Fields go down through attention
 (`attention_back`), streams go up (`attention_forward`, `mlp_shares`); a whole batch of either is a few matrix products.
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bilens.decompose.tensors import BilinearLayer, hidden_coefficients
+from bilens.layer.bilinear import BilinearLayer, hidden_coefficients
 
 
 def attention_back(
@@ -97,7 +97,7 @@ def pair_products(
     right: Float[Tensor, "n source d_mlp"],
     ones: Float[Tensor, "source"],
 ) -> Float[Tensor, "n source source"]:
-    """`bilens.decompose.tensors.source_products` for many directions, each with sources of its own.
+    """`bilens.layer.bilinear.source_products` for many directions, each with sources of its own.
 
     Entry `(s, t)` is half of what the pair adds to `u . mlp(x)`, `(t, s)` the other half; the entries of one direction
     add up to it.

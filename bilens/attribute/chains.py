@@ -24,13 +24,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.display import Tabular
 from bilens.attribute.frozen import FrozenPass, freeze
-from bilens.decompose.eigen import sorted_eigenpairs
 from bilens.decompose.outputs import check_index
-from bilens.decompose.tensors import BilinearLayer, constant_term, interaction_matrix, linear_term
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, SAEMismatchError
-from bilens.model import HookedBilinearTransformer
+from bilens.layer.bilinear import BilinearLayer, constant_term, interaction_matrix, linear_term
+from bilens.layer.eigen.pairs import sorted_eigenpairs
+from bilens.model.transformer import HookedBilinearTransformer
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -59,7 +59,7 @@ class Chain(Tabular):
 
     def plot(self) -> "go.Figure":
         """The fidelity of every step, deepest last."""
-        from bilens.viz.plots import bars
+        from bilens.draw.plots import bars
 
         shown = self.frame[self.frame.fidelity.notna()].to_dict("records")
         return bars([self._label(row) for row in shown], [row["fidelity"] for row in shown], "fidelity")

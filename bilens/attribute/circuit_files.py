@@ -42,9 +42,9 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from bilens.attribute.circuit_graph import EDGE_COLUMNS, HEAD_COLUMNS, HYPEREDGE_COLUMNS, NODE_COLUMNS, Circuit
+from bilens._core.files import open_tensors, parse_json, regular_file, to_path, write_atomically
+from bilens.attribute.circuit import EDGE_COLUMNS, HEAD_COLUMNS, HYPEREDGE_COLUMNS, NODE_COLUMNS, Circuit
 from bilens.errors import ArgumentError, CheckpointError
-from bilens.files import open_tensors, parse_json, regular_file, to_path, write_atomically
 
 COLUMNS = {"nodes": NODE_COLUMNS, "edges": EDGE_COLUMNS, "hyperedges": HYPEREDGE_COLUMNS, "heads": HEAD_COLUMNS}
 FRAMES = tuple(COLUMNS)

@@ -23,20 +23,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from bilens._core.display import Tabular
 from bilens.attribute.algebra import mlp_branches, pair_products
-from bilens.attribute.circuit_graph import Circuit, trace_circuit
+from bilens.attribute.circuit import Circuit, trace_circuit
 from bilens.attribute.frozen import FrozenPass, SAEPass, SAEs, check_saes, freeze
 from bilens.attribute.interventions import Hook, frozen_hooks, read_values, rerun
 from bilens.attribute.targets import STREAM, Reads, Target, feature_reads, read_targets
 from bilens.bare import require_bare
-from bilens.display import Tabular
 from bilens.errors import ArgumentError
-from bilens.model import HookedBilinearTransformer
+from bilens.model.transformer import HookedBilinearTransformer
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from bilens.viz.markup import Numbers
+    from bilens.draw.markup import Numbers
 
 AttentionMode = Literal["frozen", "real"]
 MODES: tuple[AttentionMode, ...] = ("frozen", "real")
@@ -67,7 +67,7 @@ class Faithfulness(Tabular):
 
     def plot(self) -> "go.Figure":
         """Recovered value over the number of nodes kept."""
-        from bilens.viz.plots import line
+        from bilens.draw.plots import line
 
         curve = self.frame[self.frame.kept.str.startswith("top")].sort_values("nodes")
         nodes = sorted(curve.nodes.unique())
@@ -108,7 +108,7 @@ class EdgeCheck(Tabular):
 
     def plot(self) -> "go.Figure":
         """Measured over predicted."""
-        from bilens.viz.plots import scatter
+        from bilens.draw.plots import scatter
 
         labels = [f"{s} → {t}" for s, t in zip(self.frame.source, self.frame.target, strict=True)]
         return scatter(
@@ -273,7 +273,7 @@ class CircuitChecks(Tabular):
 
     def plot(self) -> "go.Figure":
         """The median recovered value over the number of nodes kept."""
-        from bilens.viz.plots import line
+        from bilens.draw.plots import line
 
         top = self.curves[self.curves.kept.str.startswith("top")]
         medians = top.groupby(["attention", "ablation", "nodes"]).recovered.median().unstack([0, 1])

@@ -20,15 +20,15 @@ from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
+from bilens._core.checks import check_finite
+from bilens._core.fingerprint import Snapshot
 from bilens.attribute.algebra import padded_nonzero
 from bilens.bare import require_bare
-from bilens.checks import check_finite
-from bilens.decompose.tensors import BilinearLayer
 from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, SAEMismatchError, nearest
-from bilens.fingerprint import Snapshot
-from bilens.model import HookedBilinearTransformer
+from bilens.layer.bilinear import BilinearLayer
+from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.features.store import FeatureStore
 from bilens.sae.loading import HOOK_TO_POINT, hook_of, point_of
-from bilens.sae.store import FeatureStore
 from bilens.sae.view import LINEAR_ENCODERS, SAEView
 
 INPUT_POINTS = ("mlp-in", "resid-mid")  # where an SAE may read an MLP's input; the first that is there is taken

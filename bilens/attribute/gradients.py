@@ -15,19 +15,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.attribute.frozen import FrozenPass
 from bilens.attribute.interventions import frozen_hooks, read_values, rerun
 from bilens.attribute.targets import Target, read_targets
 from bilens.attribute.tokens import attribute_tokens
-from bilens.display import Tabular
 from bilens.errors import ArgumentError
-from bilens.typing import typed
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from bilens.viz.circuits import ColoredTokens
+    from bilens.draw.circuits import ColoredTokens
 
 AttentionMode = Literal["frozen", "real"]
 MOST_STEPS = 64  # nodes by default, however many layers there are
@@ -74,12 +74,12 @@ class GradientAttribution(Tabular):
 
     def to_view(self) -> "ColoredTokens":
         """The text, each token coloured by its part."""
-        from bilens.viz.circuits import ColoredTokens
+        from bilens.draw.circuits import ColoredTokens
 
         return ColoredTokens(self.tokens, self.values, wordpiece=self.wordpiece)
 
     def plot(self) -> "go.Figure":
-        from bilens.viz.plots import bars
+        from bilens.draw.plots import bars
 
         labels = [f"{place} {token}" for place, token in enumerate(self.tokens)]
         return bars(labels, self.values, f"{self.target} at {self.position}: {self.method}, {self.attention} attention")

@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.attribute.algebra import attention_back, head_parts, mlp_branches, pair_products
 from bilens.attribute.frozen import FrozenPass, Names, names_by_hook
 from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
 from bilens.decompose.results import BIAS_SOURCES
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, MissingSAEError
 from bilens.sae.loading import hook_of
-from bilens.typing import typed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,7 +168,7 @@ class Split(Tabular):
 
     def plot(self, top: int = 20) -> "go.Figure":
         """The largest parts and the sum of the others, as signed bars."""
-        from bilens.viz.plots import bars
+        from bilens.draw.plots import bars
 
         shown = self.top(top)
         labels, values = shown.labels(), shown.values.tolist()

@@ -24,20 +24,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.attribute.algebra import attention_forward, head_parts, mlp_shares
 from bilens.attribute.frozen import FrozenPass
 from bilens.attribute.split import Fields, backward_fields
 from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
-from bilens.decompose.tensors import hidden_coefficients
-from bilens.display import Tabular
 from bilens.errors import ArgumentError
-from bilens.typing import typed
+from bilens.layer.bilinear import hidden_coefficients
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from bilens.viz.circuits import AttentionPatterns, ColoredTokens
+    from bilens.draw.circuits import AttentionPatterns, ColoredTokens
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class TokenAttribution(Tabular):
 
     def to_view(self) -> "ColoredTokens":
         """The text, each token coloured by its contribution."""
-        from bilens.viz.circuits import ColoredTokens
+        from bilens.draw.circuits import ColoredTokens
 
         return ColoredTokens(self.tokens, self.values, wordpiece=self.wordpiece)
 
     def heads_view(self) -> "AttentionPatterns":
         """What every head moved to the target's position, one map per head, in that position's row."""
-        from bilens.viz.circuits import AttentionPatterns
+        from bilens.draw.circuits import AttentionPatterns
 
         n_layers, n_heads, n = self.heads.shape
         maps = self.heads.new_zeros(n_layers * n_heads, n, n)
@@ -122,14 +122,14 @@ class TokenAttribution(Tabular):
 
     def plot(self) -> "go.Figure":
         """Contributions as signed bars, in the order of the text."""
-        from bilens.viz.plots import bars
+        from bilens.draw.plots import bars
 
         labels = [f"{place} {token}" for place, token in enumerate(self.tokens)]
         return bars([*labels, "biases"], [*self.values.tolist(), self.bias], f"{self.target} at {self.position}")
 
     def plot_pairs(self) -> "go.Figure":
         """The pair matrix as a heat map."""
-        from bilens.viz.plots import heatmap
+        from bilens.draw.plots import heatmap
 
         if self.pairs is None:
             raise ArgumentError("this was made without the pair matrix; ask for it with attribute_tokens(pairs=True).")

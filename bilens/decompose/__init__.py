@@ -1,10 +1,10 @@
 """Interaction tensors, eigencircuits, and the `Decomposer` over them."""
 
 from bilens.decompose.decomposer import Decomposer
-from bilens.decompose.inner import LayerSimilarity, layer_similarity
 from bilens.decompose.replacing import replace_mlp
 from bilens.decompose.results import Attribution, Eigencircuits, TopInteractions
 from bilens.decompose.topn import strongest_interactions
+from bilens.layer.inner import LayerSimilarity, layer_similarity
 
 __all__ = [
     "Attribution",

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.display import Tabular
 from bilens.decompose.results import name_of
-from bilens.decompose.tensors import BilinearLayer, hidden_coefficients
-from bilens.display import Tabular
 from bilens.errors import OutOfRangeError
+from bilens.layer.bilinear import BilinearLayer, hidden_coefficients
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ class PairInteractions(Tabular):
 
     def plot(self, top: int = 20) -> "go.Figure":
         """The largest pairs as signed bars (of the first output, where there are several)."""
-        from bilens.viz.plots import bars
+        from bilens.draw.plots import bars
 
         pairs = zip(self.i[0, :top].tolist(), self.j[0, :top].tolist(), strict=True)
         labels = [f"{name_of(self.left_names, i)} x {name_of(self.right_names, j)}" for i, j in pairs]

@@ -20,14 +20,13 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
+from bilens._core.typing import typed
 from bilens.bare import require_bare
 from bilens.decompose.between import PairInteractions, top_pairs
-from bilens.decompose.cp import CPCurve, CPDecomposition, cp_decompose
-from bilens.decompose.eigen import Order, sorted_eigenpairs
-from bilens.decompose.hosvd import HOSVD, input_gram, output_gram, singular
-from bilens.decompose.inner import double, inner_products
 from bilens.decompose.motifs import Motifs, find_motifs
-from bilens.decompose.neighbours import (
+from bilens.decompose.outputs import Output, check_index, read_output
+from bilens.decompose.results import Attribution, Eigencircuits, TopInteractions
+from bilens.decompose.similarity import (
     FeatureClusters,
     FeatureCosines,
     Linkage,
@@ -36,11 +35,10 @@ from bilens.decompose.neighbours import (
     feature_cosines,
     nearest_others,
 )
-from bilens.decompose.outputs import Output, check_index, read_output
-from bilens.decompose.reading import Lexicon
-from bilens.decompose.results import Attribution, Eigencircuits, TopInteractions
 from bilens.decompose.sparsity import Outliers, Sparsity, outliers, sparsity
-from bilens.decompose.tensors import (
+from bilens.decompose.topn import StrongestInteractions, strongest_interactions
+from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError, SAEMismatchError
+from bilens.layer.bilinear import (
     BilinearLayer,
     constant_term,
     in_basis,
@@ -48,11 +46,13 @@ from bilens.decompose.tensors import (
     linear_term,
     source_products,
 )
-from bilens.decompose.topn import StrongestInteractions, strongest_interactions
-from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError, SAEMismatchError
-from bilens.model import HookedBilinearTransformer
+from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
+from bilens.layer.eigen.pairs import Order, sorted_eigenpairs
+from bilens.layer.hosvd import HOSVD, input_gram, output_gram, singular
+from bilens.layer.inner import double, inner_products
+from bilens.layer.reading import Lexicon
+from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.view import SAEView
-from bilens.typing import typed
 
 if TYPE_CHECKING:
     from bilens.decompose.fidelity import Fidelity
@@ -414,7 +414,7 @@ class Decomposer:
     def inner_products(self, output: Output, basis: Basis = "residual", side: Side = "encoder") -> Float[Tensor, "n n"]:
         """`<Q_u, Q_w>` of every two outputs, exact from the factors, in float64.
 
-        Of two layers or models: `bilens.decompose.inner`.
+        Of two layers or models: `bilens.layer.inner`.
 
         Args:
             output: as for `interaction`.
@@ -529,7 +529,7 @@ class Decomposer:
         tolerance: float | int = 1e-5,
         progress: bool = True,
     ) -> CPDecomposition:
-        """The layer as `rank` hidden units that all outputs share; see `bilens.decompose.cp.cp_decompose`."""
+        """The layer as `rank` hidden units that all outputs share; see `bilens.layer.cp.cp_decompose`."""
         fit = cp_decompose(self.weights, rank, start, max_sweeps=max_sweeps, tolerance=tolerance, progress=progress)
         return replace(fit, outputs=self.lexicon("output"), inputs=self.lexicon("input"))
 

@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.typing import typed
 from bilens.decompose.outputs import check_index
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
-from bilens.model import HookedBilinearTransformer
-from bilens.typing import typed
+from bilens.model.transformer import HookedBilinearTransformer
 
 Tokens: TypeAlias = str | SupportsIndex | Sequence[str] | Sequence[int] | Int[Tensor, "*n"]
 Scale: TypeAlias = float | int | Float[Tensor, ""] | Float[Tensor, "1"] | None

@@ -22,13 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.checks import check_sizes
+from bilens._core.display import Tabular
 from bilens.bare import require_bare
-from bilens.checks import check_sizes
 from bilens.decompose.decomposer import Decomposer
-from bilens.decompose.eigensweep import top_eigenpairs
 from bilens.decompose.outputs import Output
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError
+from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.sae.texts import text_starts
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Fidelity(Tabular):
         Raises:
             ArgumentError: no feature is active on so many tokens.
         """
-        from bilens.viz.plots import line
+        from bilens.draw.plots import line
 
         kept = self.correlation[self.eligible(min_active)]
         if not kept.isfinite().any():
@@ -130,14 +130,14 @@ class Fidelity(Tabular):
 
     def histogram(self, k: int = 2, *, min_active: int = 20) -> "go.Figure":
         """How many features have which correlation, with `k` eigenpairs."""
-        from bilens.viz.plots import histogram
+        from bilens.draw.plots import histogram
 
         values = self.correlation[self.eligible(min_active), self._column(k)]
         return histogram(values[values.isfinite()].tolist(), x_title=f"correlation with {k} eigenpairs")
 
     def scatter(self, k: int = 2, *, min_active: int = 20) -> "go.Figure":
         """Correlation against how many tokens each feature is active on."""
-        from bilens.viz.plots import scatter
+        from bilens.draw.plots import scatter
 
         frame = self.to_frame(k)[self.eligible(min_active).numpy()].dropna()
         labels = [f"{row.feature} {row.name_}" for row in frame.rename(columns={"name": "name_"}).itertuples()]

@@ -31,22 +31,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.display import Tabular
 from bilens.bare import require_bare
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.motifs import MOTIFS, classify, negated_first, typical_activations
-from bilens.decompose.neighbours import cluster
 from bilens.decompose.results import name_of
-from bilens.decompose.tensors import BilinearLayer
+from bilens.decompose.similarity import cluster
 from bilens.decompose.topn import coefficients_of, cofiring
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, SAEMismatchError
-from bilens.sae.examples import Example, FeatureActivations
+from bilens.layer.bilinear import BilinearLayer
+from bilens.sae.features.examples import Example, FeatureActivations
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from bilens.viz.page import Page
+    from bilens.draw.page import Page
 
 MIN_TOKENS = 30
 SAME_TOKENS = 0.5
@@ -159,14 +159,14 @@ class MotifGallery(Tabular):
 
     def plot(self) -> "go.Figure":
         """How many families of motifs every layer has, kind by kind."""
-        from bilens.viz.plots import heatmap
+        from bilens.draw.plots import heatmap
 
         table = self.counts.pivot(index="layer", columns="kind", values="families")[list(MOTIFS)]
         return heatmap(table, [f"layer {layer}" for layer in table.index], list(MOTIFS), "families of motifs")
 
     def to_page(self, title: str = "Motifs read from the weights", subtitle: str = "") -> "Page":
         """All of it on one page."""
-        from bilens.viz.gallery_page import gallery_page
+        from bilens.pages.gallery import gallery_page
 
         return gallery_page(self, title, subtitle)
 

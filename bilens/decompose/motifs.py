@@ -32,17 +32,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.display import Tabular
 from bilens.decompose.results import name_of
 from bilens.decompose.sparsity import Triangle, check_fence, feature_entries, outside
-from bilens.decompose.tensors import BilinearLayer
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
+from bilens.layer.bilinear import BilinearLayer
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from bilens.sae.examples import FeatureActivations
+    from bilens.sae.features.examples import FeatureActivations
 
 MOTIFS = ("and", "xor", "negation", "inhibition")
 ON, OFF = 0.5, 0.25
@@ -93,7 +93,7 @@ class Motifs(Tabular):
 
     def plot(self, top: int = 20) -> "go.Figure":
         """The truth tables of the `top` ones, as a heat map."""
-        from bilens.viz.plots import heatmap
+        from bilens.draw.plots import heatmap
 
         frame = self.to_frame().head(top)
         sign = {"and": "and", "xor": "xor", "negation": "and not", "inhibition": "against"}

@@ -5,9 +5,9 @@ import copy
 import torch
 
 from bilens.decompose.outputs import check_index
-from bilens.decompose.tensors import BilinearLayer
 from bilens.errors import OutOfRangeError, SAEMismatchError
-from bilens.model import HookedBilinearTransformer
+from bilens.layer.bilinear import BilinearLayer
+from bilens.model.transformer import HookedBilinearTransformer
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What the analyses return: frozen, and able to print, tabulate and plot themselves.
 
-Plots come from `bilens.viz`, imported when asked for: numbers here, pictures there.
+Plots come from `bilens.draw`, imported when asked for: numbers here, pictures there.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.display import Tabular
+from bilens._core.display import Tabular
 from bilens.errors import MissingSAEError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Eigencircuits(Tabular):
 
     def plot(self) -> "go.Figure":
         """The spectrum (of the first output, where there are several)."""
-        from bilens.viz.plots import spectrum
+        from bilens.draw.plots import spectrum
 
         return spectrum(self.values.reshape(-1, self.values.shape[-1])[0].tolist())
 
@@ -163,7 +163,7 @@ class TopInteractions(Tabular):
 
     def plot(self) -> "go.Figure":
         """Heat map of the sub-matrix (of the first output, where there are several)."""
-        from bilens.viz.plots import heatmap
+        from bilens.draw.plots import heatmap
 
         matrix = self.submatrix if self.submatrix.ndim == 2 else self.submatrix[0]
         names = [name_of(self.input_names, i) for i in self.features.tolist()]
@@ -280,7 +280,7 @@ class Attribution(Tabular):
 
     def plot(self, top: int = 15) -> "go.Figure":
         """The largest pairs, and every other group, as signed bars."""
-        from bilens.viz.plots import bars
+        from bilens.draw.plots import bars
 
         pairs = self.to_frame()
         labels = [a if a == b else f"{a} x {b}" for a, b in zip(pairs.i_name[:top], pairs.j_name[:top], strict=True)]

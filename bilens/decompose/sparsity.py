@@ -24,10 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.display import Tabular
 from bilens.decompose.results import name_of
-from bilens.decompose.tensors import BilinearLayer, interaction_matrix
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError
+from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,7 +94,7 @@ class Sparsity(Tabular):
 
     def plot(self) -> "go.Figure":
         """Each output's share of outliers against its kurtosis."""
-        from bilens.viz.plots import scatter
+        from bilens.draw.plots import scatter
 
         frame = self.to_frame().dropna(subset="kurtosis")
         return scatter(
@@ -146,7 +146,7 @@ class Outliers(Tabular):
 
     def plot(self, top: int = 12) -> "go.Figure":
         """The first output's outliers between its `top` features, as a heat map; other pairs are left white."""
-        from bilens.viz.plots import heatmap
+        from bilens.draw.plots import heatmap
 
         first = self.outputs == self.outputs[0] if len(self.outputs) else self.outputs == 0
         i, j, entries = self.i[first].tolist(), self.j[first].tolist(), self.entries[first].tolist()

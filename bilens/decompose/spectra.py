@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.display import Tabular
 from bilens.decompose.decomposer import Decomposer, Side
-from bilens.decompose.eigensweep import EigenSweep, Method, top_eigenpairs
-from bilens.decompose.inner import double, norms
 from bilens.decompose.outputs import Output
-from bilens.decompose.tensors import BilinearLayer, hidden_coefficients, interaction_matrix
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, nearest
+from bilens.layer.bilinear import BilinearLayer, hidden_coefficients, interaction_matrix
+from bilens.layer.eigen.solve import EigenSweep, Method, top_eigenpairs
+from bilens.layer.inner import double, norms
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +81,7 @@ class Spectra(Tabular):
 
     def plot(self) -> "go.Figure":
         """How much the leading eigenpairs are of each interaction matrix, against how large it is."""
-        from bilens.viz.plots import scatter
+        from bilens.draw.plots import scatter
 
         k = self.eigen.values.shape[1]
         labels = [self.names[i] if self.names else str(i) for i in self.outputs.tolist()]

@@ -20,15 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens import parallel
+from bilens._core import parallel
+from bilens._core.display import Tabular
+from bilens._core.files import destination_folder, read_json, to_path, write_atomically
+from bilens._core.fingerprint import fingerprint, model_fingerprint, sae_fingerprint
 from bilens.decompose.decomposer import Decomposer, Side
-from bilens.decompose.eigensweep import EigenSweep, Method, choose_method
 from bilens.decompose.spectra import Spectra, spectra
-from bilens.display import Tabular
 from bilens.errors import CheckpointError, MissingSAEError, OutOfRangeError
-from bilens.files import destination_folder, read_json, to_path, write_atomically
-from bilens.fingerprint import fingerprint, model_fingerprint, sae_fingerprint
-from bilens.loading import read_tensors
+from bilens.layer.eigen.solve import EigenSweep, Method, choose_method
+from bilens.model.loading import read_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +112,7 @@ class Sweep(Tabular):
 
     def plot(self) -> "go.Figure":
         """How low-rank the layers are: the share of the leading eigenpairs, its median and quartiles."""
-        from bilens.viz.plots import line
+        from bilens.draw.plots import line
 
         quantiles = {"upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25}
         shares = {layer: self[layer].eigen.shares for layer in self.layers}

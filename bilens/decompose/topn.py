@@ -35,18 +35,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens.decompose.cost import seconds
+from bilens._core.display import Tabular
 from bilens.decompose.results import name_of
-from bilens.decompose.tensors import BilinearLayer
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
+from bilens.layer.bilinear import BilinearLayer
+from bilens.layer.eigen.cost import seconds
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
     from bilens.decompose.decomposer import Decomposer
-    from bilens.sae.examples import FeatureActivations
+    from bilens.sae.features.examples import FeatureActivations
 
 TOLERANCE = 2.0**-10
 # Both factors are rounded to eight bits, so is the result; a little for the accumulation in float32.
@@ -126,7 +126,7 @@ class StrongestInteractions(Tabular):
 
     def plot(self, top: int = 30) -> "go.Figure":
         """The `top` ones as signed bars."""
-        from bilens.viz.plots import bars
+        from bilens.draw.plots import bars
 
         frame = self.to_frame().head(top)
         pairs = [a if a == b else f"{a} x {b}" for a, b in zip(frame.i_name, frame.j_name, strict=True)]

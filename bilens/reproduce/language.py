@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 from bilens.decompose import Decomposer
 from bilens.decompose.fidelity import fidelity
-from bilens.loading import load_model
-from bilens.reporting import example_texts, layer_decomposers
+from bilens.model.loading import load_model
+from bilens.pages.report import example_texts, layer_decomposers
 from bilens.reproduce.reproduction import PEARCE_2025, Made, Recipe, Settings
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def _layers_and_texts(settings: Settings) -> tuple[list[Decomposer], list[str]]:
 
 
 def _low_rank(settings: Settings) -> Made:
-    from bilens.viz.plots import line
+    from bilens.draw.plots import line
 
     decomposers, texts = _layers_and_texts(settings)
     found = {f"layer {d.layer}": fidelity(d, texts, k=4 if settings.reduced else 16) for d in decomposers}

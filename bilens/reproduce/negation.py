@@ -37,13 +37,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.display import Tabular
 from bilens.bare import require_bare
 from bilens.decompose import Decomposer
-from bilens.display import Tabular
 from bilens.errors import ArgumentError
-from bilens.loading import load_model
-from bilens.model import HookedBilinearTransformer
-from bilens.reporting import layer_decomposers
+from bilens.model.loading import load_model
+from bilens.model.transformer import HookedBilinearTransformer
+from bilens.pages.report import layer_decomposers
 from bilens.reproduce.negation_algebra import bilinear_form, split_difference
 from bilens.reproduce.negation_auc import (
     TARGETS,

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.decompose.tensors import BilinearLayer, biases_as_weights
+from bilens.layer.bilinear import BilinearLayer, biases_as_weights
 
 
 def bilinear_form(

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.display import Tabular
 from bilens.decompose import Decomposer
-from bilens.display import Tabular
 from bilens.reproduce.negation_auc import cell_means
 from bilens.reproduce.negation_probes import CELL_NAMES, sentences
 
@@ -71,7 +71,7 @@ class Gate(Tabular):
 
     def plot(self) -> "go.Figure":
         """The sentences in the plane, coloured by the pre-activation, marked by their kind."""
-        from bilens.viz.plots import gate
+        from bilens.draw.plots import gate
 
         probes = sentences()
         first, second = (f"{value:+.2f}" for value in self.eigenvalues)

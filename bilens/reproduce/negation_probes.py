@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.errors import TokenizationError
-from bilens.model import HookedBilinearTransformer
+from bilens.model.transformer import HookedBilinearTransformer
 
 POSITIVE = ("happy", "glad", "good", "nice", "kind", "brave", "fun", "safe", "pretty", "clean", "strong", "friendly")
 NEGATIVE = ("sad", "bad", "mean", "scared", "angry", "sick", "hurt", "ugly", "dirty", "weak", "lonely", "mad")

@@ -9,14 +9,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from bilens.display import Tabular
-from bilens.files import destination_folder, write_atomically
+from bilens._core.display import Tabular
+from bilens._core.files import destination_folder, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from bilens.viz.page import Page
+    from bilens.draw.page import Page
 
 Rows: TypeAlias = Sequence[tuple[str, str, str]]
 Figures: TypeAlias = "Mapping[str, go.Figure]"
@@ -75,7 +75,7 @@ class Reproduction(Tabular):
 
     def to_page(self) -> "Page":
         """The table and all figures on one page."""
-        from bilens.viz.page import Page, captioned
+        from bilens.draw.page import Page, captioned
 
         page = Page(self.name, self.source)
         page.add(f"Smaller here: {self.scaled_down}", *self.words, self.to_frame())

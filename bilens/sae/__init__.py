@@ -1,13 +1,13 @@
 """SAEs: SAELens' classes, the published format, training, evaluation, and what features fire on."""
 
-from bilens.sae.evaluation import SAEScore, SAEScores, evaluate_saes
-from bilens.sae.examples import Example, FeatureActivations, FeatureSummary, feature_activations
-from bilens.sae.finetuning import FinetuneConfig, finetune_saes
+from bilens.sae.features.examples import Example, FeatureActivations, FeatureSummary, feature_activations
+from bilens.sae.features.store import FeatureRecord, FeatureStore, FeatureStoreConfig, build_feature_store
 from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae, scope_loader
 from bilens.sae.pushing import push_saes
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig, ScopeTrainingSAE, ScopeTrainingSAEConfig
-from bilens.sae.store import FeatureRecord, FeatureStore, FeatureStoreConfig, build_feature_store
-from bilens.sae.training import SAETrainConfig, train_saes
+from bilens.sae.train.evaluation import SAEScore, SAEScores, evaluate_saes
+from bilens.sae.train.finetuning import FinetuneConfig, finetune_saes
+from bilens.sae.train.training import SAETrainConfig, train_saes
 from bilens.sae.view import SAEView
 
 __all__ = [

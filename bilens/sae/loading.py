@@ -25,12 +25,12 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import dtype_to_str
 from torch import Tensor
 
-from bilens.config import check_positive_integers
-from bilens.display import Tabular
+from bilens._core.display import Tabular
+from bilens._core.files import read_json, to_path
 from bilens.errors import CheckpointError, ModelNotFoundError, SAEMismatchError, nearest
-from bilens.files import read_json, to_path
-from bilens.hub import HubOptions, fetch_from_hub
-from bilens.loading import (
+from bilens.model.config import check_positive_integers
+from bilens.model.hub import HubOptions, fetch_from_hub
+from bilens.model.loading import (
     CONFIG_FILE,
     HUB_ID,
     PRETRAINED,

@@ -13,9 +13,9 @@ from typing import Any
 
 from sae_lens import SAE, TrainingSAE
 
+from bilens._core.files import to_path
 from bilens.errors import ModelNotFoundError, SAEMismatchError
-from bilens.files import to_path
-from bilens.hub import card_header, push_to_hub
+from bilens.model.hub import card_header, push_to_hub
 from bilens.sae.loading import EXPECTED, FOLDER_NAME, FORMATS, SAEList, hook_of, list_saes
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from jaxtyping import Int
 from torch import Tensor
 
-from bilens.data import TokenizedTexts
 from bilens.errors import ArgumentError, EmptyTextError
+from bilens.train.data import TokenizedTexts
 
 if TYPE_CHECKING:
-    from bilens.model import HookedBilinearTransformer
+    from bilens.model.transformer import HookedBilinearTransformer
 
 
 def text_starts(

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from bilens.checks import check_finite
+from bilens._core.checks import check_finite
+from bilens._core.fingerprint import Snapshot
 from bilens.errors import ArgumentError, SAEMismatchError, nearest
-from bilens.fingerprint import Snapshot
 
 LINEAR_ENCODERS = (
     "standard",

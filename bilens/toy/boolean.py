@@ -3,7 +3,7 @@
 1. n bits; every output is one gate on one pair of them. On 0 and 1 each gate is `c + s (x + y) + m x y`: a matrix over
    `(x, 1)` with `m / 2` between the two bits, `s / 2` between each bit and the 1, and `c` in the corner
 2. a bilinear layer with biases is trained on random bits, with squared error
-3. its `Q`, `g` and `h` (`bilens.decompose.tensors`) make a matrix over `(x, 1)` as well
+3. its `Q`, `g` and `h` (`bilens.layer.bilinear`) make a matrix over `(x, 1)` as well
 
 Bits have `x^2 = x`: only `Q_ii + g_i` matters, and how training splits that sum is an accident. So the matrices are
 compared after the diagonal has been moved into the linear part. As `1, x_i, x_i x_j` are linearly independent functions
@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bilens.checks import check_rates, check_sizes
-from bilens.decompose.tensors import BilinearLayer, constant_term, interaction_matrix, linear_term
-from bilens.display import Tabular
+from bilens._core.checks import check_rates, check_sizes
+from bilens._core.display import Tabular
 from bilens.errors import ArgumentError, nearest
+from bilens.layer.bilinear import BilinearLayer, constant_term, interaction_matrix, linear_term
 from bilens.toy.layer import ToyLayer, optimise
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class BooleanRecovery(Tabular):
 
     def plot(self) -> "go.Figure":
         """Heat maps of every output: as trained, in the unique form, and the closed one."""
-        from bilens.viz.toy_plots import matrix_grid
+        from bilens.draw.toys import matrix_grid
 
         axis = [f"x{i}" for i in range(self.closed.shape[-1] - 1)] + ["1"]
         rows = list(zip(self.as_trained, self.learned, self.closed, strict=True))

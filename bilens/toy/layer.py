@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bilens.decompose.tensors import BilinearLayer
 from bilens.errors import TrainingError
+from bilens.layer.bilinear import BilinearLayer
 
 
 class ToyLayer(nn.Module):

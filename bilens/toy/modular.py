@@ -1,7 +1,7 @@
 """Modular addition: a bilinear layer that learns `(a + b) mod p`, and the waves in its eigenvectors.
 
 1. the input is `(e_a, e_b)`, two one-hot halves; the outputs are p logits; no biases, so that each logit is
-   `x^T Q_c x` with the interaction matrix of its class (`bilens.decompose.tensors`)
+   `x^T Q_c x` with the interaction matrix of its class (`bilens.layer.bilinear`)
 2. a part of all `p^2` pairs is trained on, all of it in every step, with weight decay: memorising comes first, the rule
    that holds for the other pairs later
 3. the rule is a sum of waves, `logit_c ~ sum_f w_f cos(2 pi f (a + b - c) / p)`: of each frequency a pair of halves,
@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.checks import check_amounts, check_rates, check_sizes
-from bilens.decompose.eigen import sorted_eigenpairs
+from bilens._core.checks import check_amounts, check_rates, check_sizes
+from bilens._core.display import Tabular
 from bilens.decompose.outputs import check_index
 from bilens.decompose.results import Eigencircuits
-from bilens.decompose.tensors import BilinearLayer, interaction_matrix
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError
+from bilens.layer.bilinear import BilinearLayer, interaction_matrix
+from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.toy.layer import ToyLayer, optimise
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class ModularAddition(Tabular):
 
     def plot(self) -> "go.Figure":
         """Accuracy on the pairs trained on, and on the others, against steps."""
-        from bilens.viz.plots import line
+        from bilens.draw.plots import line
 
         curves = {"pairs trained on": self.train_accuracy, "other pairs": self.test_accuracy}
         return line(self.steps, curves, f"a + b mod {self.config.p}", x_title="step", y_title="accuracy")
@@ -186,7 +186,7 @@ class FourierStructure(Tabular):
         Raises:
             OutOfRangeError: no such class, or `k` below 1.
         """
-        from bilens.viz.toy_plots import curve_grid
+        from bilens.draw.toys import curve_grid
 
         if k < 1:
             raise OutOfRangeError(f"k is {k}, expected at least 1.")
@@ -203,7 +203,7 @@ class FourierStructure(Tabular):
 
     def plot_power(self, which: int | None = None) -> "go.Figure":
         """The power of every eigenvector of one class by frequency; without a class, that of all of them together."""
-        from bilens.viz.plots import bars, heatmap
+        from bilens.draw.plots import bars, heatmap
 
         if which is None:
             return bars(
@@ -224,7 +224,7 @@ class FourierStructure(Tabular):
 
     def plot_spectrum(self, which: int = 0) -> "go.Figure":
         """Eigenvalues of one class."""
-        from bilens.viz.plots import spectrum
+        from bilens.draw.plots import spectrum
 
         row = self._class(which)
         return spectrum(self.circuits.values[row], f"eigenvalues of class {row}")

@@ -3,7 +3,7 @@
 1. n features, each zero with probability S (the sparsity) and otherwise uniform in 0..1, are embedded in d < n
    dimensions: `x = sum_i f_i d_i`, with trained directions `d_i`
 2. a bilinear layer on `x` is to give their squares `f_i^2`, or products `f_i f_j` of pairs, with squared error
-3. for every output the interaction matrix in the feature basis, `D Q D^T` (`bilens.decompose.tensors`), should be 1 (or
+3. for every output the interaction matrix in the feature basis, `D Q D^T` (`bilens.layer.bilinear`), should be 1 (or
    1/2 twice) at the target's place and zero elsewhere; what is elsewhere is interference
 
 The columns of every `D Q D^T` lie in the d dimensions that the columns of D span. These do not hold the unit vectors of
@@ -26,11 +26,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bilens.checks import check_rates, check_sizes
+from bilens._core.checks import check_rates, check_sizes
+from bilens._core.display import Tabular
 from bilens.decompose.outputs import check_index
-from bilens.decompose.tensors import in_basis, interaction_matrix
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, nearest
+from bilens.layer.bilinear import in_basis, interaction_matrix
 from bilens.toy.layer import ToyLayer, optimise
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class SuperposedModel(Tabular):
         Raises:
             OutOfRangeError: no such output.
         """
-        from bilens.viz.toy_plots import matrix_grid
+        from bilens.draw.toys import matrix_grid
 
         output = check_index(output, len(self.pairs), "output {} is outside the {} outputs")
         i, j = self.pairs[output]
@@ -207,7 +207,7 @@ class Superposition(Tabular):
 
     def plot(self) -> "go.Figure":
         """Interference and explained variance against how often a feature is active."""
-        from bilens.viz.plots import line
+        from bilens.draw.plots import line
 
         frame = self.to_frame()
         curves = {
@@ -220,7 +220,7 @@ class Superposition(Tabular):
 
     def plot_geometry(self) -> "go.Figure":
         """Gram matrices of the feature directions, a row of them."""
-        from bilens.viz.toy_plots import matrix_grid
+        from bilens.draw.toys import matrix_grid
 
         names = [f"f{k}" for k in range(self.config.n_features)]
         columns = [f"sparsity {model.sparsity:g}" for model in self.models]

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
 
-from bilens.config import check_positive_integers, check_switches
 from bilens.errors import CheckpointError
+from bilens.model.config import check_positive_integers, check_switches
 
 SIZE_KEYS = ("d_input", "d_hidden", "d_output", "n_layer")
 SWITCH_KEYS = ("bias", "residual")

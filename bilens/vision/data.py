@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.files import to_path
 from bilens.errors import ArgumentError, ImageDataError, nearest
-from bilens.files import to_path
-from bilens.loading import HUB_ID
+from bilens.model.loading import HUB_ID
 
 HUB_SOURCES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
 SOURCES = ("digits", *HUB_SOURCES)

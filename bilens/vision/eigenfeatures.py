@@ -1,8 +1,8 @@
 """Eigenfeatures of classes, as images.
 
-1. the last layer with the head as a direction has an interaction matrix for every class (`bilens.decompose.tensors`);
+1. the last layer with the head as a direction has an interaction matrix for every class (`bilens.layer.bilinear`);
    a difference of two classes subtracts their matrices
-2. its eigenpairs (`bilens.decompose.eigen`) are the class' eigenfeatures: each adds `lambda (v . x)^2` to the logit
+2. its eigenpairs (`bilens.layer.eigen.pairs`) are the class' eigenfeatures: each adds `lambda (v . x)^2` to the logit
 3. as images: a one-layer model's eigenvectors, seen through the embedding
 
 Two spaces to find eigenvectors in, of what the last layer reads:
@@ -29,13 +29,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.bare import require_bare
-from bilens.decompose.eigen import signed, sorted_eigenpairs
 from bilens.decompose.results import Eigencircuits
-from bilens.decompose.tensors import BilinearLayer, interaction_matrix
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
-from bilens.typing import typed
+from bilens.layer.bilinear import BilinearLayer, interaction_matrix
+from bilens.layer.eigen.pairs import signed, sorted_eigenpairs
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.model import BilinearClassifier, with_one
 
@@ -133,7 +133,7 @@ class Eigenfeatures(Tabular):
         Raises:
             ArgumentError: a deeper model; see `images`.
         """
-        from bilens.viz.image_plots import image_grid
+        from bilens.draw.images import image_grid
 
         images = self.images
         grid, titles = [], []
@@ -156,7 +156,7 @@ class Eigenfeatures(Tabular):
         Raises:
             ArgumentError: not one of the labels.
         """
-        from bilens.viz.image_plots import spectrum_with_images
+        from bilens.draw.images import spectrum_with_images
 
         row = 0 if output is None else self.row(output)
         shown = [] if self.pictures is None else [self.signed_ranks(row, sign, top) for sign in (1, -1)]

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.bare import require_bare
-from bilens.display import Tabular
 from bilens.errors import ArgumentError, OutOfRangeError
-from bilens.typing import typed
 from bilens.vision.eigenfeatures import (
     Class,
     Eigenfeatures,
@@ -77,7 +77,7 @@ class Explanation(Tabular):
         An eigenfeature is shown with the sign in which it goes along with the image: blue where it wants brightness.
         A deeper model's eigenfeatures are no images: bars only.
         """
-        from bilens.viz.image_plots import explanation_figure
+        from bilens.draw.images import explanation_figure
 
         cfg, pictures = self.features.model.cfg, self.features.pictures
         images: list[list[Tensor]] = []

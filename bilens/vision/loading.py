@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bilens.checks import check_finite
+from bilens._core.checks import check_finite
+from bilens._core.files import destination_folder, read_json, to_path, write_atomically
 from bilens.errors import CheckpointError, ModelNotFoundError
-from bilens.files import destination_folder, read_json, to_path, write_atomically
-from bilens.hub import HubOptions, fetch_from_hub
-from bilens.loading import (
+from bilens.model.hub import HubOptions, fetch_from_hub
+from bilens.model.loading import (
     CONFIG_FILE,
     FLOATS,
     HUB_ID,

@@ -27,11 +27,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens.decompose.eigen import sorted_eigenpairs
-from bilens.decompose.tensors import interaction_matrix
-from bilens.display import Tabular
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.errors import ArgumentError, OutOfRangeError
-from bilens.typing import typed
+from bilens.layer.bilinear import interaction_matrix
+from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.vision.eigenfeatures import Class, as_images, class_directions, class_index, last_layer
 from bilens.vision.model import BilinearClassifier, with_one
 from bilens.vision.truncation import checked_labels
@@ -86,7 +86,7 @@ class Mask(Tabular):
 
     def plot(self) -> "go.Figure":
         """The mask as an image."""
-        from bilens.viz.image_plots import image_grid
+        from bilens.draw.images import image_grid
 
         return image_grid([[as_images(self.pixels, self.model.cfg)]], [[f"gain {self.gain:.3g}"]], title=self.name)
 
@@ -143,7 +143,7 @@ class MaskStudy(Tabular):
 
     def plot(self) -> "go.Figure":
         """Accuracy and hits against strength, of masks and of random ones; means over masks."""
-        from bilens.viz.plots import line
+        from bilens.draw.plots import line
 
         frame = self.by_strength()
         curves = {
@@ -162,7 +162,7 @@ class MaskStudy(Tabular):
         Args:
             strength: of the mask in the sum; the middle one of those studied by default.
         """
-        from bilens.viz.image_plots import image_grid
+        from bilens.draw.images import image_grid
 
         strength = self.strengths[len(self.strengths) // 2] if strength is None else strength
         grid, titles, cfg = [], [], self.masks[0].model.cfg

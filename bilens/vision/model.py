@@ -33,9 +33,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from bilens.decompose.tensors import BilinearLayer, biases_as_weights, interaction_matrix
 from bilens.errors import ArgumentError, OutOfRangeError
-from bilens.hooking import CheckedHooks, eager_while_hooked
+from bilens.layer.bilinear import BilinearLayer, biases_as_weights, interaction_matrix
+from bilens.model.hook_points import CheckedHooks, eager_while_hooked
 from bilens.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.vision.config import ClassifierConfig
 

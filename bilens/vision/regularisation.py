@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from bilens.display import Tabular
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.errors import ArgumentError, nearest
-from bilens.typing import typed
 from bilens.vision.data import ImageDataset, load_images
 from bilens.vision.eigenfeatures import Class, Eigenfeatures, Space, class_index, eigenfeatures
 from bilens.vision.model import BilinearClassifier
@@ -78,7 +78,7 @@ class RegularisationStudy(Tabular):
         Raises:
             ArgumentError: no such class, or models of several layers.
         """
-        from bilens.viz.image_plots import image_grid
+        from bilens.draw.images import image_grid
 
         grid, titles, rows = [], [], []
         for setting, run, found in zip(self.settings, self.runs, self.features(which), strict=True):

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.display import Tabular
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.errors import ArgumentError, OutOfRangeError
-from bilens.typing import typed
 from bilens.vision.eigenfeatures import Eigenfeatures, Space, eigenfeatures
 from bilens.vision.model import BilinearClassifier
 
@@ -69,7 +69,7 @@ class FeatureSimilarity(Tabular):
 
     def plot(self) -> "go.Figure":
         """Mean best cosine against rank, and with other classes (the mean over comparisons)."""
-        from bilens.viz.plots import GREY, line
+        from bilens.draw.plots import GREY, line
 
         others = "with other classes"
         curves = dict(zip(self.comparisons, self.best, strict=True)) | {others: self.other_class.mean(0)}

@@ -1,11 +1,11 @@
 """What all classes share: the classifier's tensor by higher-order SVD, and by shared neurons.
 
-HOSVD (`bilens.decompose.hosvd`), over the pixels, so that directions of the input are orthonormal images:
+HOSVD (`bilens.layer.hosvd`), over the pixels, so that directions of the input are orthonormal images:
 1. input mode: images by how much of all classes' matrices lies along them. Keeping the first r of them in what the
    layer reads gives a classifier of r numbers per image
 2. output mode: mixtures of classes by how much of the tensor they are, each with eigenfeatures of its own
 
-CP (`bilens.decompose.cp`): the layer replaced by one of few hidden units, fitted from the weights alone, and the
+CP (`bilens.layer.cp`): the layer replaced by one of few hidden units, fitted from the weights alone, and the
 accuracy that the classifier has with it.
 
 Biases and residual additions take part, in homogeneous coordinates. Source: Pearce et al. 2025, section 3, appendices.
@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.decompose.cp import CPDecomposition, cp_decompose, largest_units
-from bilens.decompose.eigen import sorted_eigenpairs
-from bilens.decompose.hosvd import input_gram, output_gram, singular
-from bilens.decompose.tensors import BilinearLayer, interaction_matrix
-from bilens.display import Tabular
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.errors import ArgumentError, OutOfRangeError
-from bilens.typing import typed
+from bilens.layer.bilinear import BilinearLayer, interaction_matrix
+from bilens.layer.cp import CPDecomposition, cp_decompose, largest_units
+from bilens.layer.eigen.pairs import sorted_eigenpairs
+from bilens.layer.hosvd import input_gram, output_gram, singular
 from bilens.vision.eigenfeatures import (
     Space,
     as_images,
@@ -125,7 +125,7 @@ class ClassHOSVD(Tabular):
         Args:
             top: how many.
         """
-        from bilens.viz.image_plots import image_grid
+        from bilens.draw.images import image_grid
 
         share = self.input_values**2 / (self.input_values**2).sum()
         n = min(top, len(share))
@@ -140,7 +140,7 @@ class ClassHOSVD(Tabular):
         Args:
             positive, negative: how many.
         """
-        from bilens.viz.image_plots import image_grid
+        from bilens.draw.images import image_grid
 
         values, vectors = sorted_eigenpairs(interaction_matrix(self.layer, self.output_directions))
         pictures = as_images(vectors[..., : self.model.cfg.d_input], self.model.cfg)
@@ -218,7 +218,7 @@ class SharedNeurons(Tabular):
 
     def plot(self) -> "go.Figure":
         """Accuracy against hidden units: fitted, the largest kept, and the whole model."""
-        from bilens.viz.plots import line
+        from bilens.draw.plots import line
 
         curves = {
             "fitted": self.accuracy,
@@ -239,7 +239,7 @@ class SharedNeurons(Tabular):
         Raises:
             ArgumentError: no fit of that rank, or a deeper model, whose last layer does not read pixels.
         """
-        from bilens.viz.image_plots import image_grid
+        from bilens.draw.images import image_grid
 
         found = {fit.rank: fit for fit in self.fits}
         fit = self.fits[-1] if rank is None else found.get(rank)
@@ -292,7 +292,7 @@ def shared_neurons(
         labels: their classes.
         ranks: hidden units.
         space: what the fit compares the layers over: `"embedding"`, or (one layer) `"pixels"`.
-        max_sweeps, tolerance: of the fit; see `bilens.decompose.cp.cp_decompose`.
+        max_sweeps, tolerance: of the fit; see `bilens.layer.cp.cp_decompose`.
         progress: show a bar.
 
     Raises:

@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.decompose.eigen import signed, sorted_eigenpairs
-from bilens.decompose.tensors import interaction_matrix
-from bilens.display import Tabular
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.errors import OutOfRangeError
-from bilens.typing import typed
+from bilens.layer.bilinear import interaction_matrix
+from bilens.layer.eigen.pairs import signed, sorted_eigenpairs
 from bilens.vision.eigenfeatures import Class, as_images, class_index, is_quadratic, pictures_of
 from bilens.vision.model import BilinearClassifier
 
@@ -107,7 +107,7 @@ class TopDown(Tabular):
 
     def plot(self) -> "go.Figure":
         """The pictures of the first layer, a row for every branch above them; rows name the eigenvalues on the way."""
-        from bilens.viz.image_plots import image_grid
+        from bilens.draw.images import image_grid
 
         grid, titles, names = [], [], []
 

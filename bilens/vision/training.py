@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens.display import Tabular
+from bilens._core.display import Tabular
+from bilens._core.files import destination_folder, write_atomically
 from bilens.errors import ArgumentError, TrainingError
-from bilens.files import destination_folder, write_atomically
-from bilens.loading import resolve_device
+from bilens.model.loading import resolve_device
 from bilens.vision.augmentation import augmentation
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.data import ImageDataset, load_images
@@ -127,7 +127,7 @@ class TrainedClassifier(Tabular):
 
     def plot(self) -> "go.Figure":
         """Accuracy against epochs."""
-        from bilens.viz.plots import line
+        from bilens.draw.plots import line
 
         frame = self.to_frame()
         curves = {"test": frame["test_accuracy"], "training, augmented": frame["train_accuracy"]}

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.display import Tabular
+from bilens._core.display import Tabular
+from bilens._core.typing import typed
 from bilens.errors import ArgumentError
-from bilens.typing import typed
 from bilens.vision.eigenfeatures import Space, eigenfeatures, is_quadratic
 from bilens.vision.model import BilinearClassifier
 
@@ -68,7 +68,7 @@ class Truncation(Tabular):
 
     def plot(self) -> "go.Figure":
         """Accuracy, that of the worst class, and agreement with the whole model, against the number kept."""
-        from bilens.viz.plots import line
+        from bilens.draw.plots import line
 
         frame = self.to_frame().iloc[1:]
         curves = {

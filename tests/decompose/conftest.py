@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bilens.decompose import Decomposer
-from bilens.model import HookedBilinearTransformer
+from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.loading import load_sae
 from tests.conftest import SHARED, Reference, make_model
 

@@ -1,0 +1,90 @@
+"""Checkpoints of a training run: weights, optimiser state and the facts of the run, as one safetensors file.
+
+Written beside and renamed, so that a kill leaves the checkpoint before; nothing is pickled.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bilens._core.files import open_tensors, parse_json, write_atomically
+from bilens.errors import CheckpointError, TrainingError
+
+WEIGHT = "model"
+
+
+def save_checkpoint(
+    path: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
+) -> None:
+    """Write weights, what the optimiser knows of each, and JSON-able facts.
+
+    Args:
+        path: of the file; its folder must exist.
+        weights: the parameters by name, and what other tensors change in training.
+        optimizer: of Adam's kind: its state is tensors by parameter.
+        facts: step, configuration, history, ...
+    """
+    tensors = {}
+    for name, weight in weights.items():
+        tensors[f"{WEIGHT}:{name}"] = weight.detach()
+        tensors |= {f"{key}:{name}": value for key, value in optimizer.state.get(weight, {}).items()}
+    # A copy where a tensor is a view of another's memory: safetensors refuses shared storage.
+    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {key: json.dumps(value) for key, value in facts.items()}
+    write_atomically(path, lambda beside: save_file(stored, beside, metadata=metadata))
+
+
+@torch.no_grad()
+def load_checkpoint(
+    path: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, same: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Put weights and optimiser back to where `save_checkpoint` was called.
+
+    Args:
+        path: of the file.
+        weights: the parameters by name, overwritten.
+        optimizer: its state is overwritten.
+        same: facts of this run that must be those of the checkpoint's.
+
+    Returns:
+        The stored facts.
+
+    Raises:
+        TrainingError: the checkpoint is of another run (what differs is named, with both values).
+        CheckpointError: it is damaged.
+    """
+    remedy = "Delete it to train from the start."
+    with open_tensors(path, remedy=remedy) as file:
+        facts = {
+            key: parse_json(value, f"{key!r} of {path}", object, remedy)
+            for key, value in (file.metadata() or {}).items()
+        }
+        differ: dict[str, tuple[Any, Any]] = {}
+        for key, here in json.loads(json.dumps(same)).items():
+            there = facts.get(key)
+            if isinstance(here, dict) and isinstance(there, dict):
+                differ |= {k: (there.get(k), here.get(k)) for k in here | there if there.get(k) != here.get(k)}
+            elif there != here:
+                differ[key] = (there, here)
+        if differ:
+            raise TrainingError(
+                f"{path} is of another run; (there, here): {differ}. Use another folder, or delete the file."
+            )
+        held = set(file.keys())
+        if missing := {f"{WEIGHT}:{name}" for name in weights} - held:
+            raise CheckpointError(f"{path} has no {min(missing)!r}. {remedy}")
+        for entry in held:
+            key, _, name = entry.partition(":")
+            value, weight = file.get_tensor(entry), weights.get(name)
+            if weight is None or (value.ndim and value.shape != weight.shape):
+                raise CheckpointError(f"{path}: {entry!r} of shape {list(value.shape)} has no place here. {remedy}")
+            if key == WEIGHT:
+                weight.copy_(value)
+            else:  # Adam's step counter stays where torch keeps it, on the CPU unless fused
+                optimizer.state[weight][key] = value if value.ndim == 0 else value.to(weight.device)
+    return facts

@@ -1,0 +1,614 @@
+"""Attribution graphs whose edges add up: `Circuit.trace`.
+
+1. the forward pass is frozen and swept from the target down (`bilens.attribute.tracing`): every node that matters, and
+   the exact contribution of everything to it
+2. nodes are kept by cumulative influence, edges likewise; what is pruned is summed, by kind, into `other features`,
+   `other errors`, ..., so that whatever goes into a node still adds up to its value
+3. edges are of two kinds: linear ones (written into the stream, read further up, through all attention), and
+   hyper-edges `(i, j) -> o`, what two sources of an MLP's input made of an output feature together
+
+A feature's value is its activation; what goes into it adds up to its pre-activation, which for an active feature is the
+same number. Features of an SAE without linear reads (a bilinear encoder, matching pursuit), output features of a layer
+without an SAE on its MLP's input, and MLPs without one on their output, are where the graph ends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens._core.checks import check_sizes
+from bilens._core.display import Tabular
+from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
+from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
+from bilens.attribute.tracing import KINDS, Numbering, Sweep, head_sums, sweep
+from bilens.errors import ArgumentError, MissingSAEError
+from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.loading import hook_of
+
+if TYPE_CHECKING:
+    import networkx as nx
+    import plotly.graph_objects as go
+
+    from bilens.draw.page import Page
+
+NODE_COLUMNS = (
+    *("id", "kind", "layer", "point", "hook", "position", "token", "feature", "name"),
+    *("value", "influence", "expanded", "relative_error"),
+)
+EDGE_COLUMNS = ("source", "target", "weight", "influence", "via", "via_weight")
+HYPEREDGE_COLUMNS = ("i", "j", "target", "weight", "influence")
+HEAD_COLUMNS = ("source", "target", "layer", "head", "weight")
+BIAS = KINDS.index("bias")
+
+
+@dataclass(frozen=True)
+class Circuit(Tabular):
+    """An attribution graph of one target on one text; made by `Circuit.trace`.
+
+    Attributes:
+        model_name: of the model.
+        target: its name; the names of several.
+        position: of the (first) target.
+        tokens: of the text.
+        nodes: one row per node: `id, kind` (target, embedding, feature, error, mlp, bias, other), `layer, point, hook,
+            position, token, feature, name, value` (an activation; the norm of an embedding or error), `influence` on
+            the targets, whether it is `expanded`, and the `relative_error` of its completeness. The feature of an
+            embedding and of a logit is the token's number. -1 where there is none.
+        edges: linear: `source, target, weight, influence, via` (the last head on the way with the largest part, or
+            `direct`) and `via_weight`, that part.
+        hyperedges: pairs: `i, j, target, weight, influence`; a pair stands once with its whole contribution.
+        heads: every linear edge's parts by the last head on the way: `source, target, layer, head, weight`, -1 direct.
+        shares: of the target's influence, what ends in each kind of node where the graph ends; what ends in `other ...`
+            was pruned.
+        kept_share: the kept nodes' part of the influence of all nodes.
+        n_found: how many nodes had any influence.
+        probabilities: by the id of each target that is a logit (`target`, or `target 1`, ...), its token's; of a
+            difference of logits, that of the first token.
+        pinned, supernodes: the ids of the nodes that a reader pinned in a viewer, and those put together there, each
+            group with its label first (see `circuit_files`).
+    """
+
+    model_name: str
+    target: str
+    position: int
+    tokens: list[str] = field(repr=False)
+    nodes: pd.DataFrame = field(repr=False)
+    edges: pd.DataFrame = field(repr=False)
+    hyperedges: pd.DataFrame = field(repr=False)
+    heads: pd.DataFrame = field(repr=False)
+    shares: dict[str, float]
+    kept_share: float
+    n_found: int
+    probabilities: dict[str, float] = field(default_factory=dict)
+    pinned: list[str] = field(default_factory=list)
+    supernodes: list[list[str]] = field(default_factory=list)
+
+    @classmethod
+    def trace(
+        cls,
+        model: HookedBilinearTransformer,
+        saes: SAEs,
+        text_or_tokens: str | Sequence[int] | Int[Tensor, "p"] | Int[Tensor, "1 p"],
+        target: Target | Sequence[Target] | None = None,
+        *,
+        max_n_logits: int = 1,
+        desired_logit_prob: float = 0.95,
+        max_nodes: int = 200,
+        node_threshold: float = 0.8,
+        edge_threshold: float = 0.98,
+        names: Names | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> "Circuit":
+        """Trace a target, or several in one graph, on a text back to the tokens.
+
+        Several logits start with influences in the proportion of their probabilities, other targets with equal ones.
+
+        Args:
+            model: a bilinear model.
+            saes: best one on every MLP's input and output; see `freeze`.
+            text_or_tokens: one text, or its tokens.
+            target: what to explain; `None` takes the logits of the likeliest next tokens.
+            max_n_logits, desired_logit_prob: how many of those at most, and the probability that is enough of them.
+            max_nodes: kept at most, and expanded at most per stage (the features of one SAE).
+            node_threshold: the fewest nodes are kept whose influences are this part of all.
+            edge_threshold: likewise for the edges between them.
+            names: labels of features, by hook or SAE name (`2-mlp-in`, or its folder's name), or a `FeatureStore`.
+            dtype: of the algebra.
+
+        Raises:
+            ArgumentError: thresholds outside (0, 1], no room for a node, names that do not fit, a target given twice,
+                or logits together with other targets.
+            MissingSAEError: no SAE on any MLP's input or output.
+            NotBilinearError: a gated or one-branch model.
+            others: as for `freeze` and `read_targets`.
+        """
+        _check_limits(max_nodes, node_threshold, edge_threshold)
+        if target is not None:
+            as_targets(target)
+        frozen = freeze(model, text_or_tokens, saes, dtype=dtype)
+        if target is None:
+            target = likeliest(frozen, max_n_logits, desired_logit_prob)
+        return trace_circuit(
+            frozen,
+            target,
+            max_nodes=max_nodes,
+            node_threshold=node_threshold,
+            edge_threshold=edge_threshold,
+            names=names,
+        )
+
+    @property
+    def completeness(self) -> pd.DataFrame:
+        """Of every expanded node: its value, the sum of what goes into it (as pruned), and the `relative_error` of all
+        its parts, none left out."""
+        into = (
+            self.edges.groupby("target")
+            .weight.sum()
+            .add(self.hyperedges.groupby("target").weight.sum(), fill_value=0.0)
+        )
+        frame = self.nodes[self.nodes.expanded][["id", "value", "relative_error"]].copy()
+        frame["sum"] = frame.id.map(into)
+        return frame[["id", "value", "sum", "relative_error"]].reset_index(drop=True)
+
+    @property
+    def completeness_error(self) -> float:
+        """The largest gap between any expanded node's value and the sum of what goes into it: rounding, and nothing
+        else, because what was pruned is summed in the `other` nodes."""
+        frame = self.completeness
+        return float((frame["sum"].fillna(0.0) - frame.value).abs().max()) if len(frame) else 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """The largest relative error of any node's completeness."""
+        return float(self.nodes.relative_error.max())
+
+    @property
+    def completeness_said(self) -> str:
+        """The completeness in words."""
+        if not self.nodes.expanded.any():
+            return "completeness not checked: no node of this graph was taken apart here"
+        return f"completeness of every node within {self.relative_error:.1e} of its absolute parts"
+
+    def folded_edges(self) -> pd.DataFrame:
+        """All edges between two nodes, hyper-edges folded half to each member (their Shapley value):
+        `source, target, weight, influence`."""
+        halves = []
+        for side in ("i", "j"):
+            half = self.hyperedges.rename(columns={side: "source"})[["source", "target", "weight", "influence"]].copy()
+            half[["weight", "influence"]] *= 0.5
+            halves.append(half)
+        both = pd.concat([self.edges[["source", "target", "weight", "influence"]], *halves])
+        return both.groupby(["source", "target"], as_index=False, sort=False)[["weight", "influence"]].sum()
+
+    def merged(self) -> "Circuit":
+        """The same graph with a feature's (error's, token's) nodes at all positions as one; weights and values add."""
+        merged = {row.id: row.id.split("@")[0] for row in self.nodes.itertuples()}
+        for row in self.nodes[self.nodes.kind == "embedding"].itertuples():
+            merged[row.id] = f"embed {row.feature}"  # the same token at several positions
+        nodes = self.nodes.assign(id=self.nodes.id.map(merged), position=-1)
+        nodes["token"] = nodes.token.where(nodes.kind.isin(["embedding"]), "")
+        sums = {"value": "sum", "influence": "sum", "expanded": "any", "relative_error": "max"}
+        rest = {column: "first" for column in NODE_COLUMNS if column not in ("id", *sums)}
+        edges = self.edges.assign(source=self.edges.source.map(merged), target=self.edges.target.map(merged))
+        heads = self.heads.assign(source=self.heads.source.map(merged), target=self.heads.target.map(merged))
+        heads = heads.groupby(["source", "target", "layer", "head"], as_index=False, sort=False).weight.sum()
+        edges = edges.groupby(["source", "target"], as_index=False, sort=False)[["weight", "influence"]].sum()
+        hyperedges = self.hyperedges.assign(**{c: self.hyperedges[c].map(merged) for c in ("i", "j", "target")})
+        swap = hyperedges.i > hyperedges.j
+        hyperedges.loc[swap, ["i", "j"]] = hyperedges.loc[swap, ["j", "i"]].to_numpy()
+        return replace(
+            self,
+            nodes=nodes.groupby("id", as_index=False, sort=False).agg(rest | sums)[list(NODE_COLUMNS)],
+            edges=_with_via(edges, heads),
+            hyperedges=hyperedges.groupby(["i", "j", "target"], as_index=False, sort=False)[
+                ["weight", "influence"]
+            ].sum(),
+            heads=heads,
+            pinned=list(dict.fromkeys(merged.get(name, name) for name in self.pinned)),
+            supernodes=[
+                [label, *dict.fromkeys(merged.get(name, name) for name in names)] for label, *names in self.supernodes
+            ],
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """The nodes, most influential first."""
+        return self.nodes.sort_values("influence", ascending=False, ignore_index=True)
+
+    def plot(self, top: int = 25) -> "go.Figure":
+        """The most influential nodes as bars."""
+        from bilens.draw.plots import bars
+
+        frame = self.to_frame()
+        frame = frame[frame.kind != "target"].head(top)
+        return bars(frame.name.tolist(), frame.influence.tolist(), f"influence on {self.target}")
+
+    def to_page(self, **more: Any) -> "Page":
+        """The interactive graph on a page of its own (`.save(path)` writes it); what else there is to show (features'
+        examples, tokens, checks) as for `bilens.pages.graph.graph_page`."""
+        from bilens.pages.graph import graph_page
+
+        return graph_page(self, **more)
+
+    def _repr_html_(self) -> str:
+        from bilens.pages.graph import GraphView
+
+        return GraphView(self)._repr_html_()
+
+    def to_networkx(self) -> "nx.DiGraph":
+        """A directed graph; a hyper-edge is a node of kind `pair` that its members point to. See `circuit_files`."""
+        from bilens.attribute.circuit_files import to_networkx
+
+        return to_networkx(self)
+
+    @classmethod
+    def from_networkx(cls, graph: "nx.DiGraph") -> "Circuit":
+        """What `to_networkx` gave, taken back; nodes and edges may have been removed.
+
+        Raises:
+            CheckpointError: another graph.
+        """
+        from bilens.attribute.circuit_files import from_networkx
+
+        return from_networkx(graph)
+
+    def save_graphml(self, path: str | PathLike[str]) -> None:
+        """Write `to_networkx()` as GraphML (Gephi, Cytoscape, yEd)."""
+        from bilens.attribute.circuit_files import save_graphml
+
+        save_graphml(self, path)
+
+    @classmethod
+    def load_graphml(cls, path: str | PathLike[str]) -> "Circuit":
+        """Read what `save_graphml` wrote.
+
+        Raises:
+            CheckpointError: a file that `save_graphml` did not write.
+        """
+        from bilens.attribute.circuit_files import load_graphml
+
+        return load_graphml(path)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything into one safetensors file; `Circuit.load` reads it back."""
+        from bilens.attribute.circuit_files import save_circuit
+
+        save_circuit(self, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Circuit":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: a file that `save` did not write.
+        """
+        from bilens.attribute.circuit_files import load_circuit
+
+        return load_circuit(path)
+
+    def to_attribution_graph(self, slug: str = "bilens") -> dict[str, Any]:
+        """The attribution-graph JSON of circuit-tracer and Neuronpedia; see `circuit_files.to_attribution_graph`."""
+        from bilens.attribute.circuit_files import to_attribution_graph
+
+        return to_attribution_graph(self, slug)
+
+    def __str__(self) -> str:
+        kinds = self.nodes.kind.value_counts()
+        counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if kind not in ("target", "other"))
+        ends = ", ".join(f"{kind} {share:.1%}" for kind, share in self.shares.items() if share)
+        return (
+            f"circuit of {self.target} at position {self.position} ({self.tokens[self.position]!r})\n"
+            f"  {counts}; {len(self.edges)} edges, {len(self.hyperedges)} hyper-edges\n"
+            f"  kept {self.kept_share:.1%} of the influence of {self.n_found} nodes; it ends in {ends}\n"
+            f"  {self.completeness_said}\n"
+            f"{self.to_frame()[['id', 'name', 'value', 'influence']].head(15).to_string(index=False)}"
+        )
+
+
+@torch.no_grad()
+def trace_circuit(
+    frozen: FrozenPass,
+    target: Target | Sequence[Target],
+    *,
+    max_nodes: int = 200,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
+    names: Names | None = None,
+) -> Circuit:
+    """`Circuit.trace` on a forward pass that is there already; the arguments are the same."""
+    _check_limits(max_nodes, node_threshold, edge_threshold)
+    targets = as_targets(target)
+    points = {sae.point for sae in frozen.saes.values()}
+    if not points & {"mlp-in", "resid-mid", "mlp-out"}:
+        raise MissingSAEError(
+            "a circuit is made of the features of SAEs on MLPs' inputs (ln2.hook_normalized) and outputs "
+            f"(hook_mlp_out); given are {', '.join(frozen.saes) or 'none'}."
+        )
+    labels = names_by_hook(frozen.model, frozen.saes, names)
+    reads = read_targets(frozen, targets)
+    probabilities = [probability(frozen, each) for each in targets]
+    found = sweep(frozen, reads, _weights(reads, probabilities), max_nodes)
+    kept, kept_share, n_found = _prune(found, max_nodes, node_threshold)
+    edges, hyperedges = _edges(found, kept, edge_threshold)
+    nodes = _node_frame(frozen, found, kept, labels, reads.names)
+    nodes.loc[nodes.kind == "target", "feature"] = [logit_token(frozen, each) for each in targets]
+    ids = dict(zip(nodes.number, nodes.id, strict=True))
+    heads = _head_frame(frozen, found, edges, ids)
+    edges = edges.assign(source=edges.source.map(ids), target=edges.target.map(ids))
+    hyperedges = hyperedges.assign(**{column: hyperedges[column].map(ids) for column in ("i", "j", "target")})
+    used = {*edges.source, *hyperedges.i, *hyperedges.j}
+    nodes = nodes[nodes.id.isin(used) | (nodes.number < len(found.nodes)) & (nodes.kind != "bias")]
+    circuit = Circuit(
+        model_name=frozen.model.cfg.model_name,
+        target=", ".join(reads.names),
+        position=int(reads.positions[0]),
+        tokens=frozen.strings,
+        nodes=nodes[list(NODE_COLUMNS)].reset_index(drop=True),
+        edges=_with_via(edges, heads),
+        hyperedges=hyperedges.reset_index(drop=True)[list(HYPEREDGE_COLUMNS)],
+        heads=heads,
+        shares={},
+        kept_share=kept_share,
+        n_found=n_found,
+        probabilities={
+            ids[number]: p for number, p in zip(found.nodes.targets, probabilities, strict=True) if p is not None
+        },
+    )
+    return replace(circuit, shares=_ends(circuit))
+
+
+def _check_limits(max_nodes: int, node_threshold: float, edge_threshold: float) -> None:
+    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
+        if not 0 < value <= 1:
+            raise ArgumentError(f"{name} is {value}, expected more than 0 and at most 1.")
+    check_sizes(max_nodes=max_nodes)
+
+
+def _weights(reads: Reads, probabilities: Sequence[float | None]) -> Float[Tensor, "t"]:
+    """The influence that each target starts with; together 1.
+
+    Raises:
+        ArgumentError: a target given twice, or logits among other targets.
+    """
+    seen = list(zip(reads.names, reads.positions.tolist(), strict=True))
+    for name, position in seen:
+        if seen.count((name, position)) > 1:
+            raise ArgumentError(f"two targets are called {name!r} at position {position}; give each a name of its own.")
+    known = [p for p in probabilities if p is not None]
+    if known and len(known) < len(seen):
+        raise ArgumentError(
+            f"the targets {', '.join(reads.names)} are logits and others: those have probabilities to be weighted by, "
+            "these have none; trace them apart."
+        )
+    weights = torch.tensor(known or [1.0] * len(seen), dtype=torch.float64)
+    return weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _prune(found: Sweep, max_nodes: int, threshold: float) -> tuple[Int[Tensor, "n"], float, int]:
+    """The nodes to keep (without the target and biases), their part of all influence, and how many have any."""
+    influence = found.influence.clone()
+    influence[found.nodes.targets] = 0.0
+    influence[found.nodes.kind == BIAS] = 0.0
+    order = influence.argsort(descending=True)
+    cumulative = influence[order].cumsum(0)
+    total = cumulative[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    n_found = int((influence > 0).sum())
+    n = min(_needed(cumulative, threshold), max_nodes, n_found)
+    return order[:n].sort().values, (cumulative[n - 1] / total).item() if n else 0.0, n_found
+
+
+def _edges(found: Sweep, kept: Int[Tensor, "n"], threshold: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Edges and hyper-edges by the numbers of nodes; what is pruned goes to `len(nodes) + kind`."""
+    nodes = found.nodes
+    n = len(nodes)
+    inside = nodes.kind == BIAS
+    inside[kept] = True
+    inside[nodes.targets] = True
+    rest = n + nodes.kind  # what stands for a node that was pruned
+    linear, pairs = [], []
+    for number, row in found.rows.items():
+        if not inside[number]:
+            continue
+        shares = found.influence[number] * row.abs() / row.abs().sum().clamp_min(1e-300)
+        here = (row != 0).nonzero().flatten()
+        linear.append(_table(source=nodes.linear[here], target=number, weight=row[here], influence=shares[here]))
+    for number, products in found.products.items():
+        if not inside[number]:
+            continue
+        once = products * (2.0 - torch.eye(len(products)))
+        s, t = once.tril().nonzero(as_tuple=True)
+        ids, weights = found.sources[number], once[s, t]
+        total = weights.abs().sum() + abs(found.constants[number])
+        shares = found.influence[number] * weights.abs() / total.clamp_min(1e-300)
+        pairs.append(_table(i=ids[t], j=ids[s], target=number, weight=weights, influence=shares))
+        if found.constants[number]:
+            share = found.influence[number] * abs(found.constants[number]) / total
+            constant = torch.tensor([nodes.constant])
+            linear.append(
+                _table(source=constant, target=number, weight=torch.tensor([found.constants[number]]), influence=share)
+            )
+    edges = pd.concat([_table(source=kept[:0], target=0, weight=kept[:0] * 0.0, influence=0.0), *linear])
+    hyper = pd.concat([_table(i=kept[:0], j=kept[:0], target=0, weight=kept[:0] * 0.0, influence=0.0), *pairs])
+    # An edge is kept if its ends are and it is among the strongest; edges of biases always are.
+    inner, biases, rest_of = inside.numpy(), (nodes.kind == BIAS).numpy(), rest.numpy()
+    ends_in = torch.from_numpy(np.concatenate([inner[edges.source], inner[hyper.i] & inner[hyper.j]]))
+    strength = torch.tensor([*edges.influence, *hyper.influence])
+    order = torch.where(ends_in, strength, 0.0).argsort(descending=True)
+    cumulative = strength[order].mul(ends_in[order]).cumsum(0)
+    strong = torch.zeros_like(ends_in)
+    strong[order[: _needed(cumulative, threshold)]] = True
+    stay = (ends_in & strong).numpy()
+    edges["source"] = edges.source.where(stay[: len(edges)] | biases[edges.source], rest_of[edges.source])
+    for side, other in (("i", "j"), ("j", "i")):
+        # The member that is in the graph stays, where the other one is what was pruned.
+        alone = inner[hyper[side]] & ~inner[hyper[other]]
+        hyper[f"{side}_"] = hyper[side].where(stay[len(edges) :] | biases[hyper[side]] | alone, rest_of[hyper[side]])
+    hyper["i"], hyper["j"] = hyper[["i_", "j_"]].min(axis=1), hyper[["i_", "j_"]].max(axis=1)
+    sums = {"weight": "sum", "influence": "sum"}
+    return (
+        edges.groupby(["source", "target"], as_index=False, sort=False).agg(sums),
+        hyper.groupby(["i", "j", "target"], as_index=False, sort=False).agg(sums),
+    )
+
+
+def _needed(cumulative: Float[Tensor, "n"], threshold: float) -> int:
+    """How many of the largest it takes to reach a part of the last sum; all of them for the whole, rounding aside."""
+    if threshold == 1 or not len(cumulative):
+        return len(cumulative)
+    return int((cumulative < threshold * cumulative[-1]).sum()) + 1
+
+
+def _table(**columns: Tensor | int | float) -> pd.DataFrame:
+    return pd.DataFrame({name: c.numpy() if isinstance(c, Tensor) else c for name, c in columns.items()})
+
+
+def _node_frame(
+    frozen: FrozenPass, found: Sweep, kept: Int[Tensor, "n"], labels: dict[str, Sequence[str]], targets: list[str]
+) -> pd.DataFrame:
+    nodes = found.nodes
+    biases = (nodes.kind == BIAS).nonzero().flatten()
+    rows: list[dict[str, Any]] = []
+    for number in [*nodes.targets, *kept.tolist(), *biases.tolist()]:
+        row = _describe(frozen, nodes, number, labels, targets)
+        expanded = number in found.actual
+        error = _relative_error(found, number) if expanded else 0.0
+        influence = found.influence[number].item()
+        rows.append(row | {"number": number, "influence": influence, "expanded": expanded, "relative_error": error})
+    gone = found.influence.clone()
+    gone[kept] = 0.0
+    for k, kind in enumerate(KINDS):
+        if kind in ("target", "bias"):
+            continue
+        name = f"other {'tokens' if kind == 'embedding' else kind + 's'}"
+        influence = gone[nodes.kind == k].sum().item()
+        empty = {"layer": -1, "point": "", "hook": "", "position": -1, "token": "", "feature": -1, "value": 0.0}
+        rows.append(
+            {"id": name, "kind": "other", "name": name, **empty, "number": len(nodes) + k, "influence": influence}
+            | {"expanded": False, "relative_error": 0.0}
+        )
+    return pd.DataFrame(rows)
+
+
+def _describe(
+    frozen: FrozenPass, nodes: Numbering, number: int, labels: dict[str, Sequence[str]], targets: list[str]
+) -> dict[str, Any]:
+    kind, layer = KINDS[nodes.kind[number]], int(nodes.layer[number])
+    position, feature = int(nodes.position[number]), int(nodes.feature[number])
+    point = hook = sae_label = ""
+    if layer >= 0 and kind != "mlp":
+        sae = frozen.input_sae(layer) if nodes.is_input[number] else frozen.output_sae(layer)
+        assert sae is not None
+        point, hook, sae_label = sae.point, sae.hook, sae.label
+    elif kind == "mlp":
+        point, hook = "mlp-out", hook_of("mlp-out", layer)
+    token = frozen.strings[position] if position >= 0 else ""
+    place = number - nodes.targets[0]
+    identity = {
+        "target": "target" if len(targets) == 1 else f"target {place + 1}",
+        "embedding": f"embed@{position}",
+        "feature": f"{sae_label}/{feature}@{position}",
+        "error": f"error {sae_label}@{position}",
+        "mlp": f"mlp {layer}@{position}",
+        "bias": f"b_dec {sae_label}" if sae_label else "bias",
+    }[kind]
+    name = identity.split("@")[0]
+    if kind == "target":
+        name = targets[place]
+    elif kind == "embedding":
+        name = token
+    elif kind == "feature" and hook in labels:
+        name = labels[hook][feature]
+    return {
+        "id": identity,
+        "kind": kind,
+        "layer": layer,
+        "point": point,
+        "hook": hook,
+        "position": position,
+        "token": token,
+        "feature": feature,
+        "name": name,
+        "value": nodes.value[number].item(),
+    }
+
+
+def _relative_error(found: Sweep, number: int) -> float:
+    """Of a node's parts, all of them, summed in float32."""
+    parts = found.rows[number] if number in found.rows else found.products[number].flatten()
+    constant = found.constants.get(number, 0.0)
+    total = (parts.float().sum() + constant).item()
+    absolute = parts.abs().sum().item() + abs(constant)
+    return abs(total - found.actual[number]) / max(absolute, 1e-30)
+
+
+def _head_frame(frozen: FrozenPass, found: Sweep, edges: pd.DataFrame, ids: dict[int, str]) -> pd.DataFrame:
+    """Of every edge between two kept nodes, its parts by the last head."""
+    nodes = found.nodes
+    linear = edges[edges.source < len(nodes)]
+    linear = linear[nodes.position.numpy()[linear.source] >= 0]
+    if linear.empty:
+        return pd.DataFrame(columns=list(HEAD_COLUMNS))
+    sources, targets = linear.source.unique(), linear.target.unique()
+    reads = Reads.concatenate([found.reads[number] for number in targets])
+    ways = head_sums(frozen, nodes, torch.tensor(sources), reads).double().cpu()
+    row = linear.source.map({number: place for place, number in enumerate(sources)}).tolist()
+    column = linear.target.map({number: place for place, number in enumerate(targets)}).tolist()
+    parts = ways[row, column]
+    edge, way = parts.nonzero(as_tuple=True)
+    n_heads = frozen.pattern.shape[1]
+    direct = way == 0
+    return pd.DataFrame(
+        {
+            "source": linear.source.map(ids).to_numpy()[edge],
+            "target": linear.target.map(ids).to_numpy()[edge],
+            "layer": torch.where(direct, -1, (way - 1) // n_heads).numpy(),
+            "head": torch.where(direct, -1, (way - 1) % n_heads).numpy(),
+            "weight": parts[edge, way].numpy(),
+        }
+    )
+
+
+def _with_via(edges: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
+    """Each edge with the way that has the largest part in it."""
+    if heads.empty:
+        return edges.assign(via="", via_weight=0.0).reset_index(drop=True)[list(EDGE_COLUMNS)]
+    strongest = heads.loc[heads.weight.abs().groupby([heads.source, heads.target], sort=False).idxmax()]
+    via = strongest.assign(
+        via=[
+            "direct" if layer < 0 else f"L{layer}H{head}"
+            for layer, head in zip(strongest.layer, strongest["head"], strict=True)
+        ],
+        via_weight=strongest.weight,
+    )[["source", "target", "via", "via_weight"]]
+    edges = edges.drop(columns=["via", "via_weight"], errors="ignore").merge(via, on=["source", "target"], how="left")
+    return edges.fillna({"via": "", "via_weight": 0.0})[list(EDGE_COLUMNS)]
+
+
+def _ends(circuit: Circuit) -> dict[str, float]:
+    """Where the target's influence ends: hand it down the kept graph, everything that is not expanded keeps it."""
+    folded = circuit.folded_edges().assign(weight=lambda frame: frame.influence)
+    total = folded.groupby("target").weight.sum()
+    level = circuit.nodes.set_index("id")
+    starts = circuit.nodes[circuit.nodes.kind == "target"]
+    arrived = dict.fromkeys(circuit.nodes.id, 0.0) | dict(zip(starts.id, starts.influence, strict=True))
+    into = dict(list(folded.groupby("target")))
+    depth = {
+        row.id: 10**9 if row.kind == "target" else 2 * row.layer + (2 if row.point == "mlp-out" else 1)
+        for row in level.reset_index().itertuples()
+    }
+    for node in sorted(into, key=lambda name: -depth[name]):
+        handed, arrived[node] = arrived[node], 0.0
+        for source, weight in zip(into[node].source, into[node].weight, strict=True):
+            arrived[source] += handed * weight / max(total[node], 1e-300)
+    ends: dict[str, float] = {}
+    for name, share in arrived.items():
+        kind = level.kind[name]
+        key = name if kind == "other" else kind
+        ends[key] = ends.get(key, 0.0) + share
+    return {key: float(share) for key, share in ends.items() if share}

@@ -1,0 +1,333 @@
+"""Everything about one output feature on one text: what a report shows and a reader asks for.
+
+1. where the feature fires on the text, and its exact attribution at one position
+2. which input features matter there: those of the largest pairs, on this token and in the weights
+3. the interaction matrix between them, the spectrum, the leading eigencircuits in features and on the tokens
+4. what each feature shown fires on elsewhere, and which tokens the output feature promotes
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens._core.display import Tabular
+from bilens.bare import require_bare
+from bilens.decompose.decomposer import Decomposer
+from bilens.decompose.results import Attribution, Eigencircuits
+from bilens.layer.bilinear import interaction_matrix
+from bilens.layer.eigen.solve import EigenSweep, top_eigenpairs
+from bilens.sae.features.examples import FeatureActivations, FeatureSummary
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from bilens.draw.page import Page
+
+
+@dataclass(frozen=True)
+class FeatureCircuit:
+    """One output feature on one text.
+
+    Attributes:
+        attribution: exact, at `position`.
+        tokens: of the text, `[BOS]` first.
+        output_activations: of the feature on every token (after the output SAE's top-k).
+        shown: the input features shown, most important first; `input_activations` of each on every token.
+        interactions: the interaction matrix between them (`Q_ij`).
+        spectrum: all eigenvalues of the output's interaction matrix.
+        eigen: the leading eigencircuits, and `eigen_activations`, `lambda (v . x)^2` on every token.
+        promoted, suppressed: tokens by the feature's direct effect on the logits (decoder times unembedding).
+        attention: the layer's patterns on the text.
+        wordpiece: whether the tokens are word pieces (`HookedBilinearTransformer.is_wordpiece`).
+        output_summary, input_summaries: what the features fire on over the example texts, where there are some.
+    """
+
+    attribution: Attribution
+    tokens: list[str] = field(repr=False)
+    output_activations: Float[Tensor, "p"] = field(repr=False)
+    shown: list[int]
+    input_activations: Float[Tensor, "p m"] = field(repr=False)
+    interactions: Float[Tensor, "m m"] = field(repr=False)
+    spectrum: Float[Tensor, "d_model"] = field(repr=False)
+    eigen: Eigencircuits = field(repr=False)
+    eigen_activations: Float[Tensor, "p k"] = field(repr=False)
+    promoted: list[tuple[str, float]] = field(repr=False)
+    suppressed: list[tuple[str, float]] = field(repr=False)
+    attention: Float[Tensor, "head p p"] = field(repr=False)
+    wordpiece: bool = field(default=False, repr=False)
+    output_summary: FeatureSummary | None = field(default=None, repr=False)
+    input_summaries: dict[int, FeatureSummary] = field(default_factory=dict, repr=False)
+
+    @property
+    def output_label(self) -> str:
+        return self.attribution.output_name or str(self.attribution.feature)
+
+    def input_label(self, feature: int) -> str:
+        names = self.attribution.input_names
+        return str(feature) if names is None else names[feature]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """The pairs of the attribution; see `Attribution.to_frame`."""
+        return self.attribution.to_frame()
+
+    def plot(self) -> "go.Figure":
+        """The pairs of the attribution; see `Attribution.plot`."""
+        return self.attribution.plot()
+
+    def to_page(self) -> "Page":
+        """The views of a report, for this feature alone."""
+        from bilens.pages.circuit import circuit_page
+
+        return circuit_page([self])
+
+    def _repr_html_(self) -> str:
+        from bilens.pages.circuit import circuit_page
+
+        return circuit_page([self])._repr_html_()
+
+    def __str__(self) -> str:
+        return f"{self.attribution}\n{self.to_frame().head(10).to_string(index=False)}"
+
+
+@torch.no_grad()
+def feature_circuit(
+    decomposer: Decomposer,
+    text_or_tokens: str | Int[Tensor, "p"] | Int[Tensor, "1 p"],
+    feature: int,
+    position: int | None = None,
+    *,
+    inputs: FeatureActivations | None = None,
+    outputs: FeatureActivations | None = None,
+    n_inputs: int = 12,
+    n_eigen: int = 4,
+) -> FeatureCircuit:
+    """Collect everything about an output feature on a text.
+
+    Args:
+        decomposer: with both SAEs.
+        text_or_tokens: as for `Decomposer.attribute`.
+        feature: of the output SAE.
+        position: `None` takes where the feature's pre-activation is largest, `[BOS]` left out.
+        inputs, outputs: what the features of the two SAEs fire on, for the examples.
+        n_inputs: how many input features to show.
+        n_eigen: how many eigencircuits.
+
+    Raises:
+        MissingSAEError, OutOfRangeError, EmptyTextError, ContextLengthError: as for `Decomposer.attribute`.
+    """
+    model, view_in, view_out = decomposer.model, decomposer.input_view, decomposer.output_view
+    require_bare(model, view_in.sae, view_out.sae)
+    tokens = model.input_to_tokens(text_or_tokens)
+    pattern_hook = f"blocks.{decomposer.layer}.attn.hook_pattern"
+    names = [
+        decomposer.normalized_hook,
+        decomposer.out_hook,
+        pattern_hook,
+        view_in.hook_name or decomposer.normalized_hook,
+    ]
+    _, cache = model.run_with_cache(
+        tokens, names_filter=names, stop_at_layer=decomposer.layer + 1, return_cache_object=False
+    )
+    x, y, pattern, site = (cache[name][0] for name in names)
+    if position is None:
+        pre = view_out.pre_activations(y)[:, decomposer.check_feature(feature)]
+        first = min(model.n_bos, len(pre) - 1)
+        position = int(pre[first:].argmax()) + first
+    attribution = decomposer.attribute(tokens, feature, position)
+
+    direction = decomposer.directions(feature)
+    shown = _most_important(attribution, n_inputs)
+    acts_in = view_in.activations(site)
+    directions = view_in.decoder[shown].to(direction)
+    interactions = directions @ interaction_matrix(decomposer.weights, direction) @ directions.T
+    full = decomposer.eigen(feature)
+    eigen = full.top(n_eigen)
+    effect = model.W_U.T.to(direction) @ view_out.decoder[feature].to(direction)
+    # Only what the feature changes relative to the average token moves the softmax.
+    effect = effect - effect.mean()
+    return FeatureCircuit(
+        attribution=attribution,
+        tokens=attribution.tokens,
+        output_activations=view_out.activations(y)[:, feature],
+        shown=shown,
+        input_activations=acts_in[:, shown],
+        interactions=interactions,
+        spectrum=full.values,
+        eigen=eigen,
+        eigen_activations=eigen.activations(x.to(eigen.vectors)),
+        promoted=_tokens_of(decomposer, effect, 10),
+        suppressed=[(token, -value) for token, value in _tokens_of(decomposer, -effect, 10)],
+        attention=pattern,
+        wordpiece=model.is_wordpiece,
+        output_summary=None if outputs is None else outputs.summary(feature),
+        input_summaries={} if inputs is None else {i: inputs.summary(i) for i in _summarised(shown, eigen)},
+    )
+
+
+def _most_important(attribution: Attribution, n: int) -> list[int]:
+    """The input features by the absolute contributions of their pairs."""
+    m = len(attribution.inputs)
+    weight = attribution.contributions[:m, :m].abs().sum(1)
+    return attribution.inputs[weight.argsort(descending=True)[:n]].tolist()
+
+
+def _summarised(shown: list[int], eigen: Eigencircuits) -> list[int]:
+    """Every input feature that a reader meets: those shown, and those that the eigenvectors are read in."""
+    named = [] if eigen.decoder is None else eigen.in_features(top=6).i.tolist()
+    return list(dict.fromkeys([*shown, *named]))
+
+
+def _tokens_of(decomposer: Decomposer, effect: Float[Tensor, "d_vocab"], n: int) -> list[tuple[str, float]]:
+    top = effect.topk(n)
+    return list(zip(decomposer.token_strings(top.indices), top.values.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class RankedFeatures(Tabular):
+    """Output features by how much of a circuit they are.
+
+    Attributes:
+        features: best first.
+        correlation: of the two leading eigencircuits (plus nothing else) with the feature, over its active tokens.
+        cross_share: of the absolute contributions of pairs of input features, the share of pairs of two different ones.
+        density: share of all tokens on which the feature fires.
+    """
+
+    features: Int[Tensor, "n"]
+    correlation: Float[Tensor, "n"]
+    cross_share: Float[Tensor, "n"]
+    density: Float[Tensor, "n"]
+    names: Sequence[str] | None = field(default=None, repr=False)
+
+    @property
+    def score(self) -> Float[Tensor, "n"]:
+        return self.correlation * self.cross_share
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per feature: `feature, name, score, correlation, cross_share, density`."""
+        import pandas as pd
+
+        features = self.features.tolist()
+        return pd.DataFrame(
+            {
+                "feature": features,
+                "name": [str(f) if self.names is None else self.names[f] for f in features],
+                "score": self.score.tolist(),
+                "correlation": self.correlation.tolist(),
+                "cross_share": self.cross_share.tolist(),
+                "density": self.density.tolist(),
+            }
+        )
+
+    def plot(self) -> "go.Figure":
+        """The two factors of the score, feature by feature."""
+        from bilens.draw.plots import scatter
+
+        labels, shares = self.to_frame().name.tolist(), self.cross_share.tolist()
+        return scatter(shares, self.correlation.tolist(), labels, x_title="cross share", y_title="correlation")
+
+    def __str__(self) -> str:
+        return self.to_frame().head(20).round(4).to_string(index=False)
+
+
+@torch.no_grad()
+def rank_features(
+    decomposer: Decomposer,
+    outputs: FeatureActivations,
+    *,
+    among: Sequence[int] | None = None,
+    k: int = 2,
+    density: tuple[float, float] = (5e-4, 0.05),
+    min_active: int = 20,
+    swept: EigenSweep | None = None,
+) -> RankedFeatures:
+    """Rank output features by how well `k` eigencircuits reproduce them and how much they combine different inputs.
+
+    A feature scores high if its two leading eigenvectors predict, token by token, how strongly it fires (Pearce et al.
+    2025, section 5.3), and if what makes it fire are pairs of two different input features rather than one feature
+    squared.
+
+    Args:
+        decomposer: with both SAEs.
+        outputs: activations of the output SAE's features on example texts.
+        among: consider these only.
+        k: eigencircuits used.
+        density: of the features considered: the rare and the dense tell little.
+        min_active: tokens a feature must fire on.
+        swept: leading eigenpairs of all output features, such as a stored sweep's; `None` computes what is needed.
+    """
+    view_in = decomposer.input_view
+    counts, densities = outputs.offsets.diff(), outputs.density()
+    eligible = (counts >= min_active) & (densities >= density[0]) & (densities <= density[1])
+    candidates = eligible.nonzero().flatten()
+    if among is not None:
+        candidates = candidates[torch.isin(candidates, torch.tensor(list(among), dtype=torch.long))]
+    if not len(candidates):
+        empty = torch.zeros(0)
+        return RankedFeatures(candidates, empty, empty, empty, decomposer.output_names)
+    x = layer_inputs(decomposer, outputs.tokens)
+    correlations, shares = [], []
+    if swept is None:
+        eigen = top_eigenpairs(decomposer.weights, decomposer.directions(candidates), k, progress=False)
+        all_values, all_vectors = eigen.values, eigen.vectors
+    else:
+        all_values, all_vectors = swept.values[candidates, :k], swept.vectors[candidates, :k]
+    for row, feature in enumerate(candidates.tolist()):
+        at = outputs.entries(feature)
+        active = x[outputs.rows[at], outputs.positions[at]].to(all_vectors)
+        reproduced = (all_values[row] * (active @ all_vectors[row].T) ** 2).sum(-1)
+        correlations.append(_correlation(reproduced, outputs.values[at]))
+        strongest = active[outputs.values[at].argsort(descending=True)[:16]]
+        shares.append(_cross_share(decomposer, view_in.activations(strongest), feature))
+    result = RankedFeatures(
+        candidates, torch.tensor(correlations), torch.tensor(shares), densities[candidates], decomposer.output_names
+    )
+    order = result.score.argsort(descending=True)
+    return RankedFeatures(
+        candidates[order], result.correlation[order], result.cross_share[order], result.density[order], result.names
+    )
+
+
+@torch.no_grad()
+def layer_inputs(
+    decomposer: Decomposer, tokens: Int[Tensor, "text pos"], batch_size: int = 32
+) -> Float[Tensor, "text pos d_model"]:
+    """What the decomposer's layer reads (`ln2.hook_normalized`) on every token."""
+    require_bare(decomposer.model)
+    parts = []
+    for rows in tokens.split(batch_size):
+        _, cache = decomposer.model.run_with_cache(
+            rows.to(decomposer.model.cfg.device),
+            names_filter=decomposer.normalized_hook,
+            stop_at_layer=decomposer.layer + 1,
+            return_cache_object=False,
+        )
+        parts.append(cache[decomposer.normalized_hook].cpu())
+    return torch.cat(parts)
+
+
+def _correlation(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> float:
+    """Pearson's, 0 where either side is constant."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    norm = (a.norm() * b.norm()).item()
+    return 0.0 if norm == 0.0 else (a @ b).item() / norm
+
+
+def _cross_share(decomposer: Decomposer, acts: Float[Tensor, "n d_sae"], feature: int) -> float:
+    """Share of `|f_i f_j Q_ij|` that lies off the diagonal, over tokens."""
+    direction = decomposer.directions(feature)
+    decoder = decomposer.input_view.decoder.to(direction)
+    matrix = interaction_matrix(decomposer.weights, direction)
+    cross = total = 0.0
+    for f in acts:
+        active = f.nonzero().flatten()
+        parts = f[active, None] * decoder[active]
+        contributions = (parts @ matrix @ parts.T).abs()
+        total += contributions.sum().item()
+        cross += contributions.sum().item() - contributions.diagonal().sum().item()
+    return cross / total if total else 0.0

@@ -1,0 +1,238 @@
+"""Which output features do alike with their inputs, and which merely point alike.
+
+A feature that a larger SAE splits leaves several with nearly the same interaction matrix, whatever their directions.
+Two measures of every two output features, both cosines:
+
+- of interaction matrices, `<Q_u, Q_w> / (||Q_u|| ||Q_w||)`, exact from the factors (`bilens.layer.inner`)
+- of their encoder or decoder directions
+
+`Q_u` is linear in `u`, so where directions nearly agree, so do interaction matrices. The reverse need not hold: the
+layer may turn two directions into much the same matrix. Clusters are of the interaction matrices, by agglomeration
+(`scipy.cluster.hierarchy`) at distance `1 - cosine`, cut where the cosine falls below a threshold.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilens._core.display import Tabular
+from bilens.decompose.results import name_of
+from bilens.errors import OutOfRangeError
+from bilens.layer.bilinear import BilinearLayer
+from bilens.layer.inner import cosines, double, inner_products
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Linkage = Literal["average", "complete", "single"]
+MOST_POINTS = 4000
+
+
+@dataclass(frozen=True)
+class FeatureCosines:
+    """Both cosines of every two outputs."""
+
+    interaction: Float[Tensor, "n n"] = field(repr=False)
+    direction: Float[Tensor, "n n"] = field(repr=False)
+
+    def plot(self, features: Int[Tensor, "n"], names: Sequence[str] | None, seed: int = 0) -> "go.Figure":
+        """One cosine against the other, pair by pair; of many pairs some, drawn with a seed."""
+        from bilens.draw.plots import scatter
+
+        i, j = torch.tril_indices(len(features), len(features), -1)
+        if len(i) > MOST_POINTS:
+            # Half at random, half the closest of either kind: what a sample alone would miss.
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.randint(len(i), (MOST_POINTS // 2,), generator=generator)
+            closest = [of[i, j].topk(MOST_POINTS // 4).indices for of in (self.interaction, self.direction)]
+            chosen = torch.cat([drawn, *closest]).unique()
+            i, j = i[chosen], j[chosen]
+        labels = [
+            f"{name_of(names, a)} / {name_of(names, b)}"
+            for a, b in zip(features[i].tolist(), features[j].tolist(), strict=True)
+        ]
+        return scatter(
+            self.direction[i, j].tolist(),
+            self.interaction[i, j].tolist(),
+            labels,
+            f"pairs of output features ({len(i)} shown)",
+            x_title="cosine of directions",
+            y_title="cosine of interaction matrices",
+            diagonal=True,
+        )
+
+
+@dataclass(frozen=True)
+class Neighbours(Tabular):
+    """The nearest neighbours of output features in interaction space and by direction, side by side.
+
+    Attributes:
+        outputs: the features (or places of the directions) whose neighbours these are.
+        by_interaction, by_direction: the `k` nearest of all others by either cosine, nearest first.
+        cosines: of every two of all of them.
+        features: what the rows of `cosines` are.
+        names: of the features.
+    """
+
+    outputs: Int[Tensor, "n"]
+    by_interaction: Int[Tensor, "n k"] = field(repr=False)
+    by_direction: Int[Tensor, "n k"] = field(repr=False)
+    cosines: FeatureCosines = field(repr=False)
+    features: Int[Tensor, "m"] = field(repr=False)
+    names: Sequence[str] | None = field(default=None, repr=False)
+
+    @property
+    def overlap(self) -> float:
+        """Share of the neighbours by interaction that are neighbours by direction, too."""
+        same = self.by_interaction[:, :, None] == self.by_direction[:, None, :]
+        return same.any(-1).float().mean().item()
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per output and rank: `output, output_name, rank`, then for the neighbour by interaction and the one
+        by direction `<kind>_neighbour, <kind>_name, <kind>_cosine, <kind>_other_cosine` (the other measure's)."""
+        import pandas as pd
+
+        place = {feature: row for row, feature in enumerate(self.features.tolist())}
+        both = {"interaction": self.by_interaction, "direction": self.by_direction}
+        rows = []
+        for n, output in enumerate(self.outputs.tolist()):
+            for rank in range(self.by_interaction.shape[1]):
+                row = {"output": output, "output_name": name_of(self.names, output), "rank": rank}
+                for kind, neighbours in both.items():
+                    neighbour = int(neighbours[n, rank])
+                    at = place[output], place[neighbour]
+                    values = {"interaction": self.cosines.interaction[at], "direction": self.cosines.direction[at]}
+                    row[f"{kind}_neighbour"] = neighbour
+                    row[f"{kind}_name"] = name_of(self.names, neighbour)
+                    row[f"{kind}_cosine"] = values.pop(kind).item()
+                    row[f"{kind}_other_cosine"] = values.popitem()[1].item()
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def plot(self, seed: int = 0) -> "go.Figure":
+        """Both cosines of all pairs (of many, a sample and the closest)."""
+        return self.cosines.plot(self.features, self.names, seed)
+
+    def __str__(self) -> str:
+        return f"{self.overlap:.0%} of the neighbours agree\n{self.to_frame().head(20).to_string(index=False)}"
+
+
+@dataclass(frozen=True)
+class FeatureClusters(Tabular):
+    """Output features by their interaction matrices.
+
+    Attributes:
+        features: clustered.
+        labels: the cluster of each: 0 is the largest.
+        threshold: the cosine at which clusters are cut.
+        cosines: of every two.
+        names: of the features.
+    """
+
+    features: Int[Tensor, "n"] = field(repr=False)
+    labels: Int[Tensor, "n"] = field(repr=False)
+    threshold: float
+    cosines: FeatureCosines = field(repr=False)
+    names: Sequence[str] | None = field(default=None, repr=False)
+
+    @property
+    def sizes(self) -> Int[Tensor, "cluster"]:
+        """Features in every cluster, falling."""
+        return self.labels.bincount()
+
+    def members(self, cluster: int) -> list[int]:
+        """The features of one cluster."""
+        if not 0 <= cluster < len(self.sizes):
+            raise OutOfRangeError(f"cluster {cluster} is none of the {len(self.sizes)}, 0 to {len(self.sizes) - 1}.")
+        return self.features[self.labels == cluster].tolist()
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per feature, by cluster: `feature, name, cluster, size, interaction_cosine, direction_cosine`: means
+        over the pairs within its cluster; NaN for a cluster of one."""
+        import pandas as pd
+
+        means = {
+            "interaction_cosine": within_means(self.cosines.interaction, self.labels),
+            "direction_cosine": within_means(self.cosines.direction, self.labels),
+        }
+        order = self.labels.argsort(stable=True)
+        labels = self.labels[order]
+        return pd.DataFrame(
+            {
+                "feature": self.features[order].tolist(),
+                "name": [name_of(self.names, feature) for feature in self.features[order].tolist()],
+                "cluster": labels.tolist(),
+                "size": self.sizes[labels].tolist(),
+            }
+            | {name: of[labels].tolist() for name, of in means.items()}
+        )
+
+    def plot(self, seed: int = 0) -> "go.Figure":
+        """Both cosines of all pairs (of many, a sample and the closest)."""
+        return self.cosines.plot(self.features, self.names, seed)
+
+    def __str__(self) -> str:
+        shared = int((self.sizes > 1).sum())
+        return (
+            f"{len(self.features)} features in {len(self.sizes)} clusters at cosine {self.threshold:g}, {shared} of "
+            f"them of several\n{self.to_frame().head(20).to_string(index=False)}"
+        )
+
+
+def feature_cosines(
+    layer: BilinearLayer,
+    u: Float[Tensor, "n d_model"],
+    directions: Float[Tensor, "n d_model"],
+    metric: Float[Tensor, "d_model d_model"] | None = None,
+) -> FeatureCosines:
+    """Both cosines of every two outputs.
+
+    Args:
+        layer: the layer.
+        u: output directions.
+        directions: what `direction` compares: `u` itself, or the same features' other side.
+        metric: `D^T D` for interaction matrices between the input features `D`; `None` for the residual basis.
+    """
+    inner = inner_products(layer, u, metric=metric)
+    lengths = inner.diagonal().clamp_min(0).sqrt()
+    unit = torch.nn.functional.normalize(double(directions), dim=-1)
+    # On the CPU, where they are sorted, clustered and shown.
+    return FeatureCosines(cosines(inner, lengths, lengths).float().cpu(), (unit @ unit.T).float().cpu())
+
+
+def nearest_others(similarity: Float[Tensor, "n n"], rows: Int[Tensor, "r"], k: int) -> Int[Tensor, "r k"]:
+    """The `k` columns of largest similarity in each of these rows, without the row itself."""
+    n = len(similarity)
+    if not 1 <= k < n:
+        raise OutOfRangeError(f"k is {k}, expected 1 to {n - 1}: there are {n} outputs.")
+    others = similarity[rows].clone()
+    others[torch.arange(len(rows)), rows] = -torch.inf
+    return others.topk(k, dim=-1).indices
+
+
+def cluster(similarity: Float[Tensor, "n n"], threshold: float, linkage: Linkage = "average") -> Int[Tensor, "n"]:
+    """Agglomerative clusters, cut where the cosine falls below `threshold`: 0 is the largest."""
+    from scipy.cluster.hierarchy import fcluster
+    from scipy.cluster.hierarchy import linkage as agglomerate
+    from scipy.spatial.distance import squareform
+
+    if len(similarity) < 2:
+        return torch.zeros(len(similarity), dtype=torch.long)
+    distances = (1 - similarity.double()).clamp_min(0).fill_diagonal_(0)
+    tree = agglomerate(squareform(distances.numpy(), checks=False), linkage)
+    found = torch.from_numpy(fcluster(tree, 1 - threshold, "distance")).long() - 1
+    by_size = found.bincount().argsort(descending=True, stable=True)
+    return by_size.argsort()[found]
+
+
+def within_means(similarity: Float[Tensor, "n n"], labels: Int[Tensor, "n"]) -> Float[Tensor, "cluster"]:
+    """Mean over the pairs within every cluster; NaN where there are none."""
+    similarity, sizes = similarity.double(), labels.bincount()
+    by_cluster = similarity.new_zeros(len(sizes), len(labels)).index_add_(0, labels, similarity)
+    own = by_cluster.gather(0, labels[None])[0] - similarity.diagonal()
+    return similarity.new_zeros(len(sizes)).index_add_(0, labels, own) / (sizes * (sizes - 1))

@@ -1,0 +1,221 @@
+"""One self-contained HTML file from prose, tables, figures and views.
+
+Nothing in the file is fetched: plotly.js and the circuitsvis bundle are embedded, each once and only if needed, and a
+content security policy forbids the network and any script but those.
+"""
+
+import re
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import pandas as pd
+
+from bilens._core.files import to_path, write_atomically
+from bilens.draw.markup import Html, ViewError, asset, escape, island, scripts_for
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@runtime_checkable
+class Drawable(Protocol):
+    """Anything with a fragment of its own: the views, `Html`."""
+
+    def html(self) -> str: ...
+
+
+Content: TypeAlias = "str | pd.DataFrame | Drawable | go.Figure"
+NONE = "'none'"
+DEFAULT_PLOT_HEIGHT = 450
+
+
+def fragment(content: Content) -> str:
+    """The markup of one piece of content.
+
+    Text becomes escaped paragraphs (a blank line parts them), a frame a table, a plotly figure its plot; what has
+    `.html()` is taken at its word.
+
+    Raises:
+        ViewError: nothing of the kind.
+    """
+    if isinstance(content, str):
+        return "".join(f"<p>{escape(paragraph)}</p>" for paragraph in re.split(r"\n\s*\n", content.strip()))
+    if isinstance(content, pd.DataFrame):
+        return table(content).html()
+    if isinstance(content, Drawable):
+        return content.html()
+    if hasattr(content, "to_plotly_json"):
+        return island("plotly", content.to_json(), int(content.layout.height or DEFAULT_PLOT_HEIGHT))
+    raise ViewError(f"a {type(content).__name__} cannot be put on a page: give text, a frame, a figure or a view.")
+
+
+def table(
+    rows: pd.DataFrame | Iterable[Sequence[Any]], columns: Sequence[str] | None = None, caption: str = ""
+) -> Html:
+    """A table. Cells may be text, numbers (to four significant digits, aligned right) or views.
+
+    Args:
+        rows: a frame (its index is shown if it has a name), or rows of cells.
+        columns: the header; a frame has its own.
+        caption: over the table.
+
+    Raises:
+        ViewError: a row that is not as long as the header.
+    """
+    if isinstance(rows, pd.DataFrame):
+        frame = rows if rows.index.name is None else rows.reset_index()
+        columns = list(map(str, frame.columns)) if columns is None else columns
+        rows = frame.itertuples(index=False, name=None)
+    cells = [list(row) for row in rows]
+    header = [] if columns is None else list(columns)
+    width = len(header or next(iter(cells), []))
+    for row in cells:
+        if len(row) != width:
+            raise ViewError(f"a row of {len(row)} cells in a table of {width} columns: {row}.")
+    drawn = [_column([row[place] for row in cells]) for place in range(width)]
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, (kind, _) in zip(header, drawn, strict=False))
+    body = "".join(
+        f"<tr>{''.join(f'<td{kind}>{markup[place]}</td>' for kind, markup in drawn)}</tr>"
+        for place in range(len(cells))
+    )
+    return Html(
+        f'<div class="table" role="region" aria-label="{escape(caption or "table")}" tabindex="0"><table>'
+        + (f"<caption>{escape(caption)}</caption>" if caption else "")
+        + (f"<thead><tr>{head}</tr></thead>" if head else "")
+        + f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def details(summary: str, *contents: Content, open: bool = False) -> Html:
+    """Contents folded away under a summary."""
+    inside = "".join(map(fragment, contents))
+    return Html(f"<details{' open' if open else ''}><summary>{escape(summary)}</summary><div>{inside}</div></details>")
+
+
+def columns(*contents: Content) -> Html:
+    """Contents side by side where there is room, one under another where there is not."""
+    return Html(f'<div class="columns">{"".join(f"<div>{fragment(content)}</div>" for content in contents)}</div>')
+
+
+def captioned(content: Content, caption: str) -> Html:
+    """Content with a caption under it."""
+    return Html(f"<figure>{fragment(content)}<figcaption>{escape(caption)}</figcaption></figure>")
+
+
+class Page:
+    """A page, built from top to bottom.
+
+        Page("Report").section("Circuits", "In words.", figure, table(rows, ["token", "value"])).save("report.html")
+
+    Args:
+        title: the page's heading, and the browser's.
+        subtitle: a line under it.
+        lang: the language of the prose.
+    """
+
+    def __init__(self, title: str, subtitle: str = "", lang: str = "en"):
+        self.title = title
+        self.subtitle = subtitle
+        self.lang = lang
+        self._body: list[str] = []
+        self._contents: list[tuple[int, str, str]] = []
+
+    def section(self, title: str, *contents: Content, level: Literal[2, 3] = 2) -> "Page":
+        """A heading that the table of contents lists, and what stands under it."""
+        slug = re.sub(r"\W+", "-", title.lower()).strip("-") or "section"
+        taken = {"main", *(anchor for _, anchor, _ in self._contents)}
+        anchor = next(name for n in range(1, len(taken) + 2) if (name := f"{slug}-{n}" if n > 1 else slug) not in taken)
+        self._contents.append((level, anchor, title))
+        self._body.append(f'<h{level} id="{anchor}"><a href="#{anchor}">{escape(title)}</a></h{level}>')
+        return self.add(*contents)
+
+    def add(self, *contents: Content) -> "Page":
+        """More of the current section (or, before any, of the introduction)."""
+        self._body.extend(map(fragment, contents))
+        return self
+
+    def to_html(self) -> str:
+        """The whole document."""
+        body = "\n".join(self._body)
+        scripts = scripts_for(body)
+        hashes = [f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts]
+        policy = (
+            f"default-src 'none'; script-src {' '.join(hashes) or NONE}; style-src 'unsafe-inline'; "
+            "img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"
+        )
+        subtitle = f'<p class="subtitle">{escape(self.subtitle)}</p>' if self.subtitle else ""
+        graph_style = asset("graph.css") if 'data-draw="graph"' in body else ""
+        embedded = "".join(f"<script>{script}</script>\n" for script in scripts)
+        needs_scripts = "<noscript><p>The interactive views need JavaScript.</p></noscript>" if scripts else ""
+        return f"""<!DOCTYPE html>
+<html lang="{escape(self.lang)}">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(self.title)}</title>
+<link rel="icon" href="data:,">
+<style>
+{asset("page.css")}{asset("views.css")}{graph_style}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the content</a>
+<header><h1>{escape(self.title)}</h1>{subtitle}{needs_scripts}</header>
+{self._nav()}
+<main id="main">
+{body}
+</main>
+{embedded}</body>
+</html>
+"""
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the page, whole or not at all, and return where."""
+        text = self.to_html().encode("utf-8", "backslashreplace")  # a broken token may hold a lone surrogate
+        write_atomically(to_path(path), lambda beside: beside.write_bytes(text))
+        return to_path(path)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that a notebook's styles and the page's leave each other alone."""
+        return (
+            f'<iframe srcdoc="{escape(self.to_html())}" sandbox="allow-scripts" loading="lazy" '
+            f'title="{escape(self.title)}" style="width:100%;height:40rem;border:0"></iframe>'
+        )
+
+    def _nav(self) -> str:
+        if len(self._contents) < 2:
+            return ""
+        entries = "".join(
+            f'<li class="level-{level}"><a href="#{anchor}">{escape(title)}</a></li>'
+            for level, anchor, title in self._contents
+        )
+        return f'<nav aria-label="Contents"><ul>{entries}</ul></nav>'
+
+
+def _column(cells: list[Any]) -> tuple[str, list[str]]:
+    """The class of a column's cells, and their markup; numbers get the decimals of the one that needs most."""
+    numeric = [isinstance(cell, Real) and not isinstance(cell, bool) for cell in cells]
+    texts = [_number(cell) if number else _cell(cell) for cell, number in zip(cells, numeric, strict=True)]
+    if not all(number or cell is None for cell, number in zip(cells, numeric, strict=True)):
+        return "", texts
+    decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
+    if decimals <= 4 and not any("e" in text for text in texts):
+        texts = [
+            text if cell is None or isinstance(cell, Integral) else f"{float(cell):.{decimals}f}"
+            for cell, text in zip(cells, texts, strict=True)
+        ]
+    return ' class="number"', texts
+
+
+def _number(value: Any) -> str:
+    return str(value) if isinstance(value, Integral) else f"{float(value):.4g}"
+
+
+def _cell(cell: Any) -> str:
+    return cell.html() if isinstance(cell, Drawable) else escape("" if cell is None else cell)

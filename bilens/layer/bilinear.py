@@ -1,0 +1,126 @@
+"""The interaction tensor of one bilinear layer, as pure functions of its weights.
+
+    y = W_out^T ((W_gate^T x + b_gate) * (W_in^T x + b_in)) + b_out           (TransformerLens shapes, column x)
+
+For an output direction u, with c = W_out u (one number per hidden unit), l_m and r_m the columns of W_gate and W_in:
+
+    u . y = x^T Q x + g . x + h
+    Q     = 1/2 sum_m c_m (l_m r_m^T + r_m l_m^T)
+    g     = sum_m c_m (b_in_m l_m + b_gate_m r_m)
+    h     = sum_m c_m b_gate_m b_in_m + u . b_out
+
+Source: DESIGN section 4; Pearce et al. 2025, section 3 (there without biases). Everything downstream, eigencircuits,
+feature interactions and attributions, is these three and inner products with them.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bilens._core.checks import check_finite
+from bilens.errors import NotBilinearError
+
+if TYPE_CHECKING:
+    from bilens.model.transformer import HookedBilinearTransformer
+
+
+@dataclass(frozen=True)
+class BilinearLayer:
+    """The weights of one bilinear MLP in TransformerLens shapes, and nothing else."""
+
+    W_gate: Float[Tensor, "d_model d_mlp"]
+    W_in: Float[Tensor, "d_model d_mlp"]
+    W_out: Float[Tensor, "d_mlp d_model"]
+    b_gate: Float[Tensor, "d_mlp"]
+    b_in: Float[Tensor, "d_mlp"]
+    b_out: Float[Tensor, "d_model"]
+
+    @classmethod
+    def of(cls, model: "HookedBilinearTransformer", layer: int) -> "BilinearLayer":
+        """One layer of a model, detached, in float32 at least.
+
+        Raises:
+            CheckpointError: weights that are not finite.
+            NotBilinearError: a gated or one-branch model: its output is not a quadratic form of its input.
+        """
+        if not model.cfg.is_bilinear:
+            kind = f"gated by {model.cfg.gate!r}" if model.cfg.bilinear else "a one-branch MLP"
+            raise NotBilinearError(
+                f"the model {model.cfg.model_name!r} is {kind}: its output is not a quadratic form of its input, so it "
+                "has no interaction matrices. A bilinear model has config bilinear true and gate null."
+            )
+        mlp = model.blocks[layer].mlp
+        names = ("W_gate", "W_in", "W_out", "b_gate", "b_in", "b_out")
+        dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+        weights = {name: getattr(mlp, name).detach().as_subclass(Tensor).to(dtype) for name in names}
+        for name, weight in weights.items():
+            check_finite(name, weight, f"layer {layer} of the model {model.cfg.model_name!r}")
+        return cls(**weights)
+
+    def to(self, dtype: torch.dtype) -> "BilinearLayer":
+        return BilinearLayer(*(t.to(dtype) for t in vars(self).values()))
+
+
+def hidden_coefficients(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_mlp"]:
+    """`c = W_out u`: how much each hidden unit writes along each direction."""
+    return u @ layer.W_out.T
+
+
+def interaction_matrix(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model d_model"]:
+    """The symmetric `Q_u` of each direction: the quadratic part of `u . mlp(x)`."""
+    c = hidden_coefficients(layer, u)
+    raw = (layer.W_gate * c[..., None, :]) @ layer.W_in.T
+    return 0.5 * (raw + raw.mT)
+
+
+def linear_term(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+    """`g_u`: the part of `u . mlp(x)` linear in `x`; zero without MLP biases."""
+    c = hidden_coefficients(layer, u)
+    return (c * layer.b_in) @ layer.W_gate.T + (c * layer.b_gate) @ layer.W_in.T
+
+
+def constant_term(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n"]:
+    """`h_u`: the part of `u . mlp(x)` that does not depend on `x`; zero without MLP biases."""
+    return hidden_coefficients(layer, u) @ (layer.b_gate * layer.b_in) + u @ layer.b_out
+
+
+def biases_as_weights(layer: BilinearLayer) -> BilinearLayer:
+    """The layer over `(x, 1)`: the branch biases as one more row of each branch. Its `Q_u` hold all but `u . b_out`."""
+    return replace(
+        layer,
+        W_gate=torch.cat([layer.W_gate, layer.b_gate[None]]),
+        W_in=torch.cat([layer.W_in, layer.b_in[None]]),
+        b_gate=torch.zeros_like(layer.b_gate),
+        b_in=torch.zeros_like(layer.b_in),
+    )
+
+
+def in_basis(
+    matrix: Float[Tensor, "*n d_model d_model"], directions: Float[Tensor, "d_sae d_model"]
+) -> Float[Tensor, "*n d_sae d_sae"]:
+    """`D Q D^T`: the interaction matrix between directions instead of between coordinates, symmetric to the bit."""
+    product = directions @ matrix @ directions.T
+    return 0.5 * (product + product.mT)
+
+
+def source_products(
+    layer: BilinearLayer,
+    u: Float[Tensor, "d_model"],
+    sources: Float[Tensor, "source d_model"],
+    ones: Float[Tensor, "source"],
+) -> Float[Tensor, "source source"]:
+    """How much every pair of sources contributes to `u . mlp(x)`, where the sources add up to `(x, 1)`.
+
+    With `ones` the last homogeneous coordinate of each source (1 for the bias source, 0 for the others), entry `(s, t)`
+    is `(s, 1_s)^T Q~ (t, 1_t)`; the entries add up to `u . mlp(x)` exactly. No `Q` is formed: the cost is that of
+    running the layer on the sources.
+    """
+    c = hidden_coefficients(layer, u)
+    left = sources @ layer.W_gate + ones[:, None] * layer.b_gate
+    right = sources @ layer.W_in + ones[:, None] * layer.b_in
+    raw = (left * c) @ right.T
+    corner = (u @ layer.b_out) * ones[:, None] * ones[None, :]
+    return 0.5 * (raw + raw.T) + corner

@@ -1,0 +1,266 @@
+"""Exact inner products of interaction matrices and of whole layers' tensors, from the factors alone.
+
+With l_m, r_m the branch rows of one layer and l'_k, r'_k those of another (or the same), the symmetrised products of
+two hidden units have the inner product
+
+    K_mk = <sym(l_m r_m^T), sym(l'_k r'_k^T)> = 1/2 ((l_m . l'_k)(r_m . r'_k) + (l_m . r'_k)(r_m . l'_k))
+
+1. between output directions:   <Q_u, Q'_w> = c_u^T K c'_w,                       c = W_out u
+2. between whole layers:        <T, T'> = sum_mk K_mk (W_out W_out'^T)_mk,         T_oij = (Q_{e_o})_ij
+3. between input features:      the same with every input product taken in the metric G = D^T D, because
+                                <D Q D^T, D Q' D^T> = tr(G Q G Q')
+
+No `Q` and no third-order tensor is formed: the cost is that of a few products of the branches. Sums run in float64, and
+over blocks of K, so that memory stays small where d_mlp is not. Two layers, or two models, can be compared wherever
+they read and write the same space; two models trained apart share no basis, and then only norms and spectra compare.
+
+All of it is about the quadratic part: MLP biases do not enter.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bilens._core.display import Tabular
+from bilens.errors import SAEMismatchError
+from bilens.layer.bilinear import BilinearLayer
+from bilens.model.transformer import HookedBilinearTransformer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+BLOCK = 2**23  # entries of K at a time: 64 MB
+
+
+@dataclass(frozen=True)
+class LayerSimilarity(Tabular):
+    """Inner products of the tensors of a model's layers, with themselves or with another model's.
+
+    Attributes:
+        inner: `<T, T'>` of every pair.
+        norms, other_norms: `||T||` of the rows' and the columns' layers.
+        names, other_names: of the layers.
+    """
+
+    inner: Float[Tensor, "layer other"] = field(repr=False)
+    norms: Float[Tensor, "layer"]
+    other_norms: Float[Tensor, "other"]
+    names: Sequence[str]
+    other_names: Sequence[str]
+
+    @property
+    def cosines(self) -> Float[Tensor, "layer other"]:
+        return self.inner / (self.norms[:, None] * self.other_norms)
+
+    @property
+    def distances(self) -> Float[Tensor, "layer other"]:
+        """`||T - T'||`."""
+        return (self.norms[:, None] ** 2 + self.other_norms**2 - 2 * self.inner).clamp_min(0).sqrt()
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row per pair of layers: `layer, other, inner, cosine, distance`."""
+        import pandas as pd
+
+        cosines, distances = self.cosines, self.distances
+        return pd.DataFrame(
+            [
+                {
+                    "layer": layer,
+                    "other": other,
+                    "inner": self.inner[i, j].item(),
+                    "cosine": cosines[i, j].item(),
+                    "distance": distances[i, j].item(),
+                }
+                for i, layer in enumerate(self.names)
+                for j, other in enumerate(self.other_names)
+            ]
+        )
+
+    def plot(self) -> "go.Figure":
+        """Heat map of the cosines."""
+        from bilens.draw.plots import heatmap
+
+        return heatmap(self.cosines.tolist(), self.names, self.other_names, "cosine of layer tensors", scale=1.0)
+
+    def __str__(self) -> str:
+        import pandas as pd
+
+        table = pd.DataFrame(self.cosines.tolist(), index=list(self.names), columns=list(self.other_names))
+        return f"cosines of layer tensors\n{table.to_string(float_format='{:+.4f}'.format)}"
+
+
+def layer_similarity(
+    model: HookedBilinearTransformer, other: HookedBilinearTransformer | None = None
+) -> LayerSimilarity:
+    """How alike the layers of a model are, as tensors; or those of one model and another.
+
+    Args:
+        model: a bilinear model.
+        other: of the same d_model, and in the same basis for the numbers to mean something: a checkpoint of the same
+            run, a fine-tuned copy. `None` is the model itself.
+
+    Raises:
+        NotBilinearError: a gated or one-branch model.
+        SAEMismatchError: models of different d_model.
+    """
+    rows = [BilinearLayer.of(model, layer) for layer in range(model.cfg.n_layers)]
+    names = [f"layer {layer}" for layer in range(len(rows))]
+    if other is None or other is model:
+        inner = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        for i, a in enumerate(rows):
+            for j in range(i, len(rows)):
+                inner[i, j] = inner[j, i] = tensor_inner(a, rows[j])
+        norms = inner.diagonal().sqrt()
+        return LayerSimilarity(inner, norms, norms, names, names)
+    columns = [BilinearLayer.of(other, layer) for layer in range(other.cfg.n_layers)]
+    return LayerSimilarity(
+        inner=torch.stack([torch.stack([tensor_inner(a, b).cpu() for b in columns]) for a in rows]),
+        norms=torch.stack([tensor_norm(a).cpu() for a in rows]),
+        other_norms=torch.stack([tensor_norm(b).cpu() for b in columns]),
+        names=names,
+        other_names=[f"layer {layer}" for layer in range(len(columns))],
+    )
+
+
+# --- of output directions ---------------------------------------------------------------------------------------------
+
+
+def inner_products(
+    layer: BilinearLayer,
+    u: Float[Tensor, "n d_model"],
+    other: BilinearLayer | None = None,
+    w: Float[Tensor, "m d_model"] | None = None,
+    metric: Float[Tensor, "d_model d_model"] | None = None,
+) -> Float[Tensor, "n m"]:
+    """`<Q_u, Q'_w>` of every pair of output directions, in float64.
+
+    Args:
+        layer: the layer that `u` reads.
+        u: output directions.
+        other: the layer that `w` reads; `None` is `layer`.
+        w: its output directions; `None` is `u`.
+        metric: `D^T D` for the interaction matrices between the input features `D`; `None` for the residual basis.
+
+    Raises:
+        SAEMismatchError: layers of different d_model.
+    """
+    c = coefficients(layer, u)
+    c_other = c if other is None and w is None else coefficients(other or layer, u if w is None else w)
+    total = c.new_zeros(len(c), len(c_other))
+    for rows, block in factor_gram_blocks(layer, other, metric):
+        total += (c[:, rows] @ block) @ c_other.T
+    return 0.5 * (total + total.T) if c_other is c else total
+
+
+def norms(
+    layer: BilinearLayer, u: Float[Tensor, "n d_model"], metric: Float[Tensor, "d_model d_model"] | None = None
+) -> Float[Tensor, "n"]:
+    """Frobenius norm of every `Q_u`, in float64."""
+    c = coefficients(layer, u)
+    squares = c.new_zeros(len(c))
+    for rows, block in factor_gram_blocks(layer, None, metric):
+        squares += ((c[:, rows] @ block) * c).sum(-1)
+    return squares.clamp_min(0).sqrt()
+
+
+def traces(
+    layer: BilinearLayer, u: Float[Tensor, "n d_model"], metric: Float[Tensor, "d_model d_model"] | None = None
+) -> Float[Tensor, "n"]:
+    """Trace of every `Q_u` (of `D Q_u D^T`, given `D^T D`), in float64."""
+    left, right = branches(layer)
+    return coefficients(layer, u) @ ((left if metric is None else left @ double(metric)) * right).sum(-1)
+
+
+def cosines(inner: Float[Tensor, "n m"], row_norms: Float[Tensor, "n"], column_norms: Float[Tensor, "m"]) -> Tensor:
+    """Inner products to cosines; 0 for what has no length."""
+    lengths = row_norms[:, None] * column_norms
+    return torch.where(lengths > 0, inner / lengths.clamp_min(torch.finfo(inner.dtype).tiny), 0.0).clamp(-1, 1)
+
+
+# --- of whole layers --------------------------------------------------------------------------------------------------
+
+
+def tensor_inner(
+    layer: BilinearLayer, other: BilinearLayer, metric: Float[Tensor, "d_model d_model"] | None = None
+) -> Float[Tensor, ""]:
+    """`<T, T'> = sum_o <Q_{e_o}, Q'_{e_o}>` of two layers' tensors, in float64.
+
+    Raises:
+        SAEMismatchError: layers of different d_model.
+    """
+    out, other_out = double(layer.W_out), double(other.W_out)
+    total = out.new_zeros(())
+    for rows, block in factor_gram_blocks(layer, other, metric):
+        total += (block * (out[rows] @ other_out.T)).sum()
+    return total
+
+
+def tensor_norm(layer: BilinearLayer, metric: Float[Tensor, "d_model d_model"] | None = None) -> Float[Tensor, ""]:
+    """Frobenius norm of a layer's tensor, in float64."""
+    return tensor_inner(layer, layer, metric).clamp_min(0).sqrt()
+
+
+def tensor_cosine(
+    layer: BilinearLayer, other: BilinearLayer, metric: Float[Tensor, "d_model d_model"] | None = None
+) -> Float[Tensor, ""]:
+    """Cosine of two layers' tensors, in float64."""
+    return tensor_inner(layer, other, metric) / (tensor_norm(layer, metric) * tensor_norm(other, metric))
+
+
+def tensor_distance(
+    layer: BilinearLayer, other: BilinearLayer, metric: Float[Tensor, "d_model d_model"] | None = None
+) -> Float[Tensor, ""]:
+    """`||T - T'||`, in float64: below 1e-8 of the norms it is rounding."""
+    inner = tensor_inner(layer, other, metric)
+    squares = tensor_norm(layer, metric) ** 2 + tensor_norm(other, metric) ** 2
+    return (squares - 2 * inner).clamp_min(0).sqrt()
+
+
+# --- the factors ------------------------------------------------------------------------------------------------------
+
+
+def factor_gram(
+    layer: BilinearLayer, other: BilinearLayer | None = None, metric: Float[Tensor, "d_model d_model"] | None = None
+) -> Float[Tensor, "d_mlp other_d_mlp"]:
+    """The matrix `K` of the module's header, whole."""
+    return torch.cat([block for _, block in factor_gram_blocks(layer, other, metric)])
+
+
+def factor_gram_blocks(
+    layer: BilinearLayer, other: BilinearLayer | None, metric: Float[Tensor, "d_model d_model"] | None
+) -> Iterator[tuple[slice, Float[Tensor, "rows other_d_mlp"]]]:
+    """`K` in blocks of rows, each with the hidden units it belongs to."""
+    left, right = branches(layer)
+    left_other, right_other = (left, right) if other is None else branches(other)
+    if left.shape[1] != left_other.shape[1]:
+        raise SAEMismatchError(
+            f"a layer of d_model {left.shape[1]} and one of {left_other.shape[1]}: their tensors have no inner product."
+        )
+    if metric is not None:
+        left, right = left @ double(metric), right @ double(metric)
+    step = max(1, BLOCK // len(left_other))
+    for start in range(0, len(left), step):
+        rows = slice(start, start + step)
+        block = (left[rows] @ left_other.T) * (right[rows] @ right_other.T)
+        block += (left[rows] @ right_other.T) * (right[rows] @ left_other.T)
+        yield rows, block.mul_(0.5)
+
+
+def branches(layer: BilinearLayer) -> tuple[Float[Tensor, "d_mlp d_model"], Float[Tensor, "d_mlp d_model"]]:
+    """The branch rows `l_m` and `r_m`, in float64."""
+    return double(layer.W_gate.T).contiguous(), double(layer.W_in.T).contiguous()
+
+
+def coefficients(layer: BilinearLayer, u: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_mlp"]:
+    """`c = W_out u` of every direction, in float64."""
+    return double(u) @ double(layer.W_out).T
+
+
+def double(tensor: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs do not have: there it moves to the CPU."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -1,0 +1,121 @@
+"""The adapter that lets TransformerLens' `TransformerBridge` boot a bilinear model.
+
+    import bilens.model.hf
+    bridge = TransformerBridge.boot_transformers("path/to/a/saved/model")
+
+A bridge wraps the modules of a Hugging Face model in components of TransformerLens. Here the modules are those of the
+`HookedBilinearTransformer` inside `bilens.model.hf.BilinearForCausalLM`, which have TransformerLens' names, hook points
+and weights already, so a component only has to
+
+1. call the module it wraps (the forward pass stays where it is)
+2. show the module's hook points as its own: a hook on either acts on the one computation there is
+3. answer for weights (`W_Q`, `W_gate`, ...) with the module's
+
+The adapter is announced by the entry point group `transformer_lens.architectures`. TransformerLens (3.9 and 4.3 alike)
+reads the group only after it has looked the architecture up in `SUPPORTED_ARCHITECTURES` and refused what is not there,
+so importing `bilens.model.hf`, which transformers needs anyway to know the class, also writes it there:
+`register_adapter`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import BlockBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from bilens.model.config import HF_ARCHITECTURE
+
+
+class HookedComponent(GeneralizedComponent):
+    """A component whose hook points are those of the module it wraps."""
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        super().set_original_component(original_component)
+        for name, child in original_component.named_children():
+            if isinstance(child, HookPoint):
+                setattr(self, name, child)
+
+
+class BlockComponent(HookedComponent, BlockBridge):
+    """A block. Its hook points stand in the residual stream itself; TransformerLens' aliases would stand beside it."""
+
+    hook_aliases = {}  # noqa: RUF012  declared so by TransformerLens
+
+
+class AttentionComponent(HookedComponent):
+    """Attention, with `hook_result` after `bridge.set_use_attn_result(True)`."""
+
+    supports_attn_result = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.config is not None
+        self.original_component.cfg.use_attn_result = self.config.use_attn_result  # type: ignore[assignment]
+        return super().forward(*args, **kwargs)
+
+
+class BilinearArchitectureAdapter(ArchitectureAdapter):
+    """Where the modules of `bilens.model.hf.BilinearForCausalLM` are; TransformerLens makes one for each bridge.
+
+    Args:
+        cfg: TransformerLens' configuration, read from the Hugging Face one.
+    """
+
+    # Patterns are read at their hook points; to return them too would only keep them longer.
+    supports_hf_output_attentions = False
+
+    def __init__(self, cfg: Any):
+        super().__init__(cfg)
+        cfg.positional_embedding_type = "rotary"
+        self.weight_processing_conversions = {}
+        self.component_mapping = {
+            "embed": HookedComponent("hooked.embed"),
+            "blocks": BlockComponent(
+                "hooked.blocks",
+                submodules={
+                    "ln1": HookedComponent("ln1"),
+                    "attn": AttentionComponent("attn", config=cfg),
+                    "ln2": HookedComponent("ln2"),
+                    "mlp": HookedComponent("mlp"),
+                },
+            ),
+            "ln_final": HookedComponent("hooked.ln_final"),
+            "unembed": HookedComponent("hooked.unembed"),
+        }
+
+    def prepare_loading(self, model_name: str, model_kwargs: dict) -> None:
+        """Name the tokenizer that the published config names, where the folder has none of its own."""
+        from bilens.model.loading import PUBLISHED_TOKENIZERS
+
+        published = PUBLISHED_TOKENIZERS.get(model_kwargs["config"].tokenizer)
+        if published is not None and not (Path(model_name) / "tokenizer.json").exists():
+            self.cfg.tokenizer_name = published.repo
+
+    def prepare_model(self, hf_model: Any) -> None:
+        """Take from the model what TransformerLens does not read from a Hugging Face configuration."""
+        hf_model.config.output_attentions = False
+        cfg = hf_model.hooked.cfg
+        for name in ("act_fn", "d_vocab", "d_vocab_out", "eps", "gated_mlp", "normalization_type", "uses_rms_norm"):
+            setattr(self.cfg, name, getattr(cfg, name))
+
+    def preprocess_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Refuse: the one computation there is belongs to the model, and a bridge may not change its weights."""
+        raise NotImplementedError(
+            "a bilinear model has no weights to process: its norms have none to fold, and without a mean to subtract "
+            "there is nothing to centre. Use enable_compatibility_mode(no_processing=True); hook names need neither."
+        )
+
+
+def register_adapter() -> None:
+    """Make the adapter known to `TransformerBridge.boot_transformers`."""
+    SUPPORTED_ARCHITECTURES[HF_ARCHITECTURE] = BilinearArchitectureAdapter
+    # In this order: an entry point for what is registered already gets a warning. Registering serves a source tree that
+    # was never installed and has no entry points.
+    ArchitectureAdapterFactory.discover_entry_points()
+    ArchitectureAdapterFactory.register_adapter(HF_ARCHITECTURE, BilinearArchitectureAdapter)

@@ -1,0 +1,211 @@
+"""The configuration of a bilinear transformer, and its translation from and to the published `config.json`.
+
+TransformerLens reads a `TransformerLensConfig`; the published checkpoints carry a flat JSON of other names. The second
+is kept whole in `cfg.published`, so that saving gives back every key that loading saw.
+"""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformer_lens.config import TransformerLensConfig
+from transformers import PretrainedConfig
+
+from bilens.errors import CheckpointError, nearest
+
+NEEDED_KEYS = ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden")
+SWITCHES = {"bilinear": True, "bias": False, "attention_bias": False, "scale_attn": True, "normalization": True}
+# Beyond this, float32 cannot tell the angles of neighbouring positions apart.
+MAX_POSITIONS = 2**24
+# Keys of the authors' and of neighbouring code that change the forward pass, with the value under which they do not.
+NOT_IMPLEMENTED: dict[str, Any] = {
+    "attention2": False,
+    "norm_bias": False,
+    "mlp_bias": False,
+    "mlp": "blp",
+    "rms": True,
+    "rope_theta": 10_000,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "tie_word_embeddings": False,
+}
+# Keys that say nothing about the forward pass, beside those that every Hugging Face configuration has.
+HARMLESS = {
+    *("architectures", "auto_map", "dtype", "model_type", "repo", "tokenizer", "torch_dtype", "transformers_version"),
+    *("modifier", "n_vocab", "noise", "vocab_size", "_name_or_path"),
+    *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("attn_dropout", "resid_dropout", "mlp_dropout", "embed_dropout"),
+}
+# What `bilens.model.hf` is registered under; the Auto classes and TransformerLens find it by these.
+MODEL_TYPE, HF_ARCHITECTURE = "bilinear", "BilinearForCausalLM"
+GATES = (None, "relu", "silu", "gelu")
+
+
+@dataclass
+class BilinearTransformerConfig(TransformerLensConfig):
+    """A `TransformerLensConfig` with the fields of the bilinear MLP.
+
+    Args:
+        bilinear: two branches multiplied (true), or a plain one-branch MLP (false).
+        gate: activation on the left branch (`None` is the identity: the bilinear model), or of the one branch.
+        bias: biases in the MLP.
+        attention_bias: biases of queries, keys and values.
+        scale_attn: attention's output is scaled by `1 / sqrt(2 n_layers)`.
+        tokenizer_name: the published name of the tokenizer (`ts-4096`, `mistral`, `gpt2`) or a hub id.
+        model_name: where the model came from; SAELens writes it into the SAEs it trains.
+        init_range: standard deviation of new weights.
+        published: the `config.json` as it was read, keys that bilens does not use included.
+    """
+
+    bilinear: bool = True
+    gate: str | None = None
+    bias: bool = False
+    attention_bias: bool = False
+    scale_attn: bool = True
+    tokenizer_name: str | None = None
+    model_name: str = "bilinear"
+    init_range: float = 0.02
+    published: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate not in GATES:
+            raise CheckpointError(
+                f"config: gate {self.gate!r} is not one of null, relu, silu, gelu."
+                + nearest(str(self.gate), [g for g in GATES if g])
+            )
+        if self.d_model != self.n_heads * self.d_head:
+            raise CheckpointError(f"config: d_model {self.d_model} is not divisible by n_head {self.n_heads}.")
+        if self.d_head % 2:
+            raise CheckpointError(f"config: d_head {self.d_head} is odd; rotary positions need an even one.")
+        self.gated_mlp = self.bilinear
+        self.act_fn = self.gate or "identity"
+        self.positional_embedding_type = "rotary"
+        self.eps = 1e-8
+        self.attn_only = False
+        self.uses_rms_norm = self.normalization_type is not None
+
+    @property
+    def is_bilinear(self) -> bool:
+        """Whether the MLP is an exact quadratic form: two branches and no gate."""
+        return self.bilinear and self.gate is None
+
+    @property
+    def residual_scale(self) -> float:
+        """The factor on attention's output, folded into `W_O`: `1 / sqrt(2 n_layers)`, or 1 without `scale_attn`."""
+        return (2 * self.n_layers) ** -0.5 if self.scale_attn else 1.0
+
+
+def config_from_published(
+    published: dict[str, Any],
+    d_vocab: int,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    model_name: str = "bilinear",
+) -> BilinearTransformerConfig:
+    """Read the published `config.json` (a flat dictionary).
+
+    Args:
+        published: the JSON object; needs `n_head n_layer n_ctx d_model d_hidden`.
+        d_vocab: number of rows of the embedding (configs do not carry it reliably).
+        device, dtype: where and in what precision the model will live.
+        model_name: recorded in `cfg.model_name`.
+
+    Raises:
+        CheckpointError: a needed key is missing or not a positive integer, a switch is neither true nor false, a gate
+            is unknown, or a key asks for something that changes the forward pass and is not implemented.
+    """
+    check_positive_integers(published, NEEDED_KEYS)
+    check_switches(published, tuple(SWITCHES))
+    _check_other_keys(published)
+    if published["n_ctx"] > MAX_POSITIONS:
+        raise CheckpointError(f"config.json: n_ctx is {published['n_ctx']}, expected at most {MAX_POSITIONS}.")
+    n_heads, d_model = published["n_head"], published["d_model"]
+    if d_model % n_heads:
+        raise CheckpointError(f"config.json: d_model {d_model} is not divisible by n_head {n_heads}.")
+    return BilinearTransformerConfig(
+        d_model=d_model,
+        d_head=d_model // n_heads,
+        n_layers=published["n_layer"],
+        n_ctx=published["n_ctx"],
+        n_heads=n_heads,
+        d_mlp=published["d_hidden"],
+        d_vocab=d_vocab,
+        device=device,
+        dtype=dtype,
+        normalization_type="RMSPre" if published.get("normalization", SWITCHES["normalization"]) else None,
+        gate=published.get("gate"),
+        **{key: published.get(key, default) for key, default in SWITCHES.items() if key != "normalization"},
+        tokenizer_name=published.get("tokenizer"),
+        model_name=model_name,
+        published=dict(published),
+    )
+
+
+def any_attention_bias(names: Iterable[str]) -> bool:
+    """Whether tensors of these names hold biases of queries, keys and values: `bias` alone does not tell.
+
+    The authors' earlier code puts biases into the MLP alone, their later code into `attn.qkv` too.
+    """
+    return any(name.endswith(".attn.qkv.bias") for name in names)
+
+
+def check_positive_integers(published: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Refuse a published config where one of `keys` is missing or not a positive integer (`CheckpointError`, named)."""
+    for key in keys:
+        if key not in published:
+            raise CheckpointError(
+                f"config.json has no {key!r}; needed are {', '.join(keys)}." + nearest(key, published)
+            )
+        value = published[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive integer.")
+
+
+def check_switches(published: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Refuse a published config where one of `keys` is there and neither true nor false (`CheckpointError`, named)."""
+    for key in keys:
+        if not isinstance(published.get(key, False), bool):
+            raise CheckpointError(f"config.json: {key} is {published[key]!r:.100}, expected true or false.")
+
+
+def _check_other_keys(published: dict[str, Any]) -> None:
+    """Refuse keys that would change the forward pass, and warn of those that nobody knows."""
+    if not isinstance(published.get("tokenizer"), str | None):
+        raise CheckpointError(f"config.json: tokenizer is {published['tokenizer']!r:.100}, expected a name or null.")
+    for key, neutral in NOT_IMPLEMENTED.items():
+        if published.get(key) not in (None, neutral):
+            raise CheckpointError(
+                f"config.json: {key} is {published[key]!r:.100}, which bilens does not implement; it reads models "
+                f"where {key} is {neutral!r} or absent."
+            )
+    known = {*NEEDED_KEYS, *SWITCHES, *NOT_IMPLEMENTED, *HARMLESS, "gate", *PretrainedConfig().to_dict()}
+    if unknown := sorted(published.keys() - known):
+        warnings.warn(f"config.json: bilens does not know the keys {unknown} and does not use them.", stacklevel=3)
+
+
+def config_to_published(cfg: BilinearTransformerConfig) -> dict[str, Any]:
+    """The published `config.json` of a model: what was read, overwritten by what the model is now."""
+    architectures = cfg.published.get("architectures") or ["Transformer"]
+    return {
+        "repo": cfg.model_name,
+        **cfg.published,
+        "architectures": [*(name for name in architectures if name != HF_ARCHITECTURE), HF_ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "n_head": cfg.n_heads,
+        "n_layer": cfg.n_layers,
+        "n_ctx": cfg.n_ctx,
+        "d_model": cfg.d_model,
+        "d_hidden": cfg.d_mlp,
+        "bilinear": cfg.bilinear,
+        "gate": cfg.gate,
+        "bias": cfg.bias,
+        "normalization": cfg.normalization_type is not None,
+        "tokenizer": cfg.tokenizer_name,
+        # Older code of the authors does not know these two: they are written only where they say something.
+        **({"attention_bias": True} if cfg.attention_bias else {}),
+        **({} if cfg.scale_attn else {"scale_attn": False}),
+    }

@@ -1,0 +1,460 @@
+"""Models in and out of the published format: `config.json` + `model.safetensors` (+ the tokenizer).
+
+The weights may also be in shards, `model-00001-of-0000N.safetensors`, which `model.safetensors.index.json` names.
+
+1. find the files: a bundled name, a folder, or a hub id
+2. read the config, refuse it by name where a key is missing
+3. compare the names, shapes and dtypes in the weights' header with the model the config describes, before anything of
+   that size is made
+4. copy, and see that everything is finite; the parameters are stored as published, so nothing is computed and saving
+   gives the same bits back
+"""
+
+import json
+import os
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import bilens.model.hf  # noqa: F401  what is saved here loads through AutoModelForCausalLM at once
+from bilens._core.checks import check_finite
+from bilens._core.files import (
+    MAX_JSON_BYTES,
+    destination_folder,
+    open_tensors,
+    read_json,
+    regular_file,
+    to_path,
+    write_atomically,
+    write_files,
+)
+from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, nearest
+from bilens.model.config import (
+    BilinearTransformerConfig,
+    any_attention_bias,
+    config_from_published,
+    config_to_published,
+)
+from bilens.model.hub import HubOptions, fetch_from_hub
+from bilens.model.transformer import HookedBilinearTransformer
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+DEFAULT_MODEL = "ts-tiny"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+EMBEDDING = "transformer.wte.weight"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+HUB_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    CONFIG_FILE,
+)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # of a file in the index's own folder
+
+
+@dataclass(frozen=True)
+class HubTokenizer:
+    """Where a published tokenizer name points, and what pads with it."""
+
+    repo: str
+    pad_token: str | None
+
+
+PUBLISHED_TOKENIZERS = {
+    "ts-4096": HubTokenizer("tdooms/ts-tokenizer-4096", "[EOS]"),
+    "mistral": HubTokenizer("mistral-community/Mixtral-8x22B-v0.1", "</s>"),
+    "gpt2": HubTokenizer("openai-community/gpt2", "<|endoftext|>"),
+}
+
+
+def list_models() -> list[str]:
+    """Names of the models that come with bilens; the first is what `load_model()` loads."""
+    names = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{CONFIG_FILE}"))
+    return sorted(names, key=lambda name: name != DEFAULT_MODEL)
+
+
+def load_model(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> HookedBilinearTransformer:
+    """Load a model in the published format.
+
+    Args:
+        source: a bundled name (`bilens.list_models()`), a folder, or a Hugging Face hub id such as `tdooms/ts-medium`;
+            `None` is the default bundled model.
+        device: `None` takes CUDA where there is one.
+        dtype: of the weights in memory (`torch.float32`, `"bfloat16"`, ...); `"auto"` keeps the file's.
+        tokenizer: a transformers tokenizer to use instead of the checkpoint's.
+        revision: of a hub repository: branch, tag or commit hash; `None` is `main`.
+        token: for a private or gated hub repository; `None` is the one of `hf auth login`.
+        cache_dir: where hub downloads are kept; `None` is the Hugging Face cache.
+        local_files_only: use what the cache has and do not ask the hub, as `HF_HUB_OFFLINE=1` does for everything.
+
+    Raises:
+        ArgumentError: a dtype or device that is none.
+        ModelNotFoundError: nothing of that name (with the nearest bundled names), or not to be had from the hub.
+        CheckpointError: the files are truncated, incomplete, of the wrong shapes, or hold NaN.
+    """
+    hub = HubOptions(revision, token, cache_dir, local_files_only)
+    folder, name = find_model(source, hub)
+    published = read_json(folder / CONFIG_FILE)
+    weights = weights_file(folder)
+    header = read_header(weights)
+    embedding = header.get(EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(
+            f"{weights}: no tensor {EMBEDDING!r} with two axes; is this a published bilinear transformer? "
+            f"It holds {', '.join(sorted(header)[:4])}, ..."
+        )
+    if published.get("bias") is True and any_attention_bias(header):
+        published.setdefault("attention_bias", True)
+    cfg = config_from_published(
+        published,
+        d_vocab=embedding.shape[0],
+        device=resolve_device(device),
+        dtype=resolve_dtype(dtype, FLOATS[embedding.dtype]),
+        model_name=name,
+    )
+    header = {name: info for name, info in header.items() if not name.endswith("rotary.inv_freq")}
+    check_layers(cfg.n_layers, header, weights)
+    check_shapes(header, published_shapes(cfg), weights)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(folder, cfg.tokenizer_name, hub)
+    model = HookedBilinearTransformer(cfg, tokenizer, init_weights=False)
+    _copy_weights(model, read_tensors(weights), weights)
+    return model.eval()
+
+
+def save_model(
+    model: HookedBilinearTransformer, folder: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> None:
+    """Write `config.json`, `model.safetensors` and the tokenizer, in the format the authors' own code reads.
+
+    Args:
+        model: the model.
+        folder: made where it does not exist; files in it are replaced one by one, each whole or not at all.
+        dtype: of the weights on disk; `None` keeps the model's. Loading with `dtype="auto"` and saving gives the same
+            bits back.
+
+    Raises:
+        CheckpointError: a weight that is not finite, or not in this dtype: nothing could load the file.
+        ArgumentError, WriteError: the folder cannot be written to.
+    """
+    folder = destination_folder(folder)
+    tensors = {
+        name: weight.detach().to("cpu", dtype or model.cfg.dtype).contiguous()
+        for name, weight in published_tensors(model).items()
+    }
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, "the model")
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    config = config_to_published(model.cfg) | {"dtype": str(dtype or model.cfg.dtype).removeprefix("torch.")}
+    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    if model.tokenizer is not None:
+        write_files(folder, model.tokenizer.save_pretrained)
+
+
+def published_tensors(model: HookedBilinearTransformer) -> dict[str, Tensor]:
+    """The model's weights under their published names: the parameters themselves, not copies."""
+    tensors = {
+        "transformer.wte.weight": model.embed.W_E,
+        "lm_head.weight": model.unembed.head.weight,
+    }
+    for layer, block in enumerate(model.blocks):
+        at = f"transformer.h.{layer}"
+        tensors[f"{at}.attn.qkv.weight"] = block.attn.qkv.weight
+        if block.attn.qkv.bias is not None:
+            tensors[f"{at}.attn.qkv.bias"] = block.attn.qkv.bias
+        tensors[f"{at}.attn.o.weight"] = block.attn.o.weight
+        tensors[f"{at}.attn.rotary.inv_freq"] = block.attn.rotary.inv_freq
+        for name in ("w", "p"):
+            linear = getattr(block.mlp, name)
+            tensors[f"{at}.mlp.{name}.weight"] = linear.weight
+            if linear.bias is not None:
+                tensors[f"{at}.mlp.{name}.bias"] = linear.bias
+    return tensors
+
+
+def published_shapes(cfg: BilinearTransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of `published_tensors` of a model of this config, the rotary buffers left out."""
+    assert cfg.d_mlp is not None
+    wide = (2 if cfg.bilinear else 1) * cfg.d_mlp
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys((EMBEDDING, "lm_head.weight"), (cfg.d_vocab, cfg.d_model))
+    for layer in range(cfg.n_layers):
+        at = f"transformer.h.{layer}"
+        shapes[f"{at}.attn.qkv.weight"] = (3 * cfg.d_model, cfg.d_model)
+        shapes[f"{at}.attn.o.weight"] = (cfg.d_model, cfg.d_model)
+        shapes[f"{at}.mlp.w.weight"] = (wide, cfg.d_model)
+        shapes[f"{at}.mlp.p.weight"] = (cfg.d_model, cfg.d_mlp)
+        if cfg.attention_bias:
+            shapes[f"{at}.attn.qkv.bias"] = (3 * cfg.d_model,)
+        if cfg.bias:
+            shapes |= {f"{at}.mlp.w.bias": (wide,), f"{at}.mlp.p.bias": (cfg.d_model,)}
+    return shapes
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def find_model(source: str | os.PathLike[str] | None, hub: HubOptions | None = None) -> tuple[Path, str]:
+    """The folder that holds a source's files (fetched from the hub where need be), and the name to remember it by."""
+    hub = hub or HubOptions()
+    if source is None:
+        source = DEFAULT_MODEL
+    if str(source) in list_models():
+        hub.refuse_revision(str(source))
+        return PRETRAINED / str(source), str(source)
+    path = to_path(source, "source")
+    if path.is_dir():
+        hub.refuse_revision(str(source))
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (path / file).exists() and not (file == WEIGHTS_FILE and (path / INDEX_FILE).exists()):
+                raise ModelNotFoundError(f"{path} has no {file}; it holds {holds(path)}.")
+        return path, str(source)
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
+        return _fetch_model(source, hub), source
+    raise ModelNotFoundError(
+        f"no model {str(source)!r}: not a bundled name ({', '.join(list_models()) or 'none here'}), not a folder, and "
+        "not a hub id of the form owner/name." + nearest(str(source), list_models())
+    )
+
+
+def holds(folder: Path, at_most: int = 12) -> str:
+    """What is in a folder, for a message."""
+    names = sorted(path.name for path in folder.iterdir())
+    more = f", ... ({len(names)} in all)" if len(names) > at_most else ""
+    return (", ".join(names[:at_most]) + more) or "nothing"
+
+
+def _fetch_model(repo: str, hub: HubOptions) -> Path:
+    files = [CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, *TOKENIZER_FILES]
+    folder = fetch_from_hub(repo, files, needed=(CONFIG_FILE,), options=hub)
+    if not (folder / WEIGHTS_FILE).exists():
+        if not (folder / INDEX_FILE).exists():
+            raise ModelNotFoundError(f"the hub repository {repo!r} has no {WEIGHTS_FILE} and no {INDEX_FILE}.")
+        # The folder is named by its commit: the shards come from the index's, whatever has been pushed meanwhile.
+        fetch_from_hub(repo, list(read_index(folder / INDEX_FILE)), options=replace(hub, revision=folder.name))
+    return folder
+
+
+def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None) -> Any:
+    """The tokenizer beside the weights, or the one `config.tokenizer` names; `None` where neither is to be had.
+
+    A model without a tokenizer is usable with tokens, so a tokenizer that cannot be fetched is not an error here; its
+    absence is one where text is first used.
+
+    Args:
+        folder: with a `tokenizer.json`, or without.
+        name: a published name, or a hub id.
+        hub: token and cache; the revision in it is the model's, and does not concern a tokenizer of another repository.
+
+    Raises:
+        CheckpointError: the tokenizer's own files are damaged.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").exists():
+        special = {"unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[EOS]"}
+        options = folder / "tokenizer_config.json"
+        read = read_json(options) if options.exists() else special
+        # Older files hold {"content": "[BOS]", ...} where newer ones hold "[BOS]".
+        found = {key: token["content"] if isinstance(token := read.get(key), dict) else token for key in special}
+        regular_file(folder / "tokenizer.json", MAX_JSON_BYTES)
+        try:
+            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+        length = read.get("model_max_length")
+        # A special token that the vocabulary lacks would be added to it, with an id that the model has no row for.
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            name_or_path=str(folder),  # TransformerLens and SAELens load it again from there
+            clean_up_tokenization_spaces=False,
+            model_max_length=length if isinstance(length, int | float) else None,
+            **{key: token for key, token in found.items() if token and backend.token_to_id(token) is not None},
+        )
+    if name is None:
+        return None
+    published, hub = PUBLISHED_TOKENIZERS.get(name, HubTokenizer(name, None)), hub or HubOptions()
+    try:
+        # Not AutoTokenizer's own download: without a connection that one tries again for most of a minute.
+        found_at = fetch_from_hub(published.repo, HUB_TOKENIZER_FILES, options=replace(hub, revision=None))
+        tokenizer = AutoTokenizer.from_pretrained(found_at)
+    except (ModelNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"the tokenizer {published.repo} is not to be had, only tokens are: {reason}", stacklevel=2)
+        return None
+    if published.pad_token is not None:
+        tokenizer.pad_token = published.pad_token
+    return tokenizer
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def resolve_device(device: str | torch.device | None) -> str:
+    """A device's name; `None` is CUDA where there is one. `ArgumentError` for one that this machine does not have."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str | torch.device):
+        raise ArgumentError(f"device is {device!r}, expected a name such as 'cpu', or a torch.device.")
+    try:
+        torch.zeros(1, device=device).item()  # "meta" can make a tensor, but holds nothing
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ArgumentError(f"device {str(device)!r} is not to be had: {str(error).splitlines()[0]}") from error
+    return str(device)
+
+
+def resolve_dtype(dtype: torch.dtype | str, stored: torch.dtype) -> torch.dtype:
+    """A torch dtype from itself, its name, or `"auto"` (the stored one); `ArgumentError` for one without fractions."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return stored
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    name = str(dtype).removeprefix("torch.")
+    if not isinstance(dtype, str | torch.dtype) or name not in known:
+        raise ArgumentError(f"dtype {dtype!r} is not one of auto, {', '.join(known)}." + nearest(name, known))
+    return known[name]
+
+
+def weights_file(folder: Path) -> Path:
+    """What `read_tensors` reads in a model's folder: `model.safetensors`, or else the index of the shards."""
+    one, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    return index if index.exists() and not one.exists() else one
+
+
+def read_index(path: Path) -> dict[str, set[str]]:
+    """The names of the tensors in each shard, by the shard's file name, from a `model.safetensors.index.json`.
+
+    Raises:
+        CheckpointError: not JSON, no tensors in it, or a shard that is no safetensors file in the same folder.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map is {weight_map!r}, expected the names of tensors and their files.")
+    shards: dict[str, set[str]] = defaultdict(set)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
+            raise CheckpointError(
+                f"{path}: {name} is said to be in {file!r}, expected a .safetensors file in the same folder."
+            )
+        shards[file].add(name)
+    return dict(shards)
+
+
+class TensorInfo(NamedTuple):
+    """What a safetensors header says of a tensor; `dtype` in the format's own words (`F32`)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Shapes and dtypes of a safetensors file, or of the shards that an index names, without reading a weight.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or damaged, a shard holds other tensors than the index says, or a
+            tensor is not of floating point.
+    """
+    header: dict[str, TensorInfo] = {}
+    for file in _files(path):
+        with open_tensors(file, remedy=_fetch_again(file)) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                header[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype())
+    for name, info in header.items():
+        if info.dtype not in FLOATS:
+            raise CheckpointError(f"{path}: {name} is of dtype {info.dtype}, expected one of {', '.join(FLOATS)}.")
+    return header
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, or of the shards that an index names, each finite.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or damaged, a shard holds other tensors than the index says, or a
+            tensor holds NaN or infinity (named).
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _files(path):
+        with open_tensors(file, remedy=_fetch_again(file)) as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            check_finite(name, tensor, path)
+    return tensors
+
+
+def _fetch_again(path: Path) -> str:
+    return f"A truncated download? Delete {path.resolve()} and fetch it again."
+
+
+def _files(path: Path) -> list[Path]:
+    """The safetensors file itself, or the shards of an index, which hold what it says."""
+    if path.suffix != ".json":
+        return [path]
+    files = []
+    for name, names in read_index(path).items():
+        file = path.with_name(name)
+        if not file.exists():
+            raise CheckpointError(f"{path.parent} has no {name}, which {path.name} names for {len(names)} tensors.")
+        with open_tensors(file, remedy=_fetch_again(file)) as opened:
+            if set(opened.keys()) != names:
+                differ = sorted(set(opened.keys()) ^ names)[:4]
+                raise CheckpointError(f"{file}: {path.name} and the file disagree about {differ}.")
+        files.append(file)
+    return files
+
+
+def check_layers(n_layers: int, header: Mapping[str, TensorInfo], path: Path) -> None:
+    """Refuse more layers than the file has tensors, before names are made up for them (`CheckpointError`)."""
+    if n_layers > len(header):
+        raise CheckpointError(f"{path} holds {len(header)} tensors; the config asks for {n_layers} layers.")
+
+
+def check_shapes(
+    tensors: Mapping[str, TensorInfo] | Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """Compare the tensors (or the header) of the file at `path` with the names and shapes that its config asks for.
+
+    Raises:
+        CheckpointError: a tensor is missing (with the nearest left over), of another shape, or left over.
+    """
+    unread = tensors.keys() - wanted.keys()
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: no tensor {name!r}, which the config asks for." + nearest(name, unread))
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, the config asks for {shape}."
+            )
+    if unread:
+        raise CheckpointError(f"{path}: tensors {sorted(unread)} have no place in the model the config describes.")
+
+
+@torch.no_grad()
+def _copy_weights(model: HookedBilinearTransformer, tensors: dict[str, Tensor], path: Path) -> None:
+    for name, weight in published_tensors(model).items():
+        if not name.endswith("rotary.inv_freq"):
+            weight.copy_(tensors[name])
+            check_finite(name, weight, path, before=tensors[name])

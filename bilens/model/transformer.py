@@ -1,0 +1,692 @@
+"""The hooked bilinear transformer.
+
+    x_0    = W_E[tokens]
+    x      = x + s * attn(norm1(x))        s = 1/sqrt(2 n_layers), folded into the exposed W_O; 1 without `scale_attn`
+    x      = x + mlp(norm2(x))             mlp(n) = W_out (act(W_gate n + b_gate) * (W_in n + b_in)) + b_out
+    logits = norm_f(x) W_U
+
+`HookedBilinearTransformer` owns the forward pass, the only one there is. `bilens.model.hf.BilinearForCausalLM` holds
+one, registers its modules under the published names, and translates Hugging Face's arguments; the adapter in
+`bilens.model.bridge` wraps that class's modules in TransformerLens' bridge components, which call them and show
+their hook points. Both share weights and hooks with the model they hold, and compute nothing themselves.
+
+Parameters are stored in the layout of the published checkpoints (one fused `qkv`, one fused `w` of left then right
+rows, the raw output projection `o`), so that loading and saving are copies and the matrix products are fused;
+TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are made from them, and writing into `attn.W_O`,
+`mlp.W_in` or `model.W_in` changes the model: see `bilens.named_weights`.
+"""
+
+from collections.abc import Callable
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.hook_points import HookPoint
+
+from bilens.errors import ArgumentError, NotBilinearError, OutOfRangeError
+from bilens.model.attached import SAEAttachmentMixin
+from bilens.model.config import BilinearTransformerConfig
+from bilens.model.generation import generate
+from bilens.model.hook_points import CheckedHooks, eager_while_hooked
+from bilens.model.kv_cache import cached_positions, check_room, extended_mask
+from bilens.model.tokenization import PaddingSide, TokenizationMixin
+from bilens.named_weights import NamedWeight, NamedWeightsMixin
+
+
+def identity(x: Tensor) -> Tensor:
+    """The gate of a bilinear layer; a function with a name can be pickled."""
+    return x
+
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: identity,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+ReturnType = Literal["logits", "loss", "both"]
+
+
+class RMSNorm(NamedWeightsMixin):
+    """`x / sqrt(mean(x^2) + eps)`, without weights; the identity where the model has no normalisation."""
+
+    def __init__(self, cfg: BilinearTransformerConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if self.cfg.normalization_type is None:
+            return self.hook_normalized(x / self.hook_scale(torch.ones_like(x[..., :1])))
+        # Half precision squares overflow: the mean is taken in float32 at least.
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.cfg.eps).sqrt())
+        return self.hook_normalized((wide / scale).to(x.dtype))
+
+
+class Rotary(nn.Module):
+    """Rotary positions over the whole head, half-split (`rotate_half: (-x2, x1)`), base 10000."""
+
+    def __init__(self, d_head: int, base: float = 10_000.0):
+        super().__init__()
+        self.d_head, self.base = d_head, base
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", self.frequencies(), persistent=False)
+
+    def frequencies(self) -> Float[Tensor, "half"]:
+        """What `inv_freq` holds, anew: a loader that builds models on the meta device has lost it."""
+        return 1.0 / self.base ** (torch.arange(0, self.d_head, 2).float() / self.d_head)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        """The frequencies follow the model to its device, never to its dtype."""
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
+    def forward(
+        self, x: Float[Tensor, "batch pos head d_head"], positions: Int[Tensor, "#batch pos"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        # Angles in float32 whatever the weights are: bfloat16 cannot tell position 300 from 301.
+        angles = positions[..., None].float() * self.inv_freq.float()
+        cos, sin = (t[:, :, None, :].to(x.dtype) for t in (angles.cos(), angles.sin()))
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(NamedWeightsMixin):
+    """Causal multi-head attention with one fused `qkv`; returns what is added to the residual stream."""
+
+    def __init__(self, cfg: BilinearTransformerConfig, layer: int):
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.attention_bias)
+        self.o = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+        self.rotary = Rotary(cfg.d_head)
+        for name in ("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result"):
+            setattr(self, f"hook_{name}", HookPoint())
+
+    def _qkv_view(self, index: int) -> Float[Tensor, "head d_model d_head"]:
+        rows = self.qkv.weight.unflatten(0, (3, self.cfg.n_heads, self.cfg.d_head))[index]
+        return NamedWeight.viewing(rearrange(rows, "head d_head d_model -> head d_model d_head"))
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        return self._qkv_view(0)
+
+    @property
+    def W_K(self) -> Float[Tensor, "head d_model d_head"]:
+        return self._qkv_view(1)
+
+    @property
+    def W_V(self) -> Float[Tensor, "head d_model d_head"]:
+        return self._qkv_view(2)
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """The output projection with the residual scale `s` folded in."""
+        return NamedWeight.computed(self._scaled_o(), self._store_scaled_o)
+
+    def _scaled_o(self) -> Float[Tensor, "head d_head d_model"]:
+        scaled = self.o.weight * self.cfg.residual_scale
+        return rearrange(scaled, "d_model (head d_head) -> head d_head d_model", head=self.cfg.n_heads)
+
+    def _store_scaled_o(self, values: Float[Tensor, "head d_head d_model"]) -> None:
+        """What was not written keeps its bits, which `* s / s` would not."""
+        new, old = (rearrange(w, "head d_head d_model -> d_model (head d_head)") for w in (values, self._scaled_o()))
+        self.o.weight.copy_(torch.where(new == old, self.o.weight, new / self.cfg.residual_scale))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    def _qkv_bias(self, name: str, index: int) -> Float[Tensor, "head d_head"]:
+        """The bias, or zeros where the model has none (TransformerLens asks for them)."""
+        shape = (self.cfg.n_heads, self.cfg.d_head)
+        if self.qkv.bias is None:
+            return NamedWeight.zeros(self.qkv.weight, shape, f"{name}: attention has no biases in this model")
+        return NamedWeight.viewing(self.qkv.bias.unflatten(0, (3, *shape))[index])
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        return self._qkv_bias("b_Q", 0)
+
+    @property
+    def b_K(self) -> Float[Tensor, "head d_head"]:
+        return self._qkv_bias("b_K", 1)
+
+    @property
+    def b_V(self) -> Float[Tensor, "head d_head"]:
+        return self._qkv_bias("b_V", 2)
+
+    @property
+    def b_O(self) -> Float[Tensor, "d_model"]:
+        return NamedWeight.zeros(
+            self.o.weight, (self.cfg.d_model,), "b_O: attention's output has no bias in this architecture"
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        positions: Int[Tensor, "#batch pos"],
+        mask: Int[Tensor, "batch key"] | None = None,
+        kv_cache: TransformerLensKeyValueCache | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.cfg.n_heads, self.cfg.d_head)).unbind(2)
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
+        q, k = self.hook_rot_q(self.rotary(q, positions)), self.hook_rot_k(self.rotary(k, positions))
+        if kv_cache is not None:
+            k, v = kv_cache[self.layer].append(k, v)
+        z = self.hook_z(self._mix(q, k, v, mask))
+        if self.cfg.use_attn_result:
+            return self.hook_result(einsum(z, self._scaled_o(), "b p h e, h e m -> b p h m")).sum(2)
+        return self.o(z.flatten(2)) * self.cfg.residual_scale
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Float[Tensor, "batch pos head d_head"]:
+        """Attention proper. The fused kernel never forms scores, so it serves only while nobody looks at them."""
+        hooks = (self.hook_attn_scores, self.hook_pattern)
+        watched = any(h.fwd_hooks or h.bwd_hooks for h in hooks)
+        if not watched and mask is None and q.shape[1] == k.shape[1]:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        scores = einsum(q, k, "b q h e, b k h e -> b h q k") * self.cfg.d_head**-0.5
+        n_query, n_key = scores.shape[-2:]
+        visible = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
+        if mask is not None:
+            visible = visible & mask.bool()[:, None, None, :]
+        scores = self.hook_attn_scores(scores.masked_fill(~visible, -torch.inf))
+        # A padding query before the first token sees nothing: its softmax is 0/0.
+        pattern = self.hook_pattern(scores.softmax(-1).nan_to_num() if mask is not None else scores.softmax(-1))
+        return einsum(pattern.to(v.dtype), v, "b h q k, b k h e -> b q h e")
+
+
+class MLP(NamedWeightsMixin):
+    """The bilinear layer, or one of the published variants: gated (an activation on the left branch), or one-branch."""
+
+    def __init__(self, cfg: BilinearTransformerConfig):
+        super().__init__()
+        self.cfg = cfg
+        assert cfg.d_mlp is not None
+        self.w = nn.Linear(cfg.d_model, (2 if cfg.bilinear else 1) * cfg.d_mlp, bias=cfg.bias)
+        self.p = nn.Linear(cfg.d_mlp, cfg.d_model, bias=cfg.bias)
+        self.act = ACTIVATIONS[cfg.gate]
+        self.hook_pre = HookPoint()
+        self.hook_post = HookPoint()
+        if cfg.bilinear:
+            self.hook_pre_linear = HookPoint()
+
+    def _bias(self, linear: nn.Linear, name: str, units: slice = slice(None)) -> Tensor:
+        """The bias, or zeros where the model has none."""
+        if linear.bias is not None:
+            return NamedWeight.viewing(linear.bias[units])
+        size = len(range(linear.out_features)[units])
+        return NamedWeight.zeros(linear.weight, (size,), f"{name}: this model has no biases (config: bias is false)")
+
+    def _left(self, of: str) -> None:
+        if not self.cfg.bilinear:
+            raise NotBilinearError(f"{of}: a one-branch MLP has only W_in and b_in (config: bilinear is false).")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        """The left branch."""
+        self._left("W_gate")
+        return NamedWeight.viewing(self.w.weight[: self.cfg.d_mlp].T)
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """The right branch; the only one of a one-branch MLP."""
+        return NamedWeight.viewing(self.w.weight[-self.cfg.d_mlp :].T)
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return NamedWeight.viewing(self.p.weight.T)
+
+    @property
+    def b_gate(self) -> Float[Tensor, "d_mlp"]:
+        """Bias of the left branch (zeros where the model has none)."""
+        self._left("b_gate")
+        return self._bias(self.w, "b_gate", slice(self.cfg.d_mlp))
+
+    @property
+    def b_in(self) -> Float[Tensor, "d_mlp"]:
+        """Bias of the right branch, added before the product (zeros where the model has none)."""
+        return self._bias(self.w, "b_in", slice(-self.cfg.d_mlp, None))
+
+    @property
+    def b_out(self) -> Float[Tensor, "d_model"]:
+        return self._bias(self.p, "b_out")
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if not self.cfg.bilinear:
+            return self.p(self.hook_post(self.act(self.hook_pre(self.w(x)))))
+        left, right = self.w(x).chunk(2, dim=-1)
+        return self.p(self.hook_post(self.act(self.hook_pre(left)) * self.hook_pre_linear(right)))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: BilinearTransformerConfig, layer: int):
+        super().__init__()
+        self.ln1, self.attn = RMSNorm(cfg), Attention(cfg, layer)
+        self.ln2, self.mlp = RMSNorm(cfg), MLP(cfg)
+        for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
+            setattr(self, f"hook_{name}", HookPoint())
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], *attention_args: Any
+    ) -> Float[Tensor, "batch pos d_model"]:
+        x = self.hook_resid_pre(x)
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), *attention_args)))
+        return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
+
+
+class Embed(NamedWeightsMixin, nn.Embedding):
+    _stored = ("weight",)
+
+    def __init__(self, cfg: BilinearTransformerConfig):
+        super().__init__(cfg.d_vocab, cfg.d_model, _weight=torch.empty(cfg.d_vocab, cfg.d_model))
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.weight
+
+
+class Unembed(NamedWeightsMixin):
+    def __init__(self, cfg: BilinearTransformerConfig):
+        super().__init__()
+        self.head = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return NamedWeight.viewing(self.head.weight.T)
+
+    @property
+    def b_U(self) -> Float[Tensor, "d_vocab"]:
+        reason = "b_U: the unembedding has no bias in this architecture"
+        return NamedWeight.zeros(self.head.weight, (self.head.out_features,), reason)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.head(x)
+
+
+class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeightsMixin, CheckedHooks):
+    """A bilinear (or gated, or one-branch) transformer with TransformerLens' hooks, weights' names and habits.
+
+    Args:
+        cfg: the architecture.
+        tokenizer: a transformers tokenizer, or `None` where only tokens are used.
+        seed: of the initial weights; `None` draws from torch's global generator.
+        init_weights: false where they are overwritten at once.
+
+    Weights start normal with `cfg.init_range`, the two projections into the residual stream at zero-mean scale
+    `init_range / sqrt(2 n_layers)`, biases at zero.
+    """
+
+    blocks: Any  # an nn.ModuleList of Block, whose attributes a type checker would not know
+
+    def __init__(
+        self, cfg: BilinearTransformerConfig, tokenizer: Any = None, seed: int | None = None, init_weights: bool = True
+    ):
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.hook_embed = HookPoint()
+        self.embed = Embed(cfg)
+        self.blocks = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)])
+        self.ln_final = RMSNorm(cfg)
+        self.unembed = Unembed(cfg)
+        if init_weights:
+            self._init_weights(seed)
+        self.to(device=cfg.device, dtype=cfg.dtype)
+        self.setup()
+
+    def _init_weights(self, seed: int | None) -> None:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(weight)
+            else:
+                into_residual = name.endswith((".mlp.p.weight", ".attn.o.weight"))
+                std = self.cfg.init_range * (self.cfg.residual_scale if into_residual else 1.0)
+                nn.init.normal_(weight, std=std, generator=generator)
+
+    # --- the forward pass ---------------------------------------------------------------------------------------------
+
+    @eager_while_hooked
+    def forward(
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"] | Float[Tensor, "batch pos d_model"],
+        return_type: ReturnType | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        start_at_layer: int | None = None,
+        tokens: Int[Tensor, "*batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: TransformerLensKeyValueCache | None = None,
+        padding_side: PaddingSide | None = None,
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: text, texts, tokens, or (with `start_at_layer`) the residual stream entering that layer.
+            return_type: `"logits"`, `"loss"` (mean next-token cross-entropy, nats), `"both"`, or `None` for nothing.
+            loss_per_token: the loss of every position `(batch, pos - 1)` instead of its mean.
+            prepend_bos: for text only; `None` takes `cfg.default_prepend_bos`.
+            start_at_layer: run from this block on; negative counts from the end.
+            tokens: of a residual stream that is given as `input`: needed for the loss, and to see what is padding.
+            attention_mask: 1 for tokens, 0 for padding, of the new positions or with those in the cache. `None` finds
+                padding by itself: in a list of texts, and in tokens as `get_attention_mask` does.
+            stop_at_layer: return the residual stream entering this block; negative counts from the end.
+            past_kv_cache: keys and values of earlier positions, and which of them are padding
+                (`TransformerLensKeyValueCache.init_cache(model.cfg, device, batch_size)`); the new ones are added to
+                it, unless it is frozen.
+            padding_side: of texts, or of tokens of several; `None` takes the tokenizer's own.
+
+        Raises:
+            ArgumentError: an input or return type that is none, a loss without tokens, or a mask or cache that does not
+                belong to the input.
+            ContextLengthError, EmptyTextError, OutOfRangeError: the input does not fit the model.
+        """
+        first, last = self._layer_bound(start_at_layer, 0), self._layer_bound(stop_at_layer, self.cfg.n_layers)
+        if start_at_layer is None:
+            tokens = self.input_to_tokens(input, prepend_bos, padding_side)  # type: ignore[arg-type]
+            self._begin_splices(tokens)
+            residual = self.hook_embed(self.embed(tokens))
+        else:
+            residual = input
+            tokens = None if tokens is None else self.input_to_tokens(tokens)
+            self._begin_splices(tokens)
+        if attention_mask is not None:
+            mask = self.checked_mask(attention_mask, residual)
+        elif isinstance(input, list):
+            mask = self.attention_mask(input, prepend_bos, padding_side)
+        elif isinstance(input, str) or tokens is None:
+            mask = torch.ones(residual.shape[:2], dtype=torch.long, device=residual.device)
+        else:
+            mask = self.get_attention_mask(tokens, prepend_bos, padding_side)
+        past, n_new = 0, residual.shape[1]
+        if past_kv_cache is not None:
+            past = cached_positions(past_kv_cache, range(first, last))
+            check_room(past, n_new, self.cfg.n_ctx)
+            mask = extended_mask(past_kv_cache, mask, past, n_new)
+        elif mask.shape != residual.shape[:2]:
+            raise ArgumentError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected that of the tokens, "
+                f"{tuple(residual.shape[:2])}."
+            )
+        if bool((mask[:, :-1] < mask[:, 1:]).any()):
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, past:]  # counted from the first token of the text
+            attended = mask
+        else:  # causal attention never sees padding that nothing follows, and the fused kernel may run
+            positions, attended = torch.arange(past, past + n_new, device=residual.device)[None], None
+        for block in self.blocks[first:last]:
+            residual = block(residual, positions, attended, past_kv_cache)
+        if stop_at_layer is not None:
+            return residual
+        logits = self.unembed(self.ln_final(residual))
+        if return_type is None:
+            return None
+        if return_type == "logits":
+            return logits
+        if return_type not in ("loss", "both"):
+            raise ArgumentError(f"return_type {return_type!r} is not one of 'logits', 'loss', 'both', None.")
+        if tokens is None:
+            raise ArgumentError("a loss from a residual stream needs the tokens: pass tokens=.")
+        loss = self.loss_fn(logits, tokens, mask[:, past:], loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def checked_mask(self, mask: Any, residual: Tensor) -> Int[Tensor, "batch pos"]:
+        """A mask that was given, as ones and zeros on the model's device."""
+        if not isinstance(mask, Tensor) or mask.ndim not in (1, 2):
+            kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"{mask!r:.80}"
+            raise ArgumentError(f"attention_mask is {kind}; expected a tensor of ones and zeros, one for each token.")
+        mask = mask.to(residual.device)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ArgumentError("attention_mask holds other values than 1 (a token) and 0 (padding).")
+        return mask.long() if mask.ndim == 2 else mask.long()[None]
+
+    def _layer_bound(self, layer: int | None, default: int) -> int:
+        if layer is None:
+            return default
+        n_layers = self.cfg.n_layers
+        if not -n_layers <= layer <= n_layers:
+            raise OutOfRangeError(f"layer {layer} is outside the model's {n_layers} layers.")
+        return layer % n_layers if layer < 0 else layer
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Next-token cross-entropy in nats, padding left out: its mean, or `(batch, pos - 1)` with `per_token`."""
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        loss = loss.view(tokens[:, 1:].shape)
+        if attention_mask is None or bool(attention_mask.all()):
+            return loss if per_token else loss.mean()
+        predicted = (attention_mask[:, :-1] * attention_mask[:, 1:]).to(loss.dtype)
+        return loss * predicted if per_token else (loss * predicted).sum() / predicted.sum()
+
+    def generate(
+        self, input: str | list[str] | Int[Tensor, "*batch pos"] = "", max_new_tokens: int = 50, **kwargs: Any
+    ) -> Any:
+        """Continue a text. See `bilens.model.generation.generate` for every argument."""
+        return generate(self, input, max_new_tokens, **kwargs)
+
+    # --- hooks --------------------------------------------------------------------------------------------------------
+
+    def _is_hooked(self) -> bool:
+        return bool(self._splices) or super()._is_hooked()
+
+    def _position_axis(self, name: str) -> int:
+        """After the batch; that of the query in a score or pattern, which has the heads before."""
+        return 2 if name.endswith(("hook_attn_scores", "hook_pattern")) else 1
+
+    def _is_switched_off(self, name: str) -> str | None:
+        if self._is_unused_error_hook(name):
+            return "is computed only with use_error_term=True"
+        if name.endswith("hook_result") and not self.cfg.use_attn_result:
+            return "is computed only after model.set_use_attn_result(True)"
+        return None
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether attention also forms what each head adds (`attn.hook_result`): `n_heads` times the memory."""
+        self.cfg.use_attn_result = use_attn_result
+
+    # --- weights under TransformerLens' names -------------------------------------------------------------------------
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.embed.W_E
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, "d_vocab"]:
+        return self.unembed.b_U
+
+    def _stack(self, part: str, name: str) -> Tensor:
+        def store(values: Tensor) -> None:
+            for block, layer in zip(self.blocks, values, strict=True):
+                getattr(getattr(block, part), name).copy_(layer)
+
+        stacked = torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
+        return NamedWeight.computed(stacked, store)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
+        return self._stack("attn", "W_Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer head d_model d_head"]:
+        return self._stack("attn", "W_K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer head d_model d_head"]:
+        return self._stack("attn", "W_V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        return self._stack("attn", "W_O")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
+        return self._stack("attn", "b_Q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "layer head d_head"]:
+        return self._stack("attn", "b_K")
+
+    @property
+    def b_V(self) -> Float[Tensor, "layer head d_head"]:
+        return self._stack("attn", "b_V")
+
+    @property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        return self._stack("attn", "b_O")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        return self._stack("mlp", "W_gate")
+
+    @property
+    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        return self._stack("mlp", "W_in")
+
+    @property
+    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
+        return self._stack("mlp", "W_out")
+
+    @property
+    def b_gate(self) -> Float[Tensor, "layer d_mlp"]:
+        return self._stack("mlp", "b_gate")
+
+    @property
+    def b_in(self) -> Float[Tensor, "layer d_mlp"]:
+        return self._stack("mlp", "b_in")
+
+    @property
+    def b_out(self) -> Float[Tensor, "layer d_model"]:
+        return self._stack("mlp", "b_out")
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Every weight under its TransformerLens name (`blocks.0.attn.W_Q`, ...); `SVDInterpreter` asks for it."""
+        names = {"attn": ["W_Q", "W_K", "W_V", "W_O"], "mlp": ["W_in", "W_out"]}
+        names["mlp"] += ["W_gate"] if self.cfg.bilinear else []
+        names["attn"] += ["b_Q", "b_K", "b_V"] if self.cfg.attention_bias else []
+        if self.cfg.bias:
+            names["mlp"] += ["b_in", "b_out", *(["b_gate"] if self.cfg.bilinear else [])]
+        return {"embed.W_E": self.W_E, "unembed.W_U": self.W_U} | {
+            f"blocks.{layer}.{part}.{name}": getattr(getattr(block, part), name)
+            for layer, block in enumerate(self.blocks)
+            for part in names
+            for name in names[part]
+        }
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, "d_model"]:
+        """Sum of the output biases of the layers below (attention has none): what `ActivationCache` asks for."""
+        biases = [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []
+        return sum(biases, start=self.W_E.new_zeros(self.cfg.d_model))
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The unembedding direction of each token: what the normalised residual stream is dotted with for its logit."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        if isinstance(tokens, Tensor) and tokens.numel() == 1:
+            tokens = int(tokens.item())
+        ids = torch.as_tensor(tokens)
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.cfg.d_vocab:
+            raise OutOfRangeError(f"tokens {tokens} are not all in the vocabulary, 0 to {self.cfg.d_vocab - 1}.")
+        return self.W_U.T[tokens]
+
+    def all_head_labels(self) -> list[str]:
+        """`L0H0`, `L0H1`, ... in the order of the stacked head weights."""
+        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+
+    # --- where the model lives ----------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HookedBilinearTransformer":
+        """Every `to`, `cuda`, `half`, ... comes through here: keeps `cfg.device` and `cfg.dtype` true."""
+        super()._apply(fn, recurse)
+        weight = self.embed.W_E
+        self.cfg.device, self.cfg.dtype = str(weight.device), weight.dtype
+        return self
+
+    def save_pretrained(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write the published format; see `bilens.model.loading.save_model`."""
+        from bilens.model.loading import save_model
+
+        save_model(self, folder, dtype=dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """Save into a Hugging Face hub repository, with a model card where it has none; see `bilens.model.hub`.
+
+        Args:
+            repo_id: `owner/name`; made where it does not exist.
+            private: of a repository that is made here; `None` is the owner's default.
+            token: with permission to write; `None` is the one of `hf auth login`.
+            revision: the branch, made where it does not exist; `None` is `main`.
+            commit_message: one line.
+            dtype: of the weights on the hub; `None` keeps the model's.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: `.oid`, `.commit_url`.
+
+        Raises:
+            UploadError: no permission, no connection, or the hub refused it.
+        """
+        from bilens.model.hub import model_card, push_to_hub
+        from bilens.model.loading import INDEX_FILE
+
+        return push_to_hub(
+            lambda folder: self.save_pretrained(folder, dtype),
+            repo_id,
+            lambda folder, repo: model_card(self.cfg, repo),
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            delete_patterns=[INDEX_FILE, "model-*-of-*.safetensors"],
+        )
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str] | None = None, **kwargs: Any) -> "HookedBilinearTransformer":
+        """Same as `bilens.load_model`."""
+        from bilens.model.loading import load_model
+
+        return load_model(source, **kwargs)

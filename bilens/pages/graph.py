@@ -1,0 +1,387 @@
+"""The page of an attribution graph: `assets/graph.js` draws it; around it what checks and explains it.
+
+1. `GraphView` is the graph alone: every node and every number of a `Circuit`, as data for the script
+2. `graph_page` adds the tokens behind the target, the checks by intervention, and the eigencircuits of its features
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from bilens.draw.markup import View, ViewError, island, spaced, to_json, visible
+from bilens.draw.page import Content, Page, captioned, columns, details, table
+from bilens.draw.plots import line, scatter, spectrum
+from bilens.pages.circuit import eigencircuits
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from bilens.attribute.circuit import Circuit
+    from bilens.attribute.faithfulness import EdgeCheck, Faithfulness
+    from bilens.attribute.tokens import TokenAttribution
+    from bilens.decompose.feature import FeatureCircuit
+    from bilens.sae.features.examples import FeatureActivations
+    from bilens.sae.features.store import FeatureRecord, FeatureStore, StoredFeatures
+
+    Features: TypeAlias = Mapping[str, "FeatureActivations | StoredFeatures"] | FeatureStore
+
+EXAMPLES_SHOWN = 6  # of a feature: with 400 features, a page of them stays under two megabytes
+EFFECTS_SHOWN = 8
+POINTS_SHOWN = 2000  # of predicted against measured edges
+GRAPH_HEIGHT = 900
+INPUTS = ("mlp-in", "resid-mid")
+KIND_ENDS = {
+    "embedding": "A token's embedding: the graph ends here.",
+    "error": "What the SAE misses at this position: the graph ends here.",
+    "bias": "A constant of the model or an SAE: the graph ends here.",
+    "other": "What was pruned, summed, so that the parts of every node still add up.",
+    "mlp": "The output of an MLP without an SAE: the graph ends here.",
+    "feature": "Not expanded: its influence is too small, or its SAE has no linear reads.",
+    "target": "",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class GraphView(View):
+    """A circuit as an interactive graph.
+
+    Args:
+        circuit: merged over positions or not.
+        features: what its features fire on: a feature store, or `FeatureActivations` by hook or SAE name (`2-mlp-in`,
+            or its folder's name).
+        wordpiece: how the tokens of examples are joined.
+
+    Raises:
+        ViewError: a number that is not finite.
+    """
+
+    circuit: "Circuit"
+    features: "Features | None" = None
+    wordpiece: bool = False
+
+    def __post_init__(self) -> None:
+        frames = {"nodes": self.circuit.nodes, "edges": self.circuit.edges, "hyper-edges": self.circuit.hyperedges}
+        for name, frame in frames.items():
+            bad = frame[~np.isfinite(frame.select_dtypes("number")).all(axis=1)]
+            if len(bad):
+                raise ViewError(f"{name} {bad.iloc[0].to_dict()}: only finite numbers can be drawn.")
+
+    def data(self) -> dict[str, Any]:
+        """What the script is given, in JSON's types: edges by the index of their nodes."""
+        circuit = self.circuit
+        nodes = circuit.nodes
+        index = {name: place for place, name in enumerate(nodes.id)}
+        depths = [_depth(node) for node in nodes.itertuples()]
+        used = sorted(set(depths))
+        edges = [
+            [index[e.source], index[e.target], _short(e.weight), _short(e.influence, 4), e.via, _short(e.via_weight, 5)]
+            for e in circuit.edges.itertuples()
+        ]
+        pairs = [
+            [index[p.i], index[p.j], index[p.target], _short(p.weight), _short(p.influence, 4)]
+            for p in circuit.hyperedges.itertuples()
+        ]
+        return {
+            "target": visible(circuit.target),
+            "tokens": [visible(token) for token in circuit.tokens],
+            "rows": [_row_name(depth) for depth in used],
+            "nodes": [
+                _node(node, used.index(depth), len(circuit.tokens))
+                for node, depth in zip(nodes.itertuples(), depths, strict=True)
+            ],
+            "edges": edges,
+            "pairs": pairs,
+            "heads": _heads(circuit, index),
+            "features": self._dashboards(),
+            "facts": _facts(circuit),
+        }
+
+    def html(self) -> str:
+        return island("graph", to_json(self.data()), GRAPH_HEIGHT)
+
+    def to_page(self, title: str = "") -> Page:
+        return Page(title or _title(self.circuit), _subtitle(self.circuit)).add(self)
+
+    def _repr_html_(self) -> str:
+        return self.to_page()._repr_html_()
+
+    def _dashboards(self) -> dict[str, Any]:
+        found = {}
+        for node in self.circuit.nodes[self.circuit.nodes.kind == "feature"].itertuples():
+            features = _features_of(self.features, node)
+            if features is not None and (key := _key(node)) not in found:
+                found[key] = _dashboard(features, int(node.feature), self.wordpiece)
+        return found
+
+
+def graph_page(
+    circuit: "Circuit",
+    *,
+    features: "Features | None" = None,
+    tokens: "TokenAttribution | None" = None,
+    faithfulness: "Faithfulness | None" = None,
+    edges: "Sequence[EdgeCheck]" = (),
+    feature_circuits: "Sequence[FeatureCircuit]" = (),
+    wordpiece: bool = False,
+    title: str = "",
+) -> Page:
+    """A circuit's page: the graph, and under it whatever else is known of it.
+
+    Args:
+        circuit, features, wordpiece: as for `GraphView`.
+        tokens: what each token contributed to the same target.
+        faithfulness, edges: the circuit's checks by intervention.
+        feature_circuits: of features in it, for their eigencircuits.
+        title: of the page.
+    """
+    page = GraphView(circuit, features, wordpiece).to_page(title)
+    page.section("How to read it", HOW_TO_READ)
+    if tokens is not None:
+        page.section("Tokens behind the target", *_token_views(tokens))
+    page.section("Does it add up?", *_completeness(circuit))
+    if faithfulness is not None or edges:
+        page.section("Checked by intervention", *_checks(circuit, faithfulness, edges))
+    if feature_circuits:
+        page.section("Eigencircuits of its features", EIGENCIRCUITS)
+    for found in feature_circuits:
+        drawn = captioned(spectrum(found.spectrum), "Eigenvalues of its interaction matrix, by absolute value.")
+        page.section(
+            f"Feature {found.output_label}, layer {found.attribution.layer}",
+            drawn,
+            *eigencircuits(found, found.wordpiece),
+            level=3,
+        )
+    return page
+
+
+HOW_TO_READ = (
+    "Columns are the tokens of the text, rows go up through the layers: token embeddings at the bottom, then the "
+    "features of the SAEs on every MLP's input and output, the target on top. Attention moves things between columns; "
+    "an edge says how much, and through which head most of it. An MLP is bilinear: what it adds is a sum over pairs of "
+    "its input's features, so its edges join two features in a dot before they reach the third. With “halved”, each "
+    "member of a pair gets one half, its Shapley value.\n\n"
+    "A node's size is its influence: the share of the target that passes through it, by absolute contributions. An "
+    "edge's width is its influence too, its colour the sign of its number. A feature's number is the activation, and "
+    "the parts listed when it is opened add up to it, with what was pruned kept as “other …”. Attention patterns, norm "
+    "scales and the set of active features are those of this forward pass."
+)
+EIGENCIRCUITS = (
+    "What makes a feature of an MLP's output fire, whatever the text: the leading eigenvectors of its interaction "
+    "matrix, read from the weights, and what each of them does on this text."
+)
+
+
+def _title(circuit: "Circuit") -> str:
+    return f"Why {circuit.target}?"
+
+
+def _subtitle(circuit: "Circuit") -> str:
+    text = " ".join(visible(token) for token in circuit.tokens).replace(" ##", "")
+    return (
+        f"{circuit.model_name} on “{text}”, at token {circuit.position} “{visible(circuit.tokens[circuit.position])}”"
+    )
+
+
+# --- the graph's data -------------------------------------------------------------------------------------------------
+
+
+def _depth(node: Any) -> float:
+    """The row a node belongs to, counted from the bottom."""
+    if node.kind == "target":
+        return math.inf
+    if node.layer < 0:
+        return -1
+    return 2 * node.layer + (0 if node.point in INPUTS else 1)
+
+
+def _row_name(depth: float) -> str:
+    if depth == math.inf:
+        return "target"
+    return "tokens" if depth < 0 else f"L{depth // 2} MLP {'out' if depth % 2 else 'in'}"
+
+
+def _node(node: Any, row: int, n_tokens: int) -> dict[str, Any]:
+    token = visible(node.token)
+    at = f"@{node.position} {token}" if 0 <= node.position < n_tokens else ""
+    place = {"error": "SAE error", "mlp": "whole output"}.get(node.kind, f"feature {node.feature}")
+    where = f"layer {node.layer}, {node.point}, {place}" if node.layer >= 0 and node.kind != "bias" else ""
+    where = {"target": "target", "embedding": "embedding"}.get(node.kind, where)
+    if at:
+        where += f", at token {node.position} “{token}”"
+    return {
+        "id": node.id,
+        "kind": node.kind,
+        "row": row,
+        "position": int(node.position),
+        "name": visible(node.name),
+        "where": where,
+        "at": at,
+        "measure": {"feature": "activation", "target": "value", "bias": "", "other": ""}.get(node.kind, "norm"),
+        "value": float(node.value),
+        "influence": float(node.influence),
+        "expanded": bool(node.expanded),
+        "relative_error": float(node.relative_error),
+        "key": _key(node),
+        "end": KIND_ENDS[node.kind],
+    }
+
+
+def _short(value: float, digits: int = 10) -> float:
+    """Weights to ten digits, more than the model's float32 has: thousands of them make up most of a page."""
+    return float(f"{value:.{digits}g}")
+
+
+def _key(node: Any) -> str:
+    return f"{node.hook}/{node.feature}" if node.kind == "feature" else ""
+
+
+def _heads(circuit: "Circuit", index: Mapping[str, int]) -> dict[str, list[tuple[str, float]]]:
+    """What every head brought each node as the last one on the way, the largest first."""
+    through = circuit.heads[circuit.heads.layer >= 0]
+    sums = through.groupby(["target", "layer", "head"], as_index=False).weight.sum()
+    sums = sums.sort_values("weight", key=abs, ascending=False)
+    found: dict[str, list[tuple[str, float]]] = {}
+    for row in sums.to_dict("records"):
+        found.setdefault(str(index[row["target"]]), []).append((f"L{row['layer']}H{row['head']}", row["weight"]))
+    return found
+
+
+def _facts(circuit: "Circuit") -> list[tuple[str, str]]:
+    ends = sorted(circuit.shares.items(), key=lambda item: -item[1])
+    return [
+        ("largest completeness error", f"{circuit.relative_error:.1e}"),
+        ("nodes with any influence", f"{circuit.n_found:,}"),
+        ("influence kept", f"{circuit.kept_share:.1%}"),
+        *((f"ends in {kind}", f"{share:.1%}") for kind, share in ends if share >= 0.0005),
+    ]
+
+
+def _features_of(features: "Features | None", node: Any) -> Any:
+    """What is known of the SAE a node belongs to, given under its hook, its name, or a name that begins with that."""
+    if features is None:
+        return None
+    label = f"{node.layer}-{node.point}"
+    names = features.names if hasattr(features, "names") else list(features)
+    fits = [name for name in names if name in (node.hook, label) or name.startswith(f"{label}-")]
+    return features[fits[0]] if fits else None
+
+
+def _dashboard(features: Any, feature: int, wordpiece: bool) -> dict[str, Any]:
+    record: FeatureRecord | None = features.feature(feature) if hasattr(features, "feature") else None
+    summary = record.summary if record is not None else features.summary(feature, n_examples=EXAMPLES_SHOWN)
+    tokens = ", ".join(visible(token) for token in summary.tokens)
+    effects = []
+    if record is not None and record.promoted is not None and record.suppressed is not None:
+        for title, found in (("Promotes", record.promoted), ("Suppresses", record.suppressed)):
+            effects.append([title, [[visible(token), value] for token, value in found[:EFFECTS_SHOWN]]])
+    return {
+        "summary": f"{summary.density:.2%} of tokens" + (f", most on {tokens}" if tokens else ""),
+        "examples": [
+            {
+                "tokens": [gap + text for gap, text in spaced(example.tokens, wordpiece)],
+                "values": [float(f"{value:.4g}") for value in example.values],
+                "focus": example.focus,
+            }
+            for example in summary.examples[:EXAMPLES_SHOWN]
+        ],
+        "effects": effects,
+    }
+
+
+# --- the sections -----------------------------------------------------------------------------------------------------
+
+
+def _token_views(tokens: "TokenAttribution") -> list[Content]:
+    heads = tokens.head_frame(top=12)
+    named = heads.assign(head=[f"L{row.layer}H{row.head}" for row in heads.itertuples()])
+    return [
+        captioned(
+            tokens.to_view(),
+            f"What each token contributed to {tokens.target} ({tokens.actual:+.4f}) through all layers, products "
+            f"halved; biases contributed {tokens.bias:+.4f}. Completeness error {tokens.completeness_error:+.1e}, "
+            f"{tokens.relative_error:.1e} of the absolute parts.",
+        ),
+        details("As bars", tokens.plot()),
+        details(
+            "What heads moved to the target's position",
+            table(named[["head", "position", "token", "value"]], ["head", "from position", "token", "moved"]),
+        ),
+    ]
+
+
+def _completeness(circuit: "Circuit") -> list[Content]:
+    frame = circuit.completeness.sort_values("relative_error", ascending=False)
+    kept = int((~circuit.nodes.kind.isin(["target", "bias", "other"])).sum())
+    return [
+        f"{len(frame)} nodes were taken apart. The parts of each, what was pruned included, add up to its value; the "
+        f"largest gap is {circuit.relative_error:.1e} of the node's absolute parts (the median "
+        f"{frame.relative_error.median():.1e}): rounding of the model's forward pass. Of the influence of all "
+        f"{circuit.n_found:,} nodes with any, the {kept} kept ones have {circuit.kept_share:.1%}.",
+        details(
+            "The nodes with the largest gaps",
+            table(frame.head(12), ["node", "value", "sum of parts", "relative completeness error"]),
+        ),
+    ]
+
+
+def _checks(circuit: "Circuit", faithfulness: "Faithfulness | None", edges: "Sequence[EdgeCheck]") -> list[Content]:
+    contents: list[Content] = []
+    if faithfulness is not None:
+        shown = faithfulness.frame[~faithfulness.frame.kept.str.startswith("top")].drop(columns="nodes")
+        contents += [
+            "The model was run again with only parts of the circuit kept (the other features and errors set to zero or "
+            "to their means), and with the circuit removed. With frozen attention this tests what was pruned; with "
+            "real attention, whether the frozen picture holds for the model. The share recovered counts from nothing "
+            "kept to everything kept; where those two are close, the values say more.",
+            captioned(
+                _curve(faithfulness), f"The value of {faithfulness.target} with the most influential nodes kept."
+            ),
+            table(shown, ["attention", "kept", "value", "share recovered"]),
+        ]
+    plots = []
+    for check in edges:
+        shown = check.frame
+        if len(shown) > POINTS_SHOWN:
+            largest = shown[["predicted", "measured"]].abs().max(axis=1).nlargest(POINTS_SHOWN).index
+            shown = shown.loc[largest]
+        correlation = ", ".join(f"{kind} {value:.4f}" for kind, value in check.correlation.items())
+        caption = (
+            f"Every edge alone, its source removed: the change its number predicts, and the one measured with "
+            f"{check.attention} attention. Correlation: {correlation}."
+        )
+        if len(shown) < len(check.frame):
+            caption += f" The largest {len(shown):,} of {len(check.frame):,} are shown."
+        names = dict(zip(circuit.nodes.id, circuit.nodes.name, strict=True))
+        plots.append(captioned(_edge_scatter(check.attention, shown, names), caption))
+    return [*contents, columns(*plots)] if plots else contents
+
+
+def _curve(faithfulness: "Faithfulness") -> "go.Figure":
+    frame = faithfulness.frame
+    curve = frame[frame.kept.str.startswith("top") | (frame.kept == "nothing")].sort_values("nodes")
+    series: dict[str, Any] = {
+        f"{mode} attention": rows.value.tolist() for mode, rows in curve.groupby("attention", sort=False)
+    }
+    nodes = sorted(curve.nodes.unique())
+    series["the whole model"] = [float(frame[frame.kept == "everything"].value.iloc[0])] * len(nodes)
+    return line(nodes, series, x_title="nodes kept", y_title=faithfulness.target)
+
+
+def _edge_scatter(attention: str, frame: pd.DataFrame, names: Mapping[str, str]) -> "go.Figure":
+    labels = [
+        f"{names.get(row.source, row.source)} → {names.get(row.target, row.target)} ({row.kind})"
+        for row in frame.itertuples()
+    ]
+    return scatter(
+        frame.predicted.to_numpy(float),
+        frame.measured.to_numpy(float),
+        labels,
+        f"{attention} attention",
+        x_title="predicted change",
+        y_title="measured change",
+        diagonal=True,
+    )

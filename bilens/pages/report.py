@@ -1,0 +1,467 @@
+"""From a model's name to a page: the main job, in one call.
+
+1. a model, and the SAEs on the input and output of one of its MLPs
+2. what every feature fires on, over example texts: names and examples
+3. which output features: those asked for, or the most interesting ones
+4. each one's circuit on a text, and the page of them
+"""
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+
+from bilens._core.files import destination, write_atomically
+from bilens.attribute import (
+    Circuit,
+    FrozenPass,
+    Target,
+    attribute_tokens,
+    check_circuit,
+    check_edges,
+    freeze,
+    trace_circuit,
+)
+from bilens.attribute.faithfulness import MODES
+from bilens.attribute.targets import read_targets
+from bilens.bare import require_bare
+from bilens.decompose import Decomposer
+from bilens.decompose.feature import FeatureCircuit, feature_circuit, rank_features
+from bilens.decompose.gallery import MotifGallery, motif_gallery
+from bilens.decompose.outputs import check_index
+from bilens.decompose.sweep import Sweep
+from bilens.errors import ArgumentError, ModelNotFoundError, OutOfRangeError
+from bilens.layer.eigen.solve import EigenSweep
+from bilens.model.generation import sample_texts
+from bilens.model.loading import DEFAULT_MODEL, PRETRAINED, list_models, load_model
+from bilens.model.transformer import HookedBilinearTransformer
+from bilens.pages.circuit import circuit_page
+from bilens.sae.features.examples import FeatureActivations, feature_activations
+from bilens.sae.loading import list_saes, load_sae
+from bilens.sae.train.evaluation import SAEScores, evaluate_saes
+from bilens.train.data import TokenizedTexts
+from bilens.train.language_model import validate
+
+STORIES_FILE, DEMO_FILE = "stories.jsonl.gz", "demo.json"
+N_SAMPLED = 192
+N_TRACE_EXAMPLES = 96  # texts that name the features of all SAEs at once
+N_EIGENCIRCUITS = 3  # features of a traced circuit whose eigencircuits are shown
+CONTEXT_AFTER = 6  # tokens of a story kept after the one explained
+
+
+@dataclass(frozen=True)
+class LabelledLayer:
+    """A decomposer whose features have names, and what they fire on."""
+
+    decomposer: Decomposer
+    inputs: FeatureActivations
+    outputs: FeatureActivations
+
+
+def label_layers(
+    model: HookedBilinearTransformer, saes: dict[int, tuple[SAE[Any], SAE[Any]]], texts: Sequence[str]
+) -> dict[int, LabelledLayer]:
+    """Decomposers of several layers from one run over the texts.
+
+    Args:
+        model: the model.
+        saes: input and output SAE by layer.
+        texts: where to see what features fire on.
+    """
+    flat = [sae for pair in saes.values() for sae in pair]
+    activations = feature_activations(model, flat, texts)
+    layers = {}
+    for place, (layer, (input_sae, output_sae)) in enumerate(saes.items()):
+        inputs, outputs = activations[2 * place : 2 * place + 2]
+        decomposer = Decomposer(
+            model, layer, input_sae, output_sae, input_names=inputs.labels(), output_names=outputs.labels()
+        )
+        layers[layer] = LabelledLayer(decomposer, inputs, outputs)
+    return layers
+
+
+def example_texts(model: HookedBilinearTransformer) -> list[str]:
+    """Texts to see features fire on: those that come with a bundled model, or else sampled from the model itself."""
+    bundled = PRETRAINED / model.cfg.model_name / STORIES_FILE
+    if model.cfg.model_name in list_models() and bundled.exists():
+        with gzip.open(bundled, "rt", encoding="utf-8") as file:
+            return [json.loads(line)["text"] for line in file]
+    return [text for text in sample_texts(model, N_SAMPLED) if text.strip()]
+
+
+def interesting_circuits(
+    labelled: LabelledLayer,
+    text: str | None = None,
+    features: Sequence[int] | None = None,
+    n: int = 3,
+    swept: EigenSweep | None = None,
+) -> list[FeatureCircuit]:
+    """Circuits of the features asked for, or of the `n` most interesting ones.
+
+    Args:
+        labelled: of the layer.
+        text: `None` shows each feature on its strongest example.
+        features: `None` takes the best of `rank_features` (among those that fire on the text, where there is one).
+        n: how many, where they are not given.
+        swept: leading eigenpairs of all output features, where they are known.
+    """
+    decomposer, outputs = labelled.decomposer, labelled.outputs
+    if features is None:
+        among = None if text is None else active_features(decomposer, text)
+        ranked = rank_features(decomposer, outputs, among=among, swept=swept).features.tolist()
+        # Few features of a short text may be common enough to rank; the strongest of the others follow.
+        features = list(dict.fromkeys([*ranked, *(among or [])]))[:n]
+        if not features:
+            raise OutOfRangeError(
+                "no output feature fires often enough on these texts; give features or more examples."
+            )
+    circuits = []
+    for feature in features:
+        tokens, position = (text, None) if text is not None else strongest_example(labelled, feature)
+        circuits.append(feature_circuit(decomposer, tokens, feature, position, inputs=labelled.inputs, outputs=outputs))
+    return circuits
+
+
+def layer_decomposers(
+    model: HookedBilinearTransformer,
+    layers: Sequence[int] | None = None,
+    saes: str | os.PathLike[str] | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+) -> list[Decomposer]:
+    """A `Decomposer` of each layer with the SAEs on its MLP's input and output.
+
+    Args:
+        model: a bilinear model.
+        layers: `None` is all of them.
+        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion, k: which SAEs, where there are several.
+    """
+    place = saes if saes is not None else sae_source(model.cfg.model_name)
+    return [
+        Decomposer(model, layer, *(load_sae(place, point, layer, expansion, k) for point in ("mlp-in", "mlp-out")))
+        for layer in (range(model.cfg.n_layers) if layers is None else layers)
+    ]
+
+
+@torch.no_grad()
+def active_features(decomposer: Decomposer, text: str) -> list[int]:
+    """Output features that fire on a text (`[BOS]` left out), the strongest first."""
+    require_bare(decomposer.model, decomposer.output_view.sae)
+    tokens = decomposer.model.input_to_tokens(text)
+    _, cache = decomposer.model.run_with_cache(
+        tokens, names_filter=decomposer.out_hook, stop_at_layer=decomposer.layer + 1, return_cache_object=False
+    )
+    strongest = decomposer.output_view.activations(cache[decomposer.out_hook][0, decomposer.model.n_bos :]).amax(0)
+    order = strongest.argsort(descending=True)
+    return order[: int((strongest > 0).sum())].tolist()
+
+
+def strongest_example(labelled: LabelledLayer, feature: int) -> tuple[torch.Tensor, int]:
+    """The tokens up to a little after where a feature fires most, and the position of that token.
+
+    Raises:
+        OutOfRangeError: the feature fires nowhere in the example texts.
+    """
+    outputs = labelled.outputs
+    at = outputs.entries(feature)
+    if at.start == at.stop:
+        raise OutOfRangeError(f"output feature {feature} fires nowhere in the example texts; give a text.")
+    entry = int(outputs.values[at].abs().argmax())
+    row, position = int(outputs.rows[at][entry]), int(outputs.positions[at][entry])
+    last = int(outputs.mask[row].nonzero().max())
+    return outputs.tokens[row, : min(last, position + CONTEXT_AFTER) + 1], position
+
+
+def report(
+    source: str | os.PathLike[str] | HookedBilinearTransformer | None = None,
+    *,
+    layer: int | None = None,
+    text: str | None = None,
+    features: Sequence[int] | None = None,
+    n: int = 3,
+    saes: str | os.PathLike[str] | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+    examples: Sequence[str] | None = None,
+    sweep: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] = "bilens_report.html",
+    say: Callable[[str], None] = lambda line: None,
+) -> list[FeatureCircuit]:
+    """Write a report on a model's circuits: one self-contained HTML file.
+
+    Args:
+        source: a model, or what `load_model` takes.
+        layer: which MLP; `None` takes the middle one.
+        text: to explain; `None` shows each feature on its strongest example.
+        features: output features; `None` takes the `n` most interesting ones.
+        n: how many.
+        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion, k: which SAEs, where there are several.
+        examples: texts to see what features fire on; `None` takes the model's own (see `example_texts`).
+        sweep: the folder that `bilens sweep` wrote for this model, to find interesting features from.
+        out: the file, asked for before anything is computed.
+        say: is told what is going on.
+
+    Returns:
+        The circuits on the page.
+    """
+    out = destination(out)
+    model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
+    layer = (model.cfg.n_layers - 1) // 2 if layer is None else layer
+    say(f"model {model.cfg.model_name}, layer {layer}")
+    place = saes if saes is not None else sae_source(model.cfg.model_name)
+    pair = (load_sae(place, "mlp-in", layer, expansion, k), load_sae(place, "mlp-out", layer, expansion, k))
+    texts = list(examples) if examples is not None else example_texts(model)
+    say(f"running {len(texts)} example texts")
+    labelled = label_layers(model, {layer: pair}, texts)[layer]
+    say("looking for circuits" if features is None else f"features {list(features)}")
+    swept = None if sweep is None else Sweep.load(sweep).of(labelled.decomposer).eigen
+    circuits = interesting_circuits(labelled, text, features, n, swept)
+    subtitle = f"Layer {layer} of {model.cfg.model_name}" + (f", on “{text}”" if text else "")
+    circuit_page(circuits, "Circuits read from the weights", subtitle).save(out)
+    return circuits
+
+
+def demo(
+    out: str | os.PathLike[str] = "bilens_demo.html", say: Callable[[str], None] = lambda line: None
+) -> list[FeatureCircuit]:
+    """The report on the bundled model: the features its authors picked, on the texts they picked."""
+    out = destination(out)
+    model = load_model()
+    picks = json.loads((PRETRAINED / DEFAULT_MODEL / DEMO_FILE).read_text())
+    texts = example_texts(model)
+    say(f"model {model.cfg.model_name}: {len(picks)} features; running {len(texts)} example stories")
+    needed = sorted({pick["layer"] for pick in picks})
+    pairs = {i: (load_sae(DEFAULT_MODEL, "mlp-in", i), load_sae(DEFAULT_MODEL, "mlp-out", i)) for i in needed}
+    layers = label_layers(model, pairs, texts)
+    circuits = []
+    for pick in picks:
+        labelled = layers[pick["layer"]]
+        say(f"layer {pick['layer']}, feature {pick['feature']}: {pick['note']}")
+        circuits.append(
+            feature_circuit(
+                labelled.decomposer,
+                pick["text"],
+                pick["feature"],
+                inputs=labelled.inputs,
+                outputs=labelled.outputs,
+            )
+        )
+    subtitle = (
+        f"Three features of {model.cfg.model_name}, a 6.3 M parameter bilinear transformer trained on TinyStories"
+    )
+    circuit_page(circuits, "Circuits read from the weights", subtitle).save(out)
+    return circuits
+
+
+def trace(
+    source: str | os.PathLike[str] | HookedBilinearTransformer | None = None,
+    *,
+    text: str,
+    target: str | None = None,
+    minus: str | None = None,
+    feature: str | None = None,
+    position: int = -1,
+    max_nodes: int = 200,
+    saes: str | os.PathLike[str] | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+    examples: Sequence[str] | None = None,
+    check: bool = True,
+    out: str | os.PathLike[str] = "bilens_trace.html",
+    say: Callable[[str], None] = lambda line: None,
+) -> Circuit:
+    """Trace a logit or a feature back to the tokens and write the interactive graph: one self-contained HTML file.
+
+    Args:
+        source: a bilinear model, or what `load_model` takes.
+        text: what the model reads.
+        target: the token whose logit to explain; `None` takes the likeliest next one.
+        minus: the token its logit is compared with.
+        feature: explain a feature instead: `2-mlp-in/137`, or `2-mlp-in/137@11` with its position, as nodes are named.
+        position: of the target; negative counts from the end.
+        max_nodes: kept at most.
+        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion, k: which SAEs, where there are several.
+        examples: texts to see what features fire on; `None` takes some of the model's own (see `example_texts`).
+        check: the circuit by intervention, too.
+        out: the file, asked for before anything is computed.
+        say: is told what is going on.
+
+    Returns:
+        The circuit on the page.
+
+    Raises:
+        ArgumentError: a feature that is not named so, a feature and a token at once, or `minus` without `target`.
+        others: as for `freeze` and `read_targets`.
+    """
+    out = destination(out)
+    model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
+    place = saes if saes is not None else sae_source(model.cfg.model_name)
+    pairs = {
+        layer: (load_sae(place, "mlp-in", layer, expansion, k), load_sae(place, "mlp-out", layer, expansion, k))
+        for layer in range(model.cfg.n_layers)
+    }
+    say(f"model {model.cfg.model_name}, {2 * len(pairs)} SAEs")
+    frozen = freeze(model, text, [sae for pair in pairs.values() for sae in pair])
+    aim = _target(frozen, target, minus, feature, position)
+    read_targets(frozen, aim)  # what cannot be explained is refused before the long work
+    texts = list(examples) if examples is not None else example_texts(model)[:N_TRACE_EXAMPLES]
+    say(f"naming features by {len(texts)} example texts")
+    layers = label_layers(model, pairs, texts)
+    names = {f"{layer}-mlp-in": found.decomposer.input_names or [] for layer, found in layers.items()}
+    names |= {f"{layer}-mlp-out": found.decomposer.output_names or [] for layer, found in layers.items()}
+    say("tracing")
+    circuit = trace_circuit(frozen, aim, max_nodes=max_nodes, names=names)
+    features = {f"{layer}-mlp-in": found.inputs for layer, found in layers.items()}
+    features |= {f"{layer}-mlp-out": found.outputs for layer, found in layers.items()}
+    if check:
+        say("checking by intervention")
+    nodes = circuit.to_frame()
+    top = nodes[(nodes.kind == "feature") & (nodes.point == "mlp-out")].drop_duplicates(["layer", "feature"])
+    shown = [
+        feature_circuit(
+            layers[node.layer].decomposer,
+            text,
+            int(node.feature),
+            int(node.position),
+            inputs=layers[node.layer].inputs,
+            outputs=layers[node.layer].outputs,
+        )
+        for node in top.head(N_EIGENCIRCUITS).itertuples()
+    ]
+    circuit.to_page(
+        features=features,
+        tokens=attribute_tokens(frozen, aim),
+        faithfulness=check_circuit(frozen, circuit, aim) if check else None,
+        edges=[check_edges(frozen, circuit, aim, attention=mode) for mode in MODES] if check else [],
+        feature_circuits=shown,
+        wordpiece=model.is_wordpiece,
+    ).save(out)
+    return circuit
+
+
+def gallery(
+    source: str | os.PathLike[str] | HookedBilinearTransformer | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    n: int = 3,
+    saes: str | os.PathLike[str] | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+    examples: Sequence[str] | None = None,
+    out: str | os.PathLike[str] = "bilens_gallery.html",
+    say: Callable[[str], None] = lambda line: None,
+) -> MotifGallery:
+    """Write the gallery of a model's motifs (AND, XOR, AND NOT, inhibition): one self-contained HTML file.
+
+    Args:
+        source: a bilinear model, or what `load_model` takes.
+        layers: `None` is all of them.
+        n: entries of each kind and layer.
+        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion, k: which SAEs, where there are several.
+        examples: texts to see what features fire on together; `None` takes the model's own (see `example_texts`).
+        out: the file, asked for before anything is computed.
+        say: is told what is going on.
+
+    Returns:
+        What is on the page.
+    """
+    out = destination(out)
+    model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
+    pairs = {
+        d.layer: (d.input_view.sae, d.output_view.sae) for d in layer_decomposers(model, layers, saes, expansion, k)
+    }
+    texts = list(examples) if examples is not None else example_texts(model)
+    say(f"model {model.cfg.model_name}, layers {', '.join(map(str, pairs))}: running {len(texts)} texts")
+    labelled = label_layers(model, pairs, texts).values()
+    found = motif_gallery(
+        [one.decomposer for one in labelled], [one.inputs for one in labelled], [one.outputs for one in labelled], n
+    )
+    subtitle = f"Pairs of features in {model.cfg.model_name} that do together what neither does alone"
+    found.to_page(subtitle=subtitle).save(out)
+    return found
+
+
+def _target(frozen: FrozenPass, token: str | None, minus: str | None, feature: str | None, position: int) -> Target:
+    if feature is not None:
+        if token is not None or minus is not None:
+            raise ArgumentError(f"the target is either a feature or a token's logit, not both {feature!r} and a token.")
+        match = re.fullmatch(r"(.+)/(\d+)(?:@(-?\d+))?", feature)
+        if match is None:
+            raise ArgumentError(
+                f"{feature!r} names no feature: expected its SAE, index and perhaps position, as in 2-mlp-in/137@11."
+            )
+        return Target.feature(match[1], int(match[2]), position if match[3] is None else int(match[3]))
+    if token is None:
+        if minus is not None:
+            raise ArgumentError(f"minus is {minus!r} without a target: say which token's logit it is compared with.")
+        position = check_index(
+            position, frozen.n_positions, "position {} is outside the text's {} tokens", negative=True
+        )
+        return Target.logit(int(frozen.logits[position].argmax()), position)
+    return Target.logit(token, position, minus=minus)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model and its SAEs measure on texts they were not trained on."""
+
+    model: str
+    n_texts: int
+    nats_per_token: float
+    nats_per_character: float
+    saes: SAEScores
+
+    def save(self, path: Path) -> None:
+        """Write the figures as JSON."""
+        facts = {key: getattr(self, key) for key in ("model", "n_texts", "nats_per_token", "nats_per_character")}
+        facts["saes"] = [asdict(score) for score in self.saes.scores]
+        write_atomically(path, lambda beside: beside.write_text(json.dumps(facts, indent=1) + "\n"))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} on {self.n_texts} texts: {self.nats_per_token:.4f} nats/token, "
+            f"{self.nats_per_character:.4f} nats/character\n{self.saes}"
+        )
+
+
+def evaluate(
+    source: str | os.PathLike[str] | None, texts: list[str], saes: str | os.PathLike[str] | None = None
+) -> ModelCard:
+    """Measure a model and all of its SAEs.
+
+    Args:
+        source: what `load_model` takes.
+        texts: not seen in training.
+        saes: where `list_saes` finds them; `None` is as for `report`.
+    """
+    model = load_model(source)
+    place = saes if saes is not None else sae_source(model.cfg.model_name)
+    found = {e.folder: load_sae(place, e.point, e.layer, e.expansion, e.k, e.tag or "") for e in list_saes(place)}
+    loss = validate(model, TokenizedTexts.from_texts(texts, model.tokenizer, bool(model.n_bos)))
+    scores = evaluate_saes(model, found, texts)
+    return ModelCard(model.cfg.model_name, len(texts), loss.nats_per_token, loss.nats_per_character, scores)
+
+
+def sae_source(model_name: str) -> str:
+    """Where a model's SAEs are by convention: with a bundled model, or in `<model>-scope` on the hub or beside it.
+
+    Raises:
+        ModelNotFoundError: no such place.
+    """
+    if model_name in list_models():
+        return model_name
+    scope = f"{model_name}-scope"
+    if Path(scope).is_dir() or "/" in model_name:
+        return scope
+    raise ModelNotFoundError(f"no SAEs are known for {model_name!r}: say where they are (saes=, --saes).")

@@ -1,0 +1,197 @@
+"""What features fire on: top-activating examples and the tokens they prefer, over a set of texts."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor
+
+from bilens._core.checks import check_sizes
+from bilens.bare import require_bare
+from bilens.errors import ArgumentError, OutOfRangeError
+from bilens.model.attached import encode, splice_hooks
+from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.texts import text_starts
+
+
+@dataclass(frozen=True)
+class Example:
+    """One place where a feature fires, with the activations around it. `focus` indexes `tokens`."""
+
+    tokens: list[str]
+    values: list[float]
+    focus: int
+
+    @property
+    def activation(self) -> float:
+        return self.values[self.focus]
+
+
+@dataclass(frozen=True)
+class FeatureSummary:
+    """A feature in words: how often it fires, on which tokens most, and where most strongly."""
+
+    feature: int
+    density: float
+    tokens: tuple[str, ...]
+    examples: tuple[Example, ...] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        """`137 not/n't/never`: the index and the tokens it fires on most."""
+        return f"{self.feature} {'/'.join(self.tokens[:3])}" if self.tokens else f"{self.feature} (silent)"
+
+
+@dataclass(frozen=True)
+class FeatureActivations:
+    """An SAE's activations on texts, sparse: where each feature fires and how strongly.
+
+    Attributes:
+        tokens: the texts, `[BOS]` first, padded on the right; `mask` is 1 on what counts (not `[BOS]`, not padding).
+        rows, positions, features, values: one entry per activation, sorted by feature.
+        offsets: entries of feature `i` are `offsets[i] : offsets[i + 1]`.
+    """
+
+    tokens: Int[Tensor, "text pos"]
+    mask: Int[Tensor, "text pos"]
+    strings: list[str] = field(repr=False)
+    rows: Int[Tensor, "entry"] = field(repr=False)
+    positions: Int[Tensor, "entry"] = field(repr=False)
+    values: Float[Tensor, "entry"] = field(repr=False)
+    offsets: Int[Tensor, "d_sae_plus_1"] = field(repr=False)
+
+    @property
+    def d_sae(self) -> int:
+        return len(self.offsets) - 1
+
+    def density(self) -> Float[Tensor, "d_sae"]:
+        """Share of the tokens on which each feature fires."""
+        return self.offsets.diff() / self.mask.sum()
+
+    def entries(self, feature: int) -> slice:
+        """Where a feature's entries are."""
+        if not 0 <= feature < self.d_sae:
+            raise OutOfRangeError(f"feature {feature} is outside the SAE's {self.d_sae}, 0 to {self.d_sae - 1}.")
+        return slice(int(self.offsets[feature]), int(self.offsets[feature + 1]))
+
+    def dense(self, feature: int) -> Float[Tensor, "text pos"]:
+        """One feature's activation at every position."""
+        at = self.entries(feature)
+        out = torch.zeros(self.tokens.shape)
+        out[self.rows[at], self.positions[at]] = self.values[at]
+        return out
+
+    def summary(self, feature: int, n_examples: int = 8, before: int = 12, after: int = 6) -> FeatureSummary:
+        """A feature's strongest examples (one per text, in a window) and the tokens that carry most activation.
+
+        Args:
+            feature: its index.
+            n_examples: at most this many; none with 0.
+            before, after: tokens shown around where it fires.
+
+        Raises:
+            OutOfRangeError: no such feature.
+            ArgumentError: a negative number of examples or tokens.
+        """
+        if min(n_examples, before, after) < 0:
+            raise ArgumentError(f"n_examples {n_examples}, before {before} and after {after} must be at least 0.")
+        at = self.entries(feature)
+        rows, positions, values = self.rows[at], self.positions[at], self.values[at]
+        dense = self.dense(feature)
+        examples: list[Example] = []
+        seen: set[int] = set()
+        for entry in values.abs().argsort(descending=True).tolist():
+            if len(examples) == n_examples:
+                break
+            row, position = int(rows[entry]), int(positions[entry])
+            if row in seen:
+                continue
+            seen.add(row)
+            first, last = (int(end) for end in self.mask[row].nonzero().aminmax())
+            low, high = max(first, position - before), min(last, position + after)
+            window = self.tokens[row, low : high + 1].tolist()
+            examples.append(
+                Example([self.strings[t] for t in window], dense[row, low : high + 1].tolist(), position - low)
+            )
+        mass = torch.zeros(len(self.strings)).index_add_(0, self.tokens[rows, positions], values.abs())
+        top = mass.topk(min(5, len(mass)))
+        # Tokens that carry next to nothing would only blur the name.
+        words = [
+            self.strings[i]
+            for v, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            if v > 0.05 * mass.sum()
+        ]
+        if not words and len(values):
+            words = [self.strings[int(top.indices[0])]]
+        return FeatureSummary(feature, self.density()[feature].item(), tuple(words), tuple(examples))
+
+    def labels(self) -> list[str]:
+        """A short name for every feature: see `FeatureSummary.label`."""
+        mass = torch.zeros(self.d_sae, len(self.strings))
+        features = torch.repeat_interleave(torch.arange(self.d_sae), self.offsets.diff())
+        mass.index_put_((features, self.tokens[self.rows, self.positions]), self.values.abs(), accumulate=True)
+        top = mass.topk(3, dim=-1)
+        total = mass.sum(-1, keepdim=True).clamp_min(1e-12)
+        names = []
+        for feature, (shares, words) in enumerate(
+            zip((top.values / total).tolist(), top.indices.tolist(), strict=True)
+        ):
+            chosen = [self.strings[w] for share, w in zip(shares, words, strict=True) if share > 0.05]
+            chosen = chosen or ([self.strings[words[0]]] if shares[0] > 0 else ["(silent)"])
+            names.append(f"{feature} {'/'.join(chosen)}")
+        return names
+
+
+@torch.no_grad()
+def feature_activations(
+    model: HookedBilinearTransformer, saes: Sequence[SAE[Any]], texts: Sequence[str], *, batch_size: int = 32
+) -> list[FeatureActivations]:
+    """Run texts once and keep where every feature of every SAE fires.
+
+    Args:
+        model: the model.
+        saes: each knows its hook (`metadata.hook_name`); transcoders too.
+        texts: each is run from its `[BOS]`, cut to the context.
+        batch_size: texts at a time.
+
+    Raises:
+        AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
+        ArgumentError: a batch size that is none.
+        HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.model.attached`).
+        EmptyTextError: no texts, or one with nothing in it.
+    """
+    check_sizes(batch_size=batch_size)
+    hooks = [splice_hooks(model, sae, f"SAE {i}")[0] for i, sae in enumerate(saes)]
+    require_bare(model, *saes)
+    tokens, mask = text_starts(model, texts)
+    mask[:, : model.n_bos] = 0
+    stop = stop_after(hooks)
+    found: list[list[tuple[Tensor, ...]]] = [[] for _ in saes]
+    for at in range(0, len(tokens), batch_size):
+        rows = tokens[at : at + batch_size].to(model.cfg.device)
+        _, cache = model.run_with_cache(rows, names_filter=list(set(hooks)), stop_at_layer=stop)
+        for entries, sae, hook in zip(found, saes, hooks, strict=True):
+            acts = encode(sae, cache[hook]).float().cpu() * mask[at : at + batch_size, :, None]
+            row, position, feature = acts.nonzero(as_tuple=True)
+            entries.append((row + at, position, feature, acts[row, position, feature]))
+    strings = model.tokenizer.convert_ids_to_tokens(list(range(model.cfg.d_vocab)))
+    results = []
+    for entries, sae in zip(found, saes, strict=True):
+        row, position, feature, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
+        order = feature.argsort(stable=True)
+        counts = torch.bincount(feature, minlength=sae.cfg.d_sae)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+        results.append(FeatureActivations(tokens, mask, strings, row[order], position[order], value[order], offsets))
+    return results
+
+
+def stop_after(hooks: Sequence[str]) -> int | None:
+    """The first layer that none of the hooks needs; `None` where one is behind the last."""
+    if any(hook.startswith("ln_final.") for hook in hooks):
+        return None
+    layers = [re.match(r"blocks\.(\d+)\.", hook) for hook in hooks]
+    return max((int(layer[1]) + 1 for layer in layers if layer), default=0)

@@ -1,0 +1,89 @@
+"""The gallery's page holds every entry, and nothing that runs."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bilens import cli
+from bilens.decompose.gallery import GalleryEntry, MotifGallery
+from bilens.decompose.motifs import MOTIFS
+from bilens.pages.gallery import Plane
+from bilens.sae.features.examples import Example
+
+
+@pytest.fixture
+def gallery(hostile) -> MotifGallery:
+    n = len(hostile)
+    example = Example(hostile, torch.linspace(-1, 1, n).tolist(), n // 2)
+    entries = [
+        GalleryEntry(
+            layer=1,
+            kind=kind,
+            output=5,
+            i=1,
+            j=2,
+            output_name=f"5 {hostile[place]}",
+            i_name=f"1 {hostile[place + 1]}",
+            j_name=f"2 {hostile[place + 2]}",
+            table=(0.1, 0.2, 2.0),
+            measured=(-1.0, -0.5, -0.5, 3.0),
+            fires=(0.0, 0.1, 0.1, 0.9),
+            counts=(100, 40, 40, 30),
+            typical=4.0,
+            strength=0.5,
+            part=1.5,
+            whole=3.0,
+            x=torch.tensor([0.0, 1.0, 2.0, 3.0]),
+            y=torch.tensor([-1.0, 1.0, 0.0, 2.0]),
+            z=torch.tensor([-1.0, 0.0, 1.0, 2.0]),
+            case=torch.tensor([0, 1, 2, 3]),
+            examples=(example,),
+            wholes=(2.5,),
+            promoted=(hostile[0],),
+            alike=tuple((f"6 {token}", "1", "2") for token in hostile[:12]),
+        )
+        for place, kind in enumerate(MOTIFS[:3])
+    ]
+    counts = pd.DataFrame(
+        [{"layer": 1, "kind": kind, "in_weights": 900, "measured": 40, "held": 9, "families": 7} for kind in MOTIFS]
+    )
+    return MotifGallery(entries, counts, 210)
+
+
+def test_a_page_of_hostile_labels(gallery, read):
+    page = read(gallery.to_page(subtitle="<b>x</b>").to_html())
+    assert page.code == []  # nothing runs
+    assert not page.tags("img")
+    assert not page.tags("b")
+    assert len(page.tags("svg")) == 3
+    assert len(page.tags("circle")) == 3 * 4
+    assert "<script>alert(1)</script>" in page.text  # shown, not obeyed
+    assert "None holds on these texts." in page.text  # of the kind without entries
+    assert "and 4 more" in page.text
+    assert "the pair's cross term +1.50, all else +1.50" in page.text
+
+
+def test_points_stay_in_their_plane(gallery, read):
+    plane = read(Plane(gallery.entries[0]).html())
+    (box,) = plane.tags("svg")
+    _, _, width, height = map(float, box["viewbox"].split())
+    for circle in plane.tags("circle"):
+        assert 0 <= float(circle["cx"]) <= width
+        assert 0 <= float(circle["cy"]) <= height
+    assert sum("stroke" in circle for circle in plane.tags("circle")) == 1  # the one with both
+    fills = [circle["fill"] for circle in plane.tags("circle")]
+    assert len(set(fills)) == 2
+
+
+def test_the_command_writes_the_page(tmp_path):
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "gallery.html"
+    texts.write_text("\n".join(json.dumps({"text": f"Lily was {word}."}) for word in ("sad", "happy")))
+    arguments = ["gallery", "--layer", "0", "--n", "1", "--examples", str(texts), "--out", str(out)]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "no entries" in done.output  # nothing fires together as often on two sentences
+    assert out.stat().st_size < 10e6
+    assert "None holds on these texts" in out.read_text(encoding="utf-8")

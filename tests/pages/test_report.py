@@ -1,0 +1,181 @@
+"""Reports: which features are picked, what is refused, and the command line around them."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import bilens.pages.report
+from bilens import cli
+from bilens.decompose.feature import feature_circuit, rank_features
+from bilens.errors import ArgumentError, ContextLengthError, EmptyTextError, ModelNotFoundError, OutOfRangeError
+from bilens.model.loading import DEFAULT_MODEL
+from bilens.pages.report import active_features, example_texts, interesting_circuits, label_layers, sae_source, trace
+
+LAYER = 1
+TEXT = "Once upon a time, there was a little dog. He did not want to share his toy."
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    model = bilens.load_model()
+    saes = {LAYER: tuple(bilens.load_sae(DEFAULT_MODEL, point, LAYER) for point in ("mlp-in", "mlp-out"))}
+    return label_layers(model, saes, example_texts(model)[:60])[LAYER]
+
+
+def test_names_are_index_and_tokens(labelled):
+    names = labelled.decomposer.output_names
+    assert len(names) == labelled.outputs.d_sae
+    assert all(name.split(" ")[0] == str(i) for i, name in enumerate(names))
+
+
+def test_active_features_fire_on_the_text_strongest_first(labelled):
+    decomposer = labelled.decomposer
+    tokens = decomposer.model.to_tokens(TEXT)
+    _, cache = decomposer.model.run_with_cache(tokens)
+    strongest = decomposer.output_sae.encode(cache[decomposer.out_hook])[0, 1:].amax(0)
+    active = active_features(decomposer, TEXT)
+    assert set(active) == set((strongest > 0).nonzero().flatten().tolist())
+    assert strongest[active].diff().le(0).all()
+
+
+def test_ranking_is_sorted_and_respects_its_filters(labelled):
+    ranked = rank_features(labelled.decomposer, labelled.outputs, min_active=10)
+    assert ranked.score.diff().le(1e-6).all()
+    counts = labelled.outputs.offsets.diff()
+    assert (counts[ranked.features] >= 10).all()
+    assert ((ranked.cross_share >= 0) & (ranked.cross_share <= 1)).all()
+    few = ranked.features[:5].tolist()
+    assert set(rank_features(labelled.decomposer, labelled.outputs, among=few, min_active=10).features.tolist()) == set(
+        few
+    )
+
+
+def test_ranking_correlation_is_pearsons(labelled):
+    """The best feature's correlation, recomputed from the model's activations with torch.corrcoef."""
+    decomposer, outputs = labelled.decomposer, labelled.outputs
+    ranked = rank_features(decomposer, outputs, min_active=10)
+    feature = int(ranked.features[0])
+    dense = outputs.dense(feature)
+    predicted, actual = [], []
+    for row in range(len(outputs.tokens)):
+        _, cache = decomposer.model.run_with_cache(outputs.tokens[row : row + 1])
+        x = cache[decomposer.normalized_hook][0]
+        on = dense[row] != 0
+        predicted.append(decomposer.eigen(feature, k=2).activations(x[on]).sum(-1))
+        actual.append(dense[row][on])
+    expected = torch.corrcoef(torch.stack([torch.cat(predicted), torch.cat(actual)]))[0, 1]
+    # Single rows and batches of rows differ in float32 rounding only.
+    assert ranked.correlation[0].item() == pytest.approx(expected.item(), abs=1e-3)
+    assert ranked.plot().data[0].y[0] == ranked.correlation[0]
+
+
+def test_circuit_shows_what_the_attribution_says(labelled):
+    decomposer = labelled.decomposer
+    feature = active_features(decomposer, TEXT)[0]
+    circuit = feature_circuit(decomposer, TEXT, feature, inputs=labelled.inputs, outputs=labelled.outputs)
+    a = circuit.attribution
+    expected = decomposer.interaction(feature, basis="features")[circuit.shown][:, circuit.shown]
+    torch.testing.assert_close(circuit.interactions, expected, atol=1e-5, rtol=1e-4)
+    assert set(circuit.shown) <= set(a.inputs.tolist())
+    assert circuit.output_activations[a.position] > 0
+    assert set(circuit.shown) <= circuit.input_summaries.keys()
+    assert "completeness error" in str(circuit)
+    assert "<iframe" in circuit._repr_html_()
+    assert circuit.plot().data
+
+
+def test_interesting_circuits_of_a_text_fire_on_it(labelled):
+    for circuit in interesting_circuits(labelled, TEXT, n=2):
+        assert circuit.attribution.active
+
+
+@pytest.mark.parametrize(
+    ("text", "features", "error"),
+    [
+        ("", [0], EmptyTextError),
+        ("the dog " * 400, [0], ContextLengthError),
+        (TEXT, [10**6], OutOfRangeError),
+        (TEXT, [-1], OutOfRangeError),
+    ],
+)
+def test_bad_requests_are_refused(labelled, text, features, error):
+    with pytest.raises(error):
+        interesting_circuits(labelled, text, features)
+
+
+def test_models_without_saes_say_so():
+    with pytest.raises(ModelNotFoundError, match="say where they are"):
+        sae_source("my-own")
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def test_report_command_writes_the_page(tmp_path):
+    out = tmp_path / "report.html"
+    done = run("report", "--text", TEXT, "--n", "1", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    assert out.exists()
+    assert "completeness error" in done.output
+
+
+def test_trace_command_writes_the_graph(tmp_path):
+    out, examples = tmp_path / "trace.html", tmp_path / "examples.txt"
+    examples.write_text("Once upon a time there was a sad dog.\n\nThe dog did not know where to go.\n")
+    common = ["--text", "The dog did not know", "--max-nodes", "30", "--examples", str(examples), "--out", str(out)]
+    done = run("trace", *common, "--target", "where", "--minus", "how")
+    assert done.exit_code == 0, done.output
+    assert "circuit of logit 'where' - 'how' at position 5" in done.output
+    page = out.read_text(encoding="utf-8")
+    assert len(page) < 10e6
+    assert "Checked by intervention</a>" in page
+    done = run("trace", *common, "--feature", "1-mlp-out/343@3", "--no-check")
+    assert done.exit_code == 0, done.output
+    assert "circuit of 1-mlp-out/343 at position 3" in done.output
+    assert "Checked by intervention</a>" not in out.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        ({"feature": "343"}, ArgumentError, r"'343' names no feature: expected its SAE, index and perhaps position"),
+        ({"feature": "1-mlp-out/343", "target": "where"}, ArgumentError, "either a feature or a token's logit"),
+        ({"feature": "1-mlp-out/9999"}, OutOfRangeError, "feature 9999 is outside the SAE's 2048"),
+        ({"minus": "how"}, ArgumentError, "minus is 'how' without a target"),
+        ({"position": 90}, OutOfRangeError, "position 90 is outside the text's"),
+        ({"target": "where", "position": 90}, OutOfRangeError, "position 90 is outside the text's"),
+    ],
+)
+def test_a_trace_of_nothing_is_refused(request_, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        trace(text=TEXT, out=tmp_path / "trace.html", **request_)
+    assert not (tmp_path / "trace.html").exists()
+
+
+@pytest.mark.parametrize(
+    "write", [bilens.pages.report.report, bilens.pages.report.demo, bilens.pages.report.gallery, trace]
+)
+def test_where_to_write_is_asked_before_the_work(write, tmp_path):
+    (tmp_path / "file").touch()
+    said = []
+    arguments = {"text": TEXT} if write is trace else {}
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "page.html", "no folder to be had")):
+        with pytest.raises(ArgumentError, match=message):
+            write(out=out, say=said.append, **arguments)
+    assert not said
+
+
+def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["bilens", "train-lm", "texts.txt", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err.startswith("bilens: [Errno")
+
+
+def test_misspelt_model_is_one_line_with_the_nearest_name(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bilens", "report", "ts-tny"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert "Did you mean 'ts-tiny'?" in capsys.readouterr().err

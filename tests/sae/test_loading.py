@@ -1,0 +1,407 @@
+"""Finding and reading SAEs: parity with the authors' outputs, both formats, and every way a source can be wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE, TopKSAE, TopKSAEConfig
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import bilens.model.loading
+import bilens.sae.loading
+from bilens.errors import CheckpointError, ModelNotFoundError, SAEMismatchError
+from bilens.sae.loading import (
+    POINT_TO_HOOK,
+    SAEEntry,
+    folder_name,
+    hook_of,
+    list_saes,
+    load_sae,
+    load_sae_folder,
+    point_of,
+)
+from bilens.sae.scope import ScopeSAE
+
+SCOPE = Path(__file__).parents[3] / "shared" / "reference" / "ts-micro-scope"
+REFERENCES = sorted(path.parent.name for path in SCOPE.glob("*/expected.safetensors"))
+needs_reference = pytest.mark.skipif(not REFERENCES, reason="the reference SAEs (shared/reference) are not here")
+
+D, EXPANSION, K = 8, 2, 3
+D_SAE = D * EXPANSION
+
+
+def published(
+    root, point="mlp-in", layer=0, expansion=EXPANSION, k=K, tag=None, bilinear=False, bias=False, seed=0
+) -> Path:
+    """Write a random SAE in the published format."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    d_sae = expansion * D
+    rows = (2 if bilinear else 1) * d_sae
+    tensors = {"w_enc.weight": draw(rows, D), "w_dec.weight": draw(D, d_sae), "b_dec": draw(D)}
+    if bias:
+        tensors["w_enc.bias"] = draw(rows)
+    folder = root / folder_name(point, layer, expansion, k, tag)
+    folder.mkdir(parents=True)
+    written = {
+        "point": [point, layer],
+        "target": None,
+        "d_model": D,
+        "expansion": expansion,
+        "k": k,
+        "n_ctx": 16,
+        "bilinear_encoder": bilinear,
+        "encoder_bias": bias,
+        "normalize": 3.0,  # in configs, but never applied
+        "tag": tag,
+    }
+    (folder / "config.json").write_text(json.dumps(written))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def saelens(root, point="mlp-out", layer=1, hook_name=None, dtype="float16") -> Path:
+    """Write a random SAE in SAELens' format, by SAELens."""
+    torch.manual_seed(layer)
+    sae = TopKSAE(TopKSAEConfig(d_in=D, d_sae=D_SAE, k=K))
+    sae.cfg.metadata.hook_name = hook_name
+    folder = root / folder_name(point, layer, EXPANSION, K)
+    sae.to(dtype=getattr(torch, dtype)).save_model(folder)
+    return folder
+
+
+@pytest.fixture
+def scope(tmp_path):
+    published(tmp_path, "mlp-out", 1)
+    published(tmp_path, "mlp-in", 1)
+    published(tmp_path, "mlp-in", 1, k=5)
+    published(tmp_path, "mlp-in", 10, tag="long-run")
+    published(tmp_path, "mlp-in", 10)
+    saelens(tmp_path, "resid-mid", 1)
+    (tmp_path / "notes").mkdir()
+    pickled = tmp_path / "3-mlp-in-x2-k3"
+    pickled.mkdir()
+    (pickled / "pytorch_model.bin").write_bytes(b"never opened")
+    return tmp_path
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+@needs_reference
+def test_all_seven_references_are_there():
+    assert len(REFERENCES) == 7
+    assert {entry.folder for entry in list_saes(SCOPE)} == set(REFERENCES)
+
+
+@needs_reference
+@pytest.mark.parametrize("name", REFERENCES)
+def test_parity_with_the_authors_outputs(name):
+    (entry,) = (entry for entry in list_saes(SCOPE) if entry.folder == name)
+    sae = load_sae(SCOPE, entry.point, entry.layer, entry.expansion, entry.k)
+    expected = load_file(SCOPE / name / "expected.safetensors")
+    with torch.no_grad():
+        recons, cache = sae.run_with_cache(expected["x"])
+    assert_close(cache["hook_sae_acts_pre"], expected["pre_acts"], atol=1e-4, rtol=0)
+    assert_close(cache["hook_sae_acts_post"], expected["feature_acts"], atol=1e-4, rtol=0)
+    assert_close(recons, expected["reconstruction"], atol=1e-4, rtol=0)
+    assert sae.cfg.metadata.hook_name == entry.hook_name
+    assert (cache["hook_sae_acts_post"] < 0).any() == (entry.k == 200)
+    assert sae.cfg.bilinear_encoder == (entry.k == 6)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", POINT_TO_HOOK)
+def test_points_and_hooks_are_inverse(point):
+    assert point_of(hook_of(point, 12)) == (point, 12)
+
+
+def test_names_of_hooks():
+    assert hook_of("mlp-in", 0) == "blocks.0.ln2.hook_normalized"
+    assert hook_of("attn-out", 3) == "blocks.3.hook_attn_out"
+    with pytest.raises(SAEMismatchError, match=r"Did you mean 'blocks\.2\.hook_mlp_out'"):
+        point_of("blocks.2.hook_mlp_outs")
+    with pytest.raises(SAEMismatchError, match="has no published point"):
+        point_of("ln_final.hook_scale")
+
+
+def test_a_misspelt_point_names_the_nearest(scope):
+    with pytest.raises(SAEMismatchError, match="Did you mean 'mlp-in'"):
+        load_sae(scope, "mlp_in", 1)
+
+
+# --- listing and choosing ---------------------------------------------------------------------------------------------
+
+
+def test_listing(scope):
+    saes = list_saes(scope)
+    assert [entry.folder for entry in saes] == [
+        "1-resid-mid-x2-k3",
+        "1-mlp-in-x2-k3",
+        "1-mlp-in-x2-k5",
+        "1-mlp-out-x2-k3",
+        "10-mlp-in-x2-k3",
+        "10-mlp-in-x2-k3-long-run",
+    ]
+    assert saes[0].format == "saelens"
+    assert saes[-1] == SAEEntry(
+        "10-mlp-in-x2-k3-long-run", "mlp-in", 10, 2, 3, "long-run", "blocks.10.ln2.hook_normalized", "published"
+    )
+    frame = saes.to_frame()
+    assert list(frame.columns) == ["folder", "point", "layer", "expansion", "k", "tag", "hook_name", "format"]
+    assert frame.query("layer == 10").k.tolist() == [3, 3]
+
+
+def test_an_empty_listing_is_an_empty_frame(tmp_path):
+    assert list_saes(tmp_path).to_frame().shape == (0, 8)
+
+
+def test_what_is_unique_need_not_be_said(scope):
+    assert load_sae(scope, "mlp-out", 1).cfg.metadata.hook_name == "blocks.1.hook_mlp_out"
+    assert load_sae(scope, "mlp-in", 1, k=5).cfg.k == 5
+    assert load_sae(str(scope), "mlp-in", 10, tag="long-run").cfg.d_sae == D_SAE
+    assert load_sae(scope, "mlp-in", 10, tag="").cfg.d_sae == D_SAE
+
+
+def test_several_that_fit_are_named(scope):
+    with pytest.raises(SAEMismatchError, match=r"2 SAEs .* 1-mlp-in-x2-k3, 1-mlp-in-x2-k5.*k="):
+        load_sae(scope, "mlp-in", 1)
+    with pytest.raises(SAEMismatchError, match="tag=''"):
+        load_sae(scope, "mlp-in", 10, 2, 3)
+
+
+def test_none_that_fits_names_what_there_is(scope):
+    with pytest.raises(
+        ModelNotFoundError, match=r"'1-mlp-in-x2-k4'; of that point and layer it holds 1-mlp-in-x2-k3, 1"
+    ):
+        load_sae(scope, "mlp-in", 1, 2, 4)
+    with pytest.raises(ModelNotFoundError, match=r"'11-mlp-in-x\*-k3'; it holds .*Did you mean '10?-mlp-in-x2-k3'"):
+        load_sae(scope, "mlp-in", 11, k=3)
+
+
+def test_long_listings_are_cut(tmp_path):
+    for layer in range(15):
+        published(tmp_path, layer=layer)
+    with pytest.raises(ModelNotFoundError, match=r"11-mlp-in-x2-k3, \.\.\. \(15 in all\)"):
+        load_sae(tmp_path, "mlp-in", 99)
+
+
+def test_unknown_sources(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="not a bundled model"):
+        list_saes("no such/thing/at all")
+    with pytest.raises(ModelNotFoundError, match="holds no SAE folder"):
+        load_sae(tmp_path, "mlp-in", 0)
+    with pytest.raises(ModelNotFoundError, match="is no SAE folder"):
+        load_sae_folder(tmp_path)
+
+
+# --- the published format ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bilinear", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_published_weights_arrive_under_saelens_names(tmp_path, bilinear, bias):
+    folder = published(tmp_path, bilinear=bilinear, bias=bias)
+    stored = load_file(folder / "model.safetensors")
+    before = torch.get_rng_state()
+    sae = load_sae(tmp_path, "mlp-in", 0, device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert isinstance(sae, ScopeSAE)
+    assert torch.equal(sae.W_enc, stored["w_enc.weight"].T)
+    assert torch.equal(sae.W_dec, stored["w_dec.weight"].T)
+    assert torch.equal(sae.b_dec, stored["b_dec"])
+    assert torch.equal(sae.b_enc, stored.get("w_enc.bias", torch.zeros(sae.W_enc.shape[1])))
+    assert (sae.cfg.device, sae.cfg.dtype, sae.cfg.metadata.context_size) == ("cpu", "float32", 16)
+    sae.save_model(tmp_path / "saved" / folder.name)
+    again = load_sae(tmp_path / "saved", "mlp-in", 0, device="cpu")
+    x = torch.randn(4, D)
+    assert_close(again(x), sae(x), rtol=0, atol=0)
+
+
+def test_absent_switches_mean_a_plain_encoder(tmp_path):
+    folder = published(tmp_path)
+    needed = {"point": ["mlp_in", 0], "d_model": D, "expansion": EXPANSION, "k": K}  # the underscore is published, too
+    (folder / "config.json").write_text(json.dumps(needed))
+    sae = load_sae_folder(folder)
+    assert not sae.cfg.bilinear_encoder
+    assert sae.b_enc.abs().sum() == 0
+
+
+def test_precision(tmp_path):
+    folder = published(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert load_sae(tmp_path, "mlp-in", 0).W_enc.dtype == torch.float32
+    for dtype, expected in (("auto", torch.float16), ("float64", torch.float64), (torch.bfloat16, torch.bfloat16)):
+        sae = load_sae(tmp_path, "mlp-in", 0, dtype=dtype)
+        assert sae.W_enc.dtype == sae.dtype == expected
+        assert sae.cfg.dtype == str(expected).removeprefix("torch.")
+    with pytest.raises(ValueError, match="Did you mean 'float32'"):
+        load_sae(tmp_path, "mlp-in", 0, dtype="flaot32")
+
+
+def test_attn_out_is_moved_behind_the_residual_scale(tmp_path):
+    n_layers, scale = 3, 6**-0.5
+    published(tmp_path / "attn", "attn-out", 2, bias=True)
+    published(tmp_path / "same", "resid-mid", 2, bias=True)
+    sae = load_sae(tmp_path / "attn", "attn-out", 2, n_layers=n_layers, dtype=torch.float64)
+    raw = load_sae(tmp_path / "same", "resid-mid", 2, dtype=torch.float64)  # the same weights, unmoved
+    attention = torch.randn(4, D, dtype=torch.float64)
+    assert_close(sae.encode(scale * attention), raw.encode(attention))
+    assert_close(sae(scale * attention), scale * raw(attention))
+    # Saved by SAELens it belongs to the hook already, and is not moved again.
+    sae.save_model(tmp_path / "saved" / "2-attn-out-x2-k3")
+    again = load_sae(tmp_path / "saved", "attn-out", 2, dtype=torch.float64)
+    assert_close(again(attention), sae(attention), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n_layers", [None, 0])
+def test_attn_out_asks_for_the_number_of_layers(tmp_path, n_layers):
+    published(tmp_path, "attn-out")
+    with pytest.raises(SAEMismatchError, match=rf"n_layers= .*got {n_layers}"):
+        load_sae(tmp_path, "attn-out", 0, n_layers=n_layers)
+
+
+def rewrite(folder, **changes):
+    tensors = load_file(folder / "model.safetensors") | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+
+
+def rewrite_config(folder, file="config.json", **changes):
+    config = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps(config))
+
+
+DAMAGE = {
+    "NaN": (lambda f: rewrite(f, b_dec=torch.full((D,), torch.nan)), "b_dec holds 8 values that are NaN"),
+    "missing": (lambda f: rewrite(f, b_dec=None), "no tensor 'b_dec'"),
+    "shape": (lambda f: rewrite(f, b_dec=torch.zeros(D + 1)), r"b_dec has shape \(9,\), the config asks for \(8,\)"),
+    "left over": (lambda f: rewrite(f, lookup=torch.zeros(2)), r"\['lookup'\] have no place"),
+    "truncated": (lambda f: (f / "model.safetensors").write_bytes(b"\x40" * 50), "A truncated download"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files(tmp_path, kind):
+    folder = published(tmp_path)
+    damage, message = DAMAGE[kind]
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_sae(tmp_path, "mlp-in", 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"k": "3"}, CheckpointError, "k is '3', expected a positive integer"),
+        ({"d_model": 0}, CheckpointError, "d_model is 0"),
+        ({"point": "mlp-in"}, CheckpointError, r"expected \[name, layer\]"),
+        ({"bilinear_encoder": True}, CheckpointError, r"the config asks for \(32, 8\)"),
+        ({"encoder_bias": True}, CheckpointError, r"no tensor 'w_enc\.bias'"),
+        ({"point": ["mlp-in", 1]}, SAEMismatchError, "describes the SAE '1-mlp-in-x2-k3'"),
+        ({"k": 4}, SAEMismatchError, "describes the SAE '0-mlp-in-x2-k4'"),
+        ({"target": ["mlp-out", 0]}, SAEMismatchError, "is a transcoder"),
+    ],
+)
+def test_configs_that_do_not_fit(tmp_path, config, error, message):
+    rewrite_config(published(tmp_path), **config)
+    with pytest.raises(error, match=message):
+        load_sae(tmp_path, "mlp-in", 0)
+
+
+def test_a_needed_key_that_is_missing_is_named(tmp_path):
+    folder = published(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"point": ["mlp-in", 0], "d_modle": D, "expansion": 2, "k": 3}))
+    with pytest.raises(CheckpointError, match=r"no 'd_model'.*Did you mean 'd_modle'"):
+        load_sae(tmp_path, "mlp-in", 0)
+
+
+def test_more_active_features_than_features(tmp_path):
+    published(tmp_path, k=D_SAE + 1)
+    with pytest.raises(CheckpointError, match="k 17 is more than"):
+        load_sae(tmp_path, "mlp-in", 0)
+
+
+def test_a_target_that_is_the_point_is_an_autoencoder(tmp_path):
+    rewrite_config(published(tmp_path), target=["mlp-in", 0])
+    assert load_sae(tmp_path, "mlp-in", 0).cfg.k == K
+
+
+# --- SAELens' format --------------------------------------------------------------------------------------------------
+
+
+def test_saelens_folders_load_in_single_precision(tmp_path):
+    folder = saelens(tmp_path)
+    assert load_file(folder / "sae_weights.safetensors")["W_enc"].dtype == torch.float16
+    sae = load_sae(tmp_path, "mlp-out", 1)
+    assert isinstance(sae, TopKSAE)
+    assert sae.W_enc.dtype == sae.dtype == torch.float32
+    assert sae.cfg.dtype == "float32"
+    assert sae.cfg.metadata.hook_name == "blocks.1.hook_mlp_out"
+    assert_close(sae.W_enc.half(), SAE.load_from_disk(folder).W_enc)
+    assert load_sae(tmp_path, "mlp-out", 1, dtype="auto").dtype == torch.float16
+
+
+def test_a_saelens_folder_of_another_hook_is_refused(tmp_path):
+    saelens(tmp_path, hook_name="blocks.0.hook_mlp_out")
+    with pytest.raises(SAEMismatchError, match=r"was trained on blocks\.0\.hook_mlp_out"):
+        load_sae(tmp_path, "mlp-out", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_sae": 5}, "size mismatch"),
+        ({"architecture": "unheard_of"}, "KeyError: 'unheard_of'"),
+        ({"normalize_activations": "twice"}, "normalize_activations must be"),
+    ],
+)
+def test_saelens_configs_that_do_not_fit(tmp_path, changes, message):
+    rewrite_config(saelens(tmp_path), "cfg.json", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_sae(tmp_path, "mlp-out", 1)
+
+
+def test_saelens_weights_with_nan_or_cut_off(tmp_path):
+    path = saelens(tmp_path) / "sae_weights.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    with pytest.raises(CheckpointError, match="truncated download"):
+        load_sae(tmp_path, "mlp-out", 1)
+    path.write_bytes(whole)
+    save_file(load_file(path) | {"b_dec": torch.full((D,), torch.inf)}, path)
+    with pytest.raises(CheckpointError, match="b_dec holds 8 values"):
+        load_sae(tmp_path, "mlp-out", 1)
+
+
+# --- bundled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch):
+    for module in (bilens.model.loading, bilens.sae.loading):
+        monkeypatch.setattr(module, "PRETRAINED", tmp_path)
+    (tmp_path / "ts-tiny").mkdir()
+    (tmp_path / "ts-tiny" / "config.json").write_text("{}")
+    return tmp_path / "ts-tiny" / "saes"
+
+
+def test_bundled_saes_go_by_the_models_name(bundled):
+    saelens(bundled)
+    assert [entry.folder for entry in list_saes("ts-tiny")] == ["1-mlp-out-x2-k3"]
+    assert load_sae("ts-tiny", "mlp-out", 1).cfg.dtype == "float32"
+    with pytest.raises(ModelNotFoundError, match="Did you mean 'ts-tiny'"):
+        list_saes("ts-tinny")
+
+
+def test_a_bundled_model_without_saes_lists_none(bundled):
+    assert list_saes("ts-tiny") == ()
