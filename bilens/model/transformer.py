@@ -471,8 +471,12 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         per_token: bool = False,
     ) -> Tensor:
-        """Next-token cross-entropy in nats, padding left out: its mean, or `(batch, pos - 1)` with `per_token`."""
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        """Next-token cross-entropy in nats, padding left out: its mean, or `(batch, pos - 1)` with `per_token`.
+
+        In float32 at least: half precision has no room for its sums, and three digits for its values.
+        """
+        wide = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(wide, tokens[:, 1:].flatten(), reduction="none")
         loss = loss.view(tokens[:, 1:].shape)
         if attention_mask is None or bool(attention_mask.all()):
             return loss if per_token else loss.mean()

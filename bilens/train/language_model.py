@@ -175,7 +175,7 @@ def validate(
         rows, row_mask = tokens[at : at + batch_size].to(model.cfg.device), mask[at : at + batch_size]
         # Padding is on the right, where causal attention cannot see it: only the loss needs the mask.
         loss = model(rows, return_type="loss", loss_per_token=True)
-        total += (loss * row_mask[:, 1:].to(loss)).sum().item()
+        total += (loss * row_mask[:, 1:].to(loss)).cpu().double().sum().item()
     kept = mask[:, 1:].sum(1)
     characters = sum(
         n * kept_n / len(row) for n, kept_n, row in zip(texts.n_characters, kept.tolist(), texts.rows, strict=True)

@@ -209,20 +209,20 @@ def _fit(model: BilinearClassifier, data: ImageDataset, config: ImageTrainConfig
         total=config.epochs * len(images), unit="image", unit_scale=True, desc="training", disable=not progress
     ) as bar:
         for epoch in range(1, config.epochs + 1):
-            loss_sum, n_right = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+            losses, n_right = [], torch.zeros((), device=images.device)
             with model.hooks(fwd_hooks=noisy if config.latent_noise else []):
                 for batch in torch.randperm(len(images), device=images.device).tensor_split(n_batches):
                     logits = model(augment(images[batch]))
-                    loss = F.cross_entropy(logits, labels[batch])
+                    loss = F.cross_entropy(logits.float(), labels[batch])
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
                     optimizer.step()
                     optimizer.zero_grad()
                     schedule.step()
-                    loss_sum += loss.detach() * len(batch)
+                    losses.append(loss.detach() * len(batch))
                     n_right += (logits.argmax(-1) == labels[batch]).sum()
                     bar.update(len(batch))
-            mean = (loss_sum / len(images)).item()
+            mean = torch.stack(losses).cpu().double().sum().item() / len(images)
             if not isfinite(mean):
                 raise TrainingError(f"the loss is {mean} in epoch {epoch}; lower the learning rate {config.lr}.")
             accuracy = model.accuracy(test_images, test_labels)

@@ -113,7 +113,7 @@ def evaluate_saes(
         counted = row_mask.bool()
         counted[:, : model.n_bos] = False
         loss, cache = model.run_with_cache(rows, return_type="loss", loss_per_token=True, names_filter=hooks)
-        clean += (loss * row_mask[:, 1:]).sum().item()
+        clean += _summed(loss, row_mask)
         for hook in ablated:
             ablated[hook] += _spliced_loss(model, rows, row_mask, hook, torch.zeros_like(cache[hook]))
         for tally in tallies.values():
@@ -177,7 +177,12 @@ def _spliced_loss(model: HookedBilinearTransformer, rows: Tensor, mask: Tensor, 
     """The summed loss with `value` in place of an activation."""
     hooks = [(hook_name, lambda activation, hook: value)]
     loss = model.run_with_hooks(rows, return_type="loss", loss_per_token=True, fwd_hooks=hooks)
-    return (loss * mask[:, 1:]).sum().item()
+    return _summed(loss, mask)
+
+
+def _summed(loss: Float[Tensor, "b p_less_1"], mask: Tensor) -> float:
+    """Over the predicted tokens, in float64."""
+    return (loss * mask[:, 1:]).cpu().double().sum().item()
 
 
 def _ratio(part: float, whole: float) -> float:

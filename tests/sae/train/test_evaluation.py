@@ -10,6 +10,7 @@ from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
+from torch.testing import assert_close
 
 from bilens.errors import ArgumentError, EmptyTextError, HookNameError, SAEMismatchError, TokenizationError
 from bilens.model.transformer import HookedBilinearTransformer
@@ -337,3 +338,39 @@ def test_saelens_evals_agree(text_model, texts, kind):
     assert losses["ce_loss_with_sae"] == pytest.approx(ours.loss_spliced, rel=1e-5)
     assert losses["ce_loss_with_ablation"] == pytest.approx(ours.loss_ablated, rel=1e-5)
     assert losses["ce_loss_score"] == pytest.approx(ours.loss_recovered, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_forms_and_sums_losses_in_float32_at_least(
+    text_model: HookedBilinearTransformer, sample: list[str], dtype: torch.dtype
+) -> None:
+    """Losses that the dtype has no room for add up, and those it cannot tell apart do not all come out as one."""
+    sae = make_sae(hook=MLP_OUT)
+    exact = score(text_model, sae, sample)
+    halved = score(text_model.to(dtype), sae, sample)
+    # What is left is the forward pass in half precision, 2^-8 of logits of about one.
+    for name in ("loss_clean", "loss_spliced", "loss_ablated"):
+        assert getattr(halved, name) == pytest.approx(getattr(exact, name), abs=0.02)
+    assert math.isfinite(halved.loss_recovered)
+    tokens = text_model.to_tokens(sample[0])
+    per_token = text_model(tokens, return_type="loss", loss_per_token=True)
+    assert per_token.dtype == text_model(tokens, return_type="loss").dtype == torch.float32
+    assert_close(per_token.mean(), text_model.loss_fn(text_model(tokens).float(), tokens), rtol=1e-6, atol=0)
+
+
+def test_losses_beyond_the_range_of_half_precision_add_up(
+    text_model: HookedBilinearTransformer, texts: list[str]
+) -> None:
+    """Their sum is past float16's 65,504."""
+    text_model.unembed.head.weight.data *= 200
+    exact = score(text_model, zero(MLP_OUT), texts[:64])
+    assert exact.loss_ablated * 64 * 7 > 65504
+    halved = score(text_model.to(torch.float16), zero(MLP_OUT), texts[:64])
+    assert halved.loss_ablated == pytest.approx(exact.loss_ablated, rel=0.02)
+    assert math.isfinite(halved.loss_recovered)
+
+
+def test_batches_have_a_size(text_model: HookedBilinearTransformer, texts: list[str]) -> None:
+    for size in (0, -1, 2.5, True):
+        with pytest.raises(ArgumentError, match=f"batch_size is {size}, expected a positive whole number"):
+            evaluate_saes(text_model, {"it": zero(MLP_OUT)}, texts[:2], batch_size=size)
