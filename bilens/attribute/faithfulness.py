@@ -23,13 +23,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
 from bilens.attribute.algebra import mlp_branches, pair_products
 from bilens.attribute.circuit import Circuit, trace_circuit
 from bilens.attribute.frozen import FrozenPass, SAEPass, SAEs, check_saes, freeze
 from bilens.attribute.interventions import Hook, frozen_hooks, read_values, rerun
 from bilens.attribute.targets import STREAM, Reads, Target, feature_reads, read_targets
-from bilens.bare import require_bare
 from bilens.errors import ArgumentError
 from bilens.model.transformer import HookedBilinearTransformer
 

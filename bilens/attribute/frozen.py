@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
+from bilens._core.bare import require_bare
 from bilens._core.checks import check_finite
 from bilens._core.fingerprint import Snapshot
 from bilens.attribute.algebra import padded_nonzero
-from bilens.bare import require_bare
 from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, SAEMismatchError, nearest
 from bilens.layer.bilinear import BilinearLayer
 from bilens.model.transformer import HookedBilinearTransformer

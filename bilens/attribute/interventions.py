@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.bare import require_bare
 from bilens.attribute.frozen import FrozenPass
 from bilens.attribute.targets import LOGITS, Reads
-from bilens.bare import require_bare
 
 Hook: TypeAlias = tuple[str, Callable[..., Any]]
 FINAL = "ln_final.hook_normalized"

@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
+from bilens._core.bare import require_bare
 from bilens._core.typing import typed
-from bilens.bare import require_bare
 from bilens.decompose.between import PairInteractions, top_pairs
 from bilens.decompose.motifs import Motifs, find_motifs
 from bilens.decompose.outputs import Output, check_index, read_output

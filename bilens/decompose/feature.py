@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
-from bilens.bare import require_bare
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.results import Attribution, Eigencircuits
 from bilens.layer.bilinear import interaction_matrix

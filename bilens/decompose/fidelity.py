@@ -22,9 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.bare import require_bare
 from bilens._core.checks import check_sizes
 from bilens._core.display import Tabular
-from bilens.bare import require_bare
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.outputs import Output
 from bilens.errors import ArgumentError, OutOfRangeError

@@ -31,8 +31,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
-from bilens.bare import require_bare
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.motifs import MOTIFS, classify, negated_first, typical_activations
 from bilens.decompose.results import name_of

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from bilens._core.bare import require_bare
 from bilens._core.files import destination, write_atomically
 from bilens.attribute import (
     Circuit,
@@ -31,7 +32,6 @@ from bilens.attribute import (
 )
 from bilens.attribute.faithfulness import MODES
 from bilens.attribute.targets import read_targets
-from bilens.bare import require_bare
 from bilens.decompose import Decomposer
 from bilens.decompose.feature import FeatureCircuit, feature_circuit, rank_features
 from bilens.decompose.gallery import MotifGallery, motif_gallery

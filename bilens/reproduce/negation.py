@@ -37,8 +37,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
-from bilens.bare import require_bare
 from bilens.decompose import Decomposer
 from bilens.errors import ArgumentError
 from bilens.model.loading import load_model

@@ -26,11 +26,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bilens._core.bare import require_bare
 from bilens._core.checks import check_amounts, check_flags, check_rates, check_seeds, check_shares, check_sizes
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, to_path
 from bilens._core.fingerprint import model_fingerprint
-from bilens.bare import require_bare
 from bilens.errors import ArgumentError, NotBilinearError, TrainingError
 from bilens.folders import alone_in, claim, digest_of, finish
 from bilens.model.config import config_from_published, config_to_published

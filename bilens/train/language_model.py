@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.bare import require_bare
 from bilens._core.checkpoint import load_checkpoint, save_checkpoint
 from bilens._core.checks import (
     check_amounts,
@@ -34,7 +35,6 @@ from bilens._core.checks import (
 )
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, to_path, write_files
-from bilens.bare import require_bare
 from bilens.errors import ArgumentError, CheckpointError, TrainingError
 from bilens.folders import alone_in, claim, digest_of, finish
 from bilens.model.config import config_from_published

@@ -29,9 +29,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
-from bilens.bare import require_bare
 from bilens.decompose.results import Eigencircuits
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix

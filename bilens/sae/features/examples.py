@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
+from bilens._core.bare import require_bare
 from bilens._core.checks import check_sizes
-from bilens.bare import require_bare
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.model.attached import encode, splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer

@@ -23,10 +23,10 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 
 from bilens._core import parallel
+from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
 from bilens._core.files import read_json, to_path
 from bilens._core.fingerprint import check_same, fingerprint, model_fingerprint, sae_fingerprint
-from bilens.bare import require_bare
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, OutOfRangeError, nearest
 from bilens.model.attached import splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.bare import require_bare
+from bilens._core.bare import require_bare
 from bilens.errors import EmptyTextError, SAEMismatchError, TrainingError
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.train.data import TokenizedTexts, pack

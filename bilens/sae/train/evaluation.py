@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core import parallel
+from bilens._core.bare import require_bare
 from bilens._core.checks import check_sizes
 from bilens._core.display import Tabular
-from bilens.bare import require_bare
 from bilens.errors import ArgumentError
 from bilens.model.attached import encode, reconstruct, splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer

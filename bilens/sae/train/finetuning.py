@@ -27,9 +27,9 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.bare import require_bare
 from bilens._core.checkpoint import load_checkpoint, save_checkpoint
 from bilens._core.files import to_path
-from bilens.bare import require_bare
 from bilens.errors import SAEMismatchError, TrainingError
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.train.training import save_half

@@ -32,10 +32,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.bare import require_bare
 from bilens._core.checkpoint import load_checkpoint, save_checkpoint
 from bilens._core.files import read_json, to_path, write_atomically
 from bilens._core.parallel import barrier, is_main, processes, share
-from bilens.bare import require_bare
 from bilens.errors import ArgumentError, SAEMismatchError, TrainingError, nearest
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.loading import HOOK_TO_POINT, folder_name, hook_of, load_sae_folder

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from bilens._core.bare import require_bare
 from bilens.attribute import Circuit, Target, check_circuit, feature_means, freeze
-from bilens.bare import require_bare
 from bilens.decompose import Decomposer
 from bilens.decompose.feature import feature_circuit, layer_inputs
 from bilens.decompose.gallery import motif_gallery
