@@ -270,7 +270,7 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: tokens; or give `inputs_embeds`, rows in place of `W_E`'s.
             attention_mask: 1 for tokens, 0 for padding, the positions in the cache included. Positions are counted from
-                the first token. `None` takes padding tokens that lead a row as padding (see `bilens.model.tokenization`).
+                the first token. `None` takes tokens that lead a row as padding (see `bilens.model.tokenization`).
             position_ids: only those that the mask implies; padding may have any.
             past_key_values: a transformers cache; new keys and values are added to it.
             labels: targets, not shifted; -100 is left out, and so are padding and what would be predicted from it. Adds

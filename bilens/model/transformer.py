@@ -13,7 +13,7 @@ their hook points. Both share weights and hooks with the model they hold, and co
 Parameters are stored in the layout of the published checkpoints (one fused `qkv`, one fused `w` of left then right
 rows, the raw output projection `o`), so that loading and saving are copies and the matrix products are fused;
 TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are made from them, and writing into `attn.W_O`,
-`mlp.W_in` or `model.W_in` changes the model: see `bilens.named_weights`.
+`mlp.W_in` or `model.W_in` changes the model: see `bilens.model.named_weights`.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ from bilens.model.config import BilinearTransformerConfig
 from bilens.model.generation import generate
 from bilens.model.hook_points import CheckedHooks, eager_while_hooked
 from bilens.model.kv_cache import cached_positions, check_room, extended_mask
+from bilens.model.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.model.tokenization import PaddingSide, TokenizationMixin
-from bilens.named_weights import NamedWeight, NamedWeightsMixin
 
 
 def identity(x: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ from bilens._core.checks import check_amounts, check_flags, check_rates, check_s
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, to_path
 from bilens._core.fingerprint import model_fingerprint
+from bilens._core.folders import alone_in, claim, digest_of, finish
 from bilens.errors import ArgumentError, NotBilinearError, TrainingError
-from bilens.folders import alone_in, claim, digest_of, finish
 from bilens.model.config import config_from_published, config_to_published
 from bilens.model.loading import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_model, save_model
 from bilens.model.transformer import ACTIVATIONS, MLP, HookedBilinearTransformer, RMSNorm

@@ -35,8 +35,8 @@ from bilens._core.checks import (
 )
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, to_path, write_files
+from bilens._core.folders import alone_in, claim, digest_of, finish
 from bilens.errors import ArgumentError, CheckpointError, TrainingError
-from bilens.folders import alone_in, claim, digest_of, finish
 from bilens.model.config import config_from_published
 from bilens.model.loading import (
     CONFIG_FILE,

@@ -36,7 +36,7 @@ from transformer_lens.hook_points import HookPoint
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, biases_as_weights, interaction_matrix
 from bilens.model.hook_points import CheckedHooks, eager_while_hooked
-from bilens.named_weights import NamedWeight, NamedWeightsMixin
+from bilens.model.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.vision.config import ClassifierConfig
 
 

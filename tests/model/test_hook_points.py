@@ -297,7 +297,7 @@ def test_pos_slice(pos_slice: Any, remove_batch_dim: bool) -> None:
 def test_a_pos_slice_that_is_none_is_refused(pos_slice: Any) -> None:
     """A flag, a text or a fraction is no position; position 7 of 7 is outside."""
     model = make_model()
-    with pytest.raises(ArgumentError, match="pos_slice .* is no position"):
+    with pytest.raises(ArgumentError, match=r"pos_slice .* is no position"):
         model.run_with_cache(TOKENS, pos_slice=pos_slice)
     with pytest.raises(OutOfRangeError, match="outside the 7 positions"):
         model.run_with_cache(TOKENS, pos_slice=7)

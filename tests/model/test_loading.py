@@ -325,13 +325,13 @@ def test_weights_without_fractions_are_refused(checkpoint: Path, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", ["int8", "bool", torch.int8, torch.bool, "nothing", 7, None, ["float32"]], ids=repr)
 def test_dtypes_that_hold_no_weights(checkpoint: Path, dtype: Any) -> None:
-    with pytest.raises(ArgumentError, match="^dtype .* is not one of auto, float32"):
+    with pytest.raises(ArgumentError, match=r"^dtype .* is not one of auto, float32"):
         load_model(checkpoint, dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["foo", 7, "", ["cpu"], "meta", "cuda:99"], ids=repr)
 def test_devices_that_are_none(checkpoint: Path, device: Any) -> None:
-    with pytest.raises(ArgumentError, match="^device "):
+    with pytest.raises(ArgumentError, match=r"^device "):
         load_model(checkpoint, device=device)
 
 
@@ -341,7 +341,7 @@ def test_what_a_dtype_has_no_room_for_is_refused(checkpoint: Path, tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"lm_head.weight holds 1 values .* no room for 1e\+06. Take bfloat16"):
         load_model(checkpoint, dtype="float16")
     model = load_model(checkpoint, dtype="bfloat16")
-    with pytest.raises(CheckpointError, match="lm_head.weight holds 1 values"):
+    with pytest.raises(CheckpointError, match=r"lm_head.weight holds 1 values"):
         model.save_pretrained(tmp_path / "half", dtype=torch.float16)
     assert not (tmp_path / "half").exists()
 
@@ -411,7 +411,7 @@ def test_pipes_and_devices_are_not_read(checkpoint: Path, file: str) -> None:
 
 @pytest.mark.parametrize("source", [5, True, b"ts-tiny", ["ts-tiny"], {}, "", "a\0b", "x" * 5000, "~nobody-at-all"])
 def test_sources_that_are_none(source: Any) -> None:
-    with pytest.raises(ArgumentError, match="^source "):
+    with pytest.raises(ArgumentError, match=r"^source "):
         load_model(source)
 
 

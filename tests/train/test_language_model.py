@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bilens._core import checkpoint as checkpoint_module
+from bilens._core.folders import alone_in
 from bilens.errors import ArgumentError, OverwriteError, TrainingError, WriteError
-from bilens.folders import alone_in
 from bilens.model.config import config_from_published
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer

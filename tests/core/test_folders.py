@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from bilens._core.folders import alone_in, claim, differences, digest_of, finish
 from bilens.errors import ArgumentError, CheckpointError, OverwriteError, WriteError
-from bilens.folders import alone_in, claim, differences, digest_of, finish
 
 IDENTITY = {"config": {"lr": 1.0, "betas": (0.9, 0.95)}, "texts": "abc"}
 
