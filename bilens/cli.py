@@ -220,7 +220,10 @@ def finetune_sae(
     from bilens.sae.train.finetuning import FinetuneConfig, finetune_saes
 
     loaded = load_model(model)
-    saes = {name: load_sae_folder(folder / name, n_layers=loaded.cfg.n_layers) for name in sae}
+    saes = {
+        name: load_sae_folder(folder / name, n_layers=loaded.cfg.n_layers, scale_attn=loaded.cfg.scale_attn)
+        for name in sae
+    }
     config = FinetuneConfig(tokens=tokens, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed)
     finetune_saes(loaded, saes, data, folder, config, column=column)
     typer.echo(f"{len(saes)} SAEs in {folder} fine-tuned: {', '.join(saes)}")
@@ -301,7 +304,15 @@ def features(
             raise ArgumentError(f"{place} has no SAE {unknown[0]!r}; it has {', '.join(entries)}.")
         found = {
             name: load_sae(
-                place, e.point, e.layer, e.expansion, e.k, e.tag or "", device=device, n_layers=loaded.cfg.n_layers
+                place,
+                e.point,
+                e.layer,
+                e.expansion,
+                e.k,
+                e.tag or "",
+                device=device,
+                n_layers=loaded.cfg.n_layers,
+                scale_attn=loaded.cfg.scale_attn,
             )
             for name, e in entries.items()
             if not sae or name in sae

@@ -153,23 +153,21 @@ def any_attention_bias(names: Iterable[str]) -> bool:
     return any(name.endswith(".attn.qkv.bias") for name in names)
 
 
-def check_positive_integers(published: dict[str, Any], keys: tuple[str, ...]) -> None:
+def check_positive_integers(published: dict[str, Any], keys: tuple[str, ...], file: str = "config.json") -> None:
     """Refuse a published config where one of `keys` is missing or not a positive integer (`CheckpointError`, named)."""
     for key in keys:
         if key not in published:
-            raise CheckpointError(
-                f"config.json has no {key!r}; needed are {', '.join(keys)}." + nearest(key, published)
-            )
+            raise CheckpointError(f"{file} has no {key!r}; needed are {', '.join(keys)}." + nearest(key, published))
         value = published[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"config.json: {key} is {value!r}, expected a positive integer.")
+            raise CheckpointError(f"{file}: {key} is {value!r:.100}, expected a positive integer.")
 
 
-def check_switches(published: dict[str, Any], keys: tuple[str, ...]) -> None:
+def check_switches(published: dict[str, Any], keys: tuple[str, ...], file: str = "config.json") -> None:
     """Refuse a published config where one of `keys` is there and neither true nor false (`CheckpointError`, named)."""
     for key in keys:
         if not isinstance(published.get(key, False), bool):
-            raise CheckpointError(f"config.json: {key} is {published[key]!r:.100}, expected true or false.")
+            raise CheckpointError(f"{file}: {key} is {published[key]!r:.100}, expected true or false.")
 
 
 def _check_other_keys(published: dict[str, Any]) -> None:

@@ -1,10 +1,14 @@
-"""SAEs in: published repositories (`<model>-scope`), SAELens folders, and those bundled with bilens.
+"""SAEs in: published repositories (`<model>-scope`), folders of SAELens and sparsify, and those bundled with bilens.
 
 A source holds one folder per SAE, named `{layer}-{point}-x{expansion}-k{k}[-{tag}]` (without `-k{k}` where the SAE has
-none; the point of a hook that has no published name is the rest of the hook's), in one of two formats:
+none; the point of a hook that has no published name is the rest of the hook's), in one of three formats:
 
     published    config.json + model.safetensors        read as a `ScopeSAE`
     saelens      cfg.json + sae_weights.safetensors     read by `SAE.load_from_disk`
+    sparsify     cfg.json + sae.safetensors             a top-k SAE of EleutherAI's library, read as SAELens' `TopKSAE`
+
+A SAELens folder may have any name if its `cfg.json` says which hook it was trained on, a sparsify folder may be named
+by the module (`layers.3.mlp`). The source may also be one such folder itself.
 
 Every SAE loaded here reads and writes the TransformerLens hook of its point. A published attn-out SAE was trained
 before the residual scale `s` and the hook comes after it, so `s` is folded into its weights.
@@ -12,31 +16,47 @@ before the residual scale `s` and the hook comes after it, so `s` is folded into
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens import SAE, TopKSAE, TopKSAEConfig
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATION_WHITENING_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSIFY_WEIGHTS_FILENAME,
+)
+from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import dtype_to_str
 from torch import Tensor
 
+from bilens._core.checks import check_finite
 from bilens._core.display import Tabular
 from bilens._core.files import read_json, to_path
-from bilens.errors import CheckpointError, ModelNotFoundError, SAEMismatchError, nearest
-from bilens.model.config import check_positive_integers
+from bilens.errors import ArgumentError, BilensError, CheckpointError, ModelNotFoundError, SAEMismatchError, nearest
+from bilens.model.config import check_positive_integers, check_switches
 from bilens.model.hub import HubOptions, fetch_from_hub
 from bilens.model.loading import (
     CONFIG_FILE,
+    FLOATS,
     HUB_ID,
     PRETRAINED,
     WEIGHTS_FILE,
+    TensorInfo,
     check_shapes,
+    holds,
     list_models,
+    read_header,
     read_tensors,
     resolve_device,
     resolve_dtype,
@@ -55,11 +75,22 @@ HOOK_TO_POINT = {hook: point for point, hook in POINT_TO_HOOK.items()}
 FORMATS = {
     "published": (CONFIG_FILE, WEIGHTS_FILE),
     "saelens": (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME),
+    "sparsify": (SAE_CFG_FILENAME, SPARSIFY_WEIGHTS_FILENAME),
 }
+# What SAELens keeps beside an SAE whose inputs are normalised by numbers that are not in its weights.
+NORMALISATION_FILES = (ACTIVATION_SCALER_CFG_FILENAME, ACTIVATION_WHITENING_FILENAME)
+WHITENING = ("matrix", "inverse_matrix")
+# sparsify hooks modules by Hugging Face's names, and names the folder by the module.
+MODULE_NAME = re.compile(r"(?:\w+\.)*(?:h|layers)\.(\d+)(?:\.(mlp|attn|self_attn))?")
+MODULE_POINTS = {None: "resid-post", "mlp": "mlp-out", "attn": "attn-out", "self_attn": "attn-out"}
+# What a sparsify configuration may ask for beside a plain top-k SAE, with the value under which it does not.
+SPARSIFY_PLAIN = {"activation": "topk", "transcode": False, "skip_connection": False, "embed_skip": False}
+SPARSIFY_PLAIN |= {"gram_lookup": False}
 OTHER_POINT = r"(?:\w+\.)*hook_\w+"
 FOLDER_NAME = re.compile(rf"(\d+)-({'|'.join(POINT_TO_HOOK)}|{OTHER_POINT})-x(\d+)(?:-k(\d+))?(?:-([\w.+-]+))?")
-EXPECTED = "expected the name {layer}-{point}-x{expansion}-k{k}[-{tag}], and in it " + " or ".join(
-    f"{config} + {weights}" for config, weights in FORMATS.values()
+EXPECTED = (
+    "expected the name {layer}-{point}-x{expansion}-k{k}[-{tag}], or a cfg.json that names its hook; and in it "
+    + " or ".join(f"{config} + {weights}" for config, weights in FORMATS.values())
 )
 
 
@@ -104,7 +135,10 @@ def folder_name(point: str, layer: int, expansion: int, k: int | None, tag: str 
 
 @dataclass(frozen=True)
 class SAEEntry:
-    """One SAE of a source, by its folder's name; `k` is `None` where it has none, `format` `published` or `saelens`."""
+    """One SAE of a source; `k` is `None` where it has none, `format` is `published`, `saelens` or `sparsify`.
+
+    The tag of a folder whose name does not say what is in it is the name.
+    """
 
     folder: str
     point: str
@@ -139,9 +173,16 @@ def list_saes(
         revision, token, cache_dir, local_files_only: of a hub repository, as in `bilens.load_model`.
 
     Raises:
+        ArgumentError: a source that is neither text nor a path.
         ModelNotFoundError: nothing of that name, or not to be had from the hub.
+
+    Warns:
+        where there are no SAEs: what was expected.
     """
-    return _entries(source, "*", HubOptions(revision, token, cache_dir, local_files_only))
+    found = _entries(source, "*", HubOptions(revision, token, cache_dir, local_files_only))
+    if not found:
+        warnings.warn(f"{str(source)!r} holds no SAE folder: {EXPECTED}.", stacklevel=2)
+    return SAEList(found)
 
 
 def load_sae(
@@ -155,6 +196,7 @@ def load_sae(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
     n_layers: int | None = None,
+    scale_attn: bool = True,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -173,24 +215,28 @@ def load_sae(
         dtype: of the weights in memory (`torch.float32`, `"bfloat16"`, ...); `"auto"` keeps the file's.
         n_layers: of the model; needed for a published attn-out SAE alone, which reads attention before the factor
             `s = 1/sqrt(2 n_layers)` while `hook_attn_out` includes it.
+        scale_attn: false for a model whose config says so, where that factor is 1.
         revision, token, cache_dir, local_files_only: of a hub repository, as in `bilens.load_model`.
 
     Returns:
-        a `ScopeSAE` for the published format, else the SAELens class that the folder names. It reads and reconstructs
-        the hook `sae.cfg.metadata.hook_name`.
+        a `ScopeSAE` for the published format and for a signed SAE of sparsify, else the SAELens class of the SAE. It
+        reads and reconstructs the hook `sae.cfg.metadata.hook_name`.
 
     Raises:
+        ArgumentError: a point that is no text, a layer that is no whole number, and the like.
         ModelNotFoundError: no such source, not to be had from the hub, or no such SAE in it (with what there is, and
             the nearest).
         SAEMismatchError: an unknown point, several SAEs that fit, a folder that holds another SAE than its name says, a
-            transcoder, or an attn-out SAE without `n_layers`.
+            transcoder, an attn-out SAE without `n_layers`, or one whose inputs are normalised by numbers that are
+            nowhere.
         CheckpointError: the files are truncated, incomplete, of the wrong shapes, or hold NaN.
     """
     hub = HubOptions(revision, token, cache_dir, local_files_only)
     entry = _select(source, point, layer, expansion, k, tag, hub)
     files = [f"{entry.folder}/{file}" for file in FORMATS[entry.format]]
-    root = _root(source, files, hub, needed=files)
-    return load_sae_folder(root / entry.folder, device=device, dtype=dtype, n_layers=n_layers)
+    more = [f"{entry.folder}/{file}" for file in NORMALISATION_FILES]
+    root = _root(source, files + more, hub, needed=files)
+    return load_sae_folder(root / entry.folder, device=device, dtype=dtype, n_layers=n_layers, scale_attn=scale_attn)
 
 
 def load_sae_folder(
@@ -199,20 +245,28 @@ def load_sae_folder(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
     n_layers: int | None = None,
+    scale_attn: bool = True,
 ) -> SAE[Any]:
     """Load the SAE in a folder; arguments, result and errors are those of `load_sae`.
 
     Args:
-        folder: of either format, named `{layer}-{point}-x{expansion}-k{k}[-{tag}]`.
+        folder: of any of the formats (see `bilens.sae.loading`).
     """
     folder = to_path(folder, "folder")
     entry = _read_entry(folder)
     if entry is None:
         raise ModelNotFoundError(f"{folder} is no SAE folder: {EXPECTED}.")
+    config, weights = FORMATS[entry.format]
+    if not (folder / weights).exists():
+        raise CheckpointError(f"{folder} has {config} but no {weights}; it holds {holds(folder)}.")
     device = resolve_device(device)
-    if entry.format == "saelens":
-        return _load_saelens(folder, entry, device, dtype)
-    return _load_published(folder, entry, device, dtype, n_layers)
+    if entry.format == "published":
+        sae = _load_published(folder, entry, device, dtype, n_layers, scale_attn)
+    else:
+        sae = (_load_saelens if entry.format == "saelens" else _load_sparsify)(folder, entry, device, dtype)
+    for name, weight in sae.named_parameters():
+        check_finite(name, weight, f"{folder} in {weight.dtype}")
+    return sae.eval()
 
 
 def scope_loader(
@@ -254,7 +308,7 @@ def _root(source: str | os.PathLike[str], files: list[str], hub: HubOptions, nee
     path = to_path(source, "source")
     if path.is_dir():
         hub.refuse_revision(str(source))
-        return path
+        return path.resolve().parent if _read_entry(path) else path
     if isinstance(source, str) and HUB_ID.fullmatch(source):
         return fetch_from_hub(source, files, needed, hub)
     raise ModelNotFoundError(
@@ -263,23 +317,55 @@ def _root(source: str | os.PathLike[str], files: list[str], hub: HubOptions, nee
     )
 
 
-def _entries(source: str | os.PathLike[str], pattern: str, hub: HubOptions) -> SAEList:
-    """The SAEs whose folders' names match a glob pattern."""
-    root = _root(source, [f"{pattern}/{config}" for config, _ in FORMATS.values()], hub)
-    entries = [entry for folder in root.glob(pattern) if (entry := _read_entry(folder))]
+def _entries(source: str | os.PathLike[str], pattern: str, hub: HubOptions) -> list[SAEEntry]:
+    """The SAEs whose folders' names match a glob pattern, or the one whose folder the source is."""
+    root = _root(source, [f"{pattern}/{config}" for config in {config for config, _ in FORMATS.values()}], hub)
+    alone = to_path(source, "source").resolve()
+    folders = [alone] if alone.parent == root and _read_entry(alone) else root.glob(pattern)
+    entries = [entry for folder in folders if (entry := _read_entry(folder))]
     points = [*POINT_TO_HOOK, *sorted({e.point for e in entries} - set(POINT_TO_HOOK))]
-    return SAEList(sorted(entries, key=lambda e: (e.layer, points.index(e.point), e.expansion, e.k or 0, e.folder)))
+    return sorted(entries, key=lambda e: (e.layer, points.index(e.point), e.expansion, e.k or 0, e.folder))
 
 
 def _read_entry(folder: Path) -> SAEEntry | None:
-    """What a folder's name and files say; `None` where it is no SAE folder."""
+    """What a folder's name and config say; `None` where it is no SAE folder."""
     match = FOLDER_NAME.fullmatch(folder.name)
-    formats = [name for name, (config, _) in FORMATS.items() if (folder / config).is_file()]
-    if match is None or not formats:
+    if (folder / SAE_CFG_FILENAME).is_file():
+        try:
+            config = read_json(folder / SAE_CFG_FILENAME)
+        except CheckpointError:  # what loads it will say so
+            config = {}
+        of_sparsify = "architecture" not in config and ("expansion_factor" in config or "num_latents" in config)
+        kind = "sparsify" if of_sparsify else "saelens"
+    elif (folder / CONFIG_FILE).is_file():
+        config, kind = {}, "published"
+    else:
         return None
-    layer, point, expansion, k, tag = match.groups()
-    hook = hook_of(point, int(layer))
-    return SAEEntry(folder.name, point, int(layer), int(expansion), int(k) if k else None, tag, hook, formats[0])
+    if match is not None:
+        layer, point, expansion, k, tag = match.groups()
+        hook = hook_of(point, int(layer))
+        return SAEEntry(folder.name, point, int(layer), int(expansion), int(k) if k else None, tag, hook, kind)
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(_hook_in(config, folder)))
+    d_in, d_sae, k = config.get("d_in"), config.get("d_sae") or config.get("num_latents") or None, config.get("k")
+    if found is None or not isinstance(d_in, int) or d_in < 1:
+        return None
+    expansion = d_sae // d_in if isinstance(d_sae, int) else config.get("expansion_factor")
+    if not isinstance(expansion, int):
+        return None
+    point, layer = HOOK_TO_POINT.get(found[2], found[2]), int(found[1])
+    k = k if isinstance(k, int) else None
+    return SAEEntry(folder.name, point, layer, expansion, k, folder.name, found[0], kind)
+
+
+def _hook_in(config: dict[str, Any], folder: Path) -> Any:
+    """The hook that a configuration names, or the name of a folder of sparsify."""
+    metadata = config.get("metadata")
+    module = MODULE_NAME.fullmatch(folder.name)
+    if isinstance(metadata, dict) and metadata.get("hook_name"):
+        return metadata["hook_name"]
+    if module is not None and "architecture" not in config:
+        return hook_of(MODULE_POINTS[module[2]], int(module[1]))
+    return config.get("hook_name") or folder.name
 
 
 def _select(
@@ -292,29 +378,46 @@ def _select(
     hub: HubOptions,
 ) -> SAEEntry:
     """The one SAE that fits what was asked for."""
+    if not isinstance(point, str) or not isinstance(layer, Integral) or isinstance(layer, bool) or layer < 0:
+        swapped = " Are point and layer swapped?" if isinstance(layer, str) and isinstance(point, Integral) else ""
+        raise ArgumentError(
+            f"point is {point!r} and layer is {layer!r}, expected a name such as 'mlp-in' and a whole number from 0."
+            + swapped
+        )
+    for name, number in {"expansion": expansion, "k": k}.items():
+        if number is not None and (not isinstance(number, Integral) or isinstance(number, bool) or number < 1):
+            raise ArgumentError(f"{name} is {number!r}, expected a positive whole number or None.")
+    if not isinstance(tag, str | None):
+        raise ArgumentError(f"tag is {tag!r}, expected text or None.")
     hook_of(point, layer)  # a misspelt point is an error of its own
-    here = _entries(source, f"{layer}-{point}-*", hub)
-    fits = [
-        entry
-        for entry in here
-        if expansion in (None, entry.expansion) and k in (None, entry.k) and tag in (None, entry.tag or "")
-    ]
-    if len(fits) == 1:
-        return fits[0]
-    if fits:
+
+    def fits(entry: SAEEntry) -> bool:
+        asked = {"point": point, "layer": layer, "expansion": expansion, "k": k}
+        same = all(value is None or value == getattr(entry, name) for name, value in asked.items())
+        return same and tag in (None, entry.tag or "")
+
+    # From the hub, the configs at that point and layer come first: they are usually all that is needed.
+    there = here = _entries(source, f"{layer}-{point}-*", hub)
+    fitting = [entry for entry in here if fits(entry)]
+    if not fitting or to_path(source, "source").is_dir():
+        there = _entries(source, "*", hub)
+        here = [entry for entry in there if (entry.point, entry.layer) == (point, layer)]
+        fitting = [entry for entry in there if fits(entry)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
         raise SAEMismatchError(
-            f"{len(fits)} SAEs of {str(source)!r} fit: {_names(fits)}. Say which by expansion=, k= or tag= (tag='' is "
-            "the one without a tag)."
+            f"{len(fitting)} SAEs of {str(source)!r} fit: {_names(fitting)}. Say which by expansion=, k= or tag= "
+            "(tag='' is the one without a tag)."
         )
     asked = f"{layer}-{point}-x{expansion or '*'}-k{k or '*'}" + (f"-{tag}" if tag else "")
-    there = here or _entries(source, "*", hub)
     if not there:
         raise ModelNotFoundError(
             f"{str(source)!r} holds no SAE folder: {EXPECTED}. The authors' SAEs of a model are in <model>-scope."
         )
     raise ModelNotFoundError(
-        f"{str(source)!r} holds no SAE {asked!r}; {'of that point and layer ' if here else ''}it holds {_names(there)}."
-        + nearest(asked, [entry.folder for entry in there])
+        f"{str(source)!r} holds no SAE {asked!r}; {'of that point and layer ' if here else ''}it holds "
+        f"{_names(here or there)}." + nearest(asked, [entry.folder for entry in there])
     )
 
 
@@ -327,7 +430,12 @@ def _names(entries: Iterable[SAEEntry], at_most: int = 12) -> str:
 
 
 def _load_published(
-    folder: Path, entry: SAEEntry, device: str | torch.device, dtype: torch.dtype | str, n_layers: int | None
+    folder: Path,
+    entry: SAEEntry,
+    device: str | torch.device,
+    dtype: torch.dtype | str,
+    n_layers: int | None,
+    scale_attn: bool,
 ) -> ScopeSAE:
     config = read_json(folder / CONFIG_FILE)
     _check_published(config, folder, entry)
@@ -335,7 +443,7 @@ def _load_published(
         d_in=config["d_model"],
         d_sae=config["expansion"] * config["d_model"],
         k=config["k"],
-        bilinear_encoder=bool(config.get("bilinear_encoder", False)),
+        bilinear_encoder=config.get("bilinear_encoder", False),
         device="meta",  # the weights are about to be put in, so drawing them would be wasted
         metadata=SAEMetadata(hook_name=entry.hook_name, context_size=config.get("n_ctx")),
     )
@@ -346,8 +454,8 @@ def _load_published(
     }
     if config.get("encoder_bias", False):
         shapes["w_enc.bias"] = (cfg.d_enc,)
+    check_shapes(read_header(folder / WEIGHTS_FILE), shapes, folder / WEIGHTS_FILE)
     tensors = read_tensors(folder / WEIGHTS_FILE)
-    check_shapes(tensors, shapes, folder / WEIGHTS_FILE)
     w_enc = tensors["w_enc.weight"]
     weights = {
         "W_enc": w_enc.T.contiguous(),
@@ -359,13 +467,16 @@ def _load_published(
     sae.load_state_dict(weights, assign=True)
     sae.to(device=device, dtype=resolve_dtype(dtype, w_enc.dtype))
     if entry.point == "attn-out":
-        sae.fold_activation_norm_scaling_factor(_before_residual_scale(folder, n_layers))
-    return sae.eval()
+        sae.fold_activation_norm_scaling_factor(_before_residual_scale(folder, n_layers) if scale_attn else 1.0)
+    return sae
 
 
 def _check_published(config: dict[str, Any], folder: Path, entry: SAEEntry) -> None:
     """Refuse a config that is incomplete, that is not what its folder's name says, or that is not of an autoencoder."""
     check_positive_integers(config, ("d_model", "expansion", "k"))
+    check_switches(config, ("bilinear_encoder", "encoder_bias", "token_lookup"))
+    if config.get("token_lookup"):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: token_lookup is true, which bilens does not implement.")
     point, layer = _read_point(config.get("point"), folder)
     named = folder_name(point, layer, config["expansion"], config["k"], entry.tag)
     if named != entry.folder:
@@ -382,7 +493,7 @@ def _check_published(config: dict[str, Any], folder: Path, entry: SAEEntry) -> N
 
 
 def _read_point(point: Any, folder: Path) -> tuple[str, int]:
-    if not (isinstance(point, list) and len(point) == 2 and isinstance(point[0], str) and isinstance(point[1], int)):
+    if not (isinstance(point, list) and len(point) == 2 and isinstance(point[0], str) and type(point[1]) is int):
         raise CheckpointError(f"{folder / CONFIG_FILE}: point is {point!r}, expected [name, layer].")
     return point[0].replace("_", "-"), point[1]  # as the authors' code does for the folder's name
 
@@ -398,16 +509,118 @@ def _before_residual_scale(folder: Path, n_layers: int | None) -> float:
 
 
 def _load_saelens(folder: Path, entry: SAEEntry, device: str | torch.device, dtype: torch.dtype | str) -> SAE[Any]:
-    read_json(folder / SAE_CFG_FILENAME)  # SAELens does not look for truncation and NaN; these two do
-    tensors = read_tensors(folder / SAE_WEIGHTS_FILENAME)
-    stored = next((tensor.dtype for tensor in tensors.values()), torch.float32)
+    header = read_header(folder / SAE_WEIGHTS_FILENAME)  # SAELens does not look for truncation, sizes and NaN
+    try:
+        config = handle_config_defaulting(read_json(folder / SAE_CFG_FILENAME))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / SAE_CFG_FILENAME} is no SAELens configuration: {error!r}.") from error
+    _check_saelens(config, header, folder, entry)
+    read_tensors(folder / SAE_WEIGHTS_FILENAME)
+    stored = next((FLOATS[info.dtype] for info in header.values()), torch.float32)
     wanted = dtype_to_str(resolve_dtype(dtype, stored))
     try:
         sae = SAE.load_from_disk(folder, device=str(device), dtype=wanted)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        _fold_normalisation(sae, folder)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, BilensError):
+            raise
         raise CheckpointError(f"{folder}: SAELens cannot load it: {type(error).__name__}: {error}") from error
     metadata = sae.cfg.metadata
     if metadata.hook_name not in (None, entry.hook_name):
         raise SAEMismatchError(f"{folder} was trained on {metadata.hook_name}, its name puts it on {entry.hook_name}.")
     metadata.hook_name = entry.hook_name
-    return sae.eval()
+    return sae
+
+
+def _check_saelens(config: dict[str, Any], header: Mapping[str, TensorInfo], folder: Path, entry: SAEEntry) -> None:
+    """Refuse a configuration that is incomplete, that is not what the folder's name says, or not what the weights are.
+
+    Raises:
+        CheckpointError: a missing or impossible value.
+        SAEMismatchError: another k or expansion than in the folder's name.
+    """
+    path = folder / SAE_CFG_FILENAME
+    if not isinstance(config.get("architecture"), str):
+        raise CheckpointError(f"{path} has no 'architecture': {config.get('architecture')!r}, expected a name.")
+    if not isinstance(config.get("metadata", {}), dict):
+        raise CheckpointError(f"{path}: metadata is {config['metadata']!r:.100}, expected an object.")
+    check_switches(config, ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"), str(path))
+    needs_k = config["architecture"] in SAE_CLASS_REGISTRY and any(
+        field.name == "k" for field in fields(SAE_CLASS_REGISTRY[config["architecture"]][1])
+    )
+    check_positive_integers(config, ("d_in", "d_sae", "k") if needs_k else ("d_in", "d_sae"), str(path))
+    if needs_k and config["k"] > config["d_sae"]:
+        raise CheckpointError(f"{path}: k {config['k']} is more than the SAE has features.")
+    shape = header["W_dec"].shape if "W_dec" in header else (config["d_sae"],)
+    if shape[0] != config["d_sae"]:
+        raise CheckpointError(f"{folder}: W_dec has shape {shape}, the config's d_sae is {config['d_sae']}.")
+    _check_name(folder, entry, config["d_in"], config["d_sae"], config["k"] if needs_k else None)
+
+
+def _check_name(folder: Path, entry: SAEEntry, d_in: int, d_sae: int, k: int | None) -> None:
+    """Refuse a folder named after another SAE than it holds (`SAEMismatchError`)."""
+    if entry.tag == folder.name:  # its name says nothing
+        return
+    if d_sae != entry.expansion * d_in or (k is not None and entry.k is not None and k != entry.k):
+        held = f"{d_sae} features of {d_in} inputs" + (f", k {k}" if k is not None else "")
+        raise SAEMismatchError(f"{folder} holds an SAE of {held}, which is not what its name says.")
+
+
+def _fold_normalisation(sae: SAE[Any], folder: Path) -> None:
+    """Put a normalisation of the inputs that SAELens does not apply by itself into the weights.
+
+    Raises:
+        SAEMismatchError: its numbers are not in the folder.
+    """
+    kind = sae.cfg.normalize_activations
+    scaler, whitening = (folder / file for file in NORMALISATION_FILES)
+    if kind == "expected_average_only_in" and scaler.is_file():
+        factor = read_json(scaler).get("scaling_factor")
+        if not isinstance(factor, int | float) or not isfinite(factor) or factor <= 0:
+            raise CheckpointError(f"{scaler}: scaling_factor is {factor!r:.100}, expected a number above 0.")
+        sae.fold_activation_norm_scaling_factor(factor)
+    elif kind == "covariance_whitening" and whitening.is_file():
+        held = read_tensors(whitening)
+        check_shapes(held, {"mean": (sae.cfg.d_in,)} | dict.fromkeys(WHITENING, (sae.cfg.d_in,) * 2), whitening)
+        sae.fold_activation_whitening(held["mean"], *(held[name] for name in WHITENING))
+    elif kind in ("expected_average_only_in", "covariance_whitening"):
+        file = (scaler if kind == "expected_average_only_in" else whitening).name
+        raise SAEMismatchError(
+            f"{folder}: normalize_activations is {kind!r}, whose numbers were never folded into the weights and are "
+            f"not beside them (no {file}): its features would be those of other inputs. Fold them with SAELens and "
+            "save again."
+        )
+
+
+def _load_sparsify(folder: Path, entry: SAEEntry, device: str | torch.device, dtype: torch.dtype | str) -> SAE[Any]:
+    """`top_k(relu(W (x - b_dec) + b))`, without the ReLU where `signed`; the decoder adds `b_dec`."""
+    path, weights = folder / SAE_CFG_FILENAME, folder / SPARSIFY_WEIGHTS_FILENAME
+    config = read_json(path)
+    for key, plain in SPARSIFY_PLAIN.items():
+        if config.get(key, plain) != plain:
+            raise SAEMismatchError(f"{path}: {key} is {config[key]!r:.100}; bilens reads SAEs where it is {plain!r}.")
+    check_switches(config, ("signed",), str(path))
+    check_positive_integers(config, ("d_in", "k"), str(path))
+    d_in, k = config["d_in"], config["k"]
+    if config.get("num_latents"):
+        check_positive_integers(config, ("num_latents",), str(path))
+        d_sae = config["num_latents"]
+    else:
+        check_positive_integers(config, ("expansion_factor",), str(path))
+        d_sae = config["expansion_factor"] * d_in
+    if k > d_sae:
+        raise CheckpointError(f"{path}: k {k} is more than the SAE has features.")
+    _check_name(folder, entry, d_in, d_sae, k)
+    shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    check_shapes(read_header(weights), shapes, weights)
+    tensors = read_tensors(weights)
+    common: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "k": k, "device": "meta"}
+    common["metadata"] = SAEMetadata(hook_name=entry.hook_name)
+    # SAELens' top-k has its ReLU after the choice: the same features, as zeros change nothing.
+    sae = ScopeSAE(ScopeSAEConfig(**common)) if config.get("signed") else TopKSAE(TopKSAEConfig(**common))
+    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+    held = {name: tensors[theirs] for name, theirs in names.items()}
+    sae.load_state_dict(held | {"W_enc": held["W_enc"].T.contiguous()}, assign=True)
+    return sae.to(device=device, dtype=resolve_dtype(dtype, held["W_dec"].dtype))

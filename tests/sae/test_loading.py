@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import bilens.model.loading
 import bilens.sae.loading
-from bilens.errors import CheckpointError, ModelNotFoundError, SAEMismatchError
+from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, SAEMismatchError
 from bilens.sae.loading import (
     POINT_TO_HOOK,
     SAEEntry,
@@ -285,7 +286,7 @@ DAMAGE = {
     "shape": (lambda f: rewrite(f, b_dec=torch.zeros(D + 1)), r"b_dec has shape \(9,\), the config asks for \(8,\)"),
     "left over": (lambda f: rewrite(f, lookup=torch.zeros(2)), r"\['lookup'\] have no place"),
     "truncated": (lambda f: (f / "model.safetensors").write_bytes(b"\x40" * 50), "A truncated download"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has config.json but no model.safetensors"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
 }
 
@@ -360,7 +361,7 @@ def test_a_saelens_folder_of_another_hook_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"d_sae": 5}, "size mismatch"),
+        ({"d_sae": 5}, r"W_dec has shape \(16, 8\), the config"),
         ({"architecture": "unheard_of"}, "KeyError: 'unheard_of'"),
         ({"normalize_activations": "twice"}, "normalize_activations must be"),
     ],
@@ -405,3 +406,183 @@ def test_bundled_saes_go_by_the_models_name(bundled):
 
 def test_a_bundled_model_without_saes_lists_none(bundled):
     assert list_saes("ts-tiny") == ()
+
+
+# --- folders that go by no name of ours -------------------------------------------------------------------------------
+
+
+def test_a_saelens_folder_of_any_name_goes_by_its_hook(tmp_path):
+    """`sae.save_model("mysaes/x")`: the folder of it, and the folder itself, are sources."""
+    folder = saelens(tmp_path, hook_name="blocks.1.hook_mlp_out").rename(tmp_path / "x")
+    for source in (tmp_path, folder, str(folder)):
+        (entry,) = list_saes(source)
+        assert entry == SAEEntry("x", "mlp-out", 1, EXPANSION, K, "x", "blocks.1.hook_mlp_out", "saelens")
+        assert load_sae(source, "mlp-out", 1, EXPANSION, K, "x").cfg.metadata.hook_name == entry.hook_name
+    assert load_sae_folder(folder).cfg.k == K
+    saelens(tmp_path)  # another one on the same hook
+    with pytest.raises(SAEMismatchError, match=r"2 SAEs .* fit: 1-mlp-out-x2-k3, x"):
+        load_sae(tmp_path, "mlp-out", 1)
+    assert len(list_saes(folder)) == 1
+    rewrite_config(folder, "cfg.json", metadata={})
+    with pytest.raises(ModelNotFoundError, match=r"is no SAE folder: .*or a cfg.json that names its hook"):
+        load_sae_folder(folder)
+
+
+def test_a_source_without_saes_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="holds no SAE folder: expected the name"):
+        assert not list_saes(tmp_path)
+
+
+def sparsify(root, name="layers.1.mlp", signed=None, **changes) -> Path:
+    """Write a random top-k SAE as EleutherAI's sparsify does."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"encoder.weight": (D_SAE, D), "encoder.bias": (D_SAE,), "W_dec": (D_SAE, D), "b_dec": (D,)}
+    tensors = {key: torch.randn(*shape, generator=generator) for key, shape in shapes.items()}
+    config = {"activation": "topk", "expansion_factor": EXPANSION, "normalize_decoder": True, "num_latents": 0}
+    config |= {"k": K, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D} | changes
+    (root / name).mkdir(parents=True)
+    (root / name / "cfg.json").write_text(json.dumps(config | ({} if signed is None else {"signed": signed})))
+    save_file(tensors, root / name / "sae.safetensors")
+    return root / name
+
+
+@pytest.mark.parametrize("signed", [None, False, True])
+@pytest.mark.parametrize("name", ["layers.1.mlp", "transformer.h.1.mlp", "1-mlp-out-x2-k3"])
+def test_a_sparsify_sae_computes_what_its_library_does(tmp_path, name, signed):
+    """`b_dec` is taken off, the k largest are kept, negatives set to zero unless `signed`, `b_dec` is added."""
+    held = load_file(sparsify(tmp_path, name, signed) / "sae.safetensors")
+    (entry,) = list_saes(tmp_path)
+    assert (entry.point, entry.layer, entry.expansion, entry.k, entry.format) == ("mlp-out", 1, 2, K, "sparsify")
+    sae = load_sae(tmp_path, "mlp-out", 1, device="cpu", dtype="float64")
+    held = {key: tensor.double() for key, tensor in held.items()}
+    x = 0.2 * torch.randn(50, D, dtype=torch.float64)
+    pre = (x - held["b_dec"]) @ held["encoder.weight"].T + held["encoder.bias"] - 4.0  # few are positive
+    with torch.no_grad():
+        sae.b_enc -= 4.0
+        values, indices = pre.topk(K)
+        kept = values if signed else values.relu()
+        assert (values < 0).any()
+        assert_close(sae.encode(x), torch.zeros_like(pre).scatter(-1, indices, kept))
+        assert_close(sae(x), (kept[..., None] * held["W_dec"][indices]).sum(1) + held["b_dec"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"transcode": True}, SAEMismatchError, "transcode is True"),
+        ({"skip_connection": True}, SAEMismatchError, "skip_connection is True"),
+        ({"activation": "groupmax"}, SAEMismatchError, "activation is 'groupmax'"),
+        ({"num_latents": 24}, CheckpointError, r"the config asks for \(24, 8\)"),
+        ({"k": D_SAE + 1}, CheckpointError, "k 17 is more than"),
+        ({"k": "x"}, CheckpointError, "k is 'x', expected a positive integer"),
+        ({"signed": "false"}, CheckpointError, "signed is 'false', expected true or false"),
+    ],
+)
+def test_sparsify_configs_that_do_not_fit(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        load_sae_folder(sparsify(tmp_path, **changes))
+
+
+# --- what a SAELens configuration may not say -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"k": None}, CheckpointError, "k is None"),
+        *[({"k": k}, CheckpointError, "k is .*, expected a positive integer") for k in (0, -1, "x", 1.5, True)],
+        ({"k": 10**9}, CheckpointError, "k 1000000000 is more than"),
+        ({"k": 4}, SAEMismatchError, "holds an SAE of 16 features of 8 inputs, k 4, which is not what its name says"),
+        ({"d_sae": 10**12}, CheckpointError, r"W_dec has shape \(16, 8\), the config's d_sae is 1000000000000"),
+        ({"apply_b_dec_to_input": "false"}, CheckpointError, "apply_b_dec_to_input is 'false', expected true or false"),
+        ({"metadata": 5}, CheckpointError, "metadata|no SAELens configuration"),
+        ({"architecture": None}, CheckpointError, "has no 'architecture'"),
+        ({"architecture": ["topk"]}, CheckpointError, "has no 'architecture'"),
+    ],
+)
+def test_saelens_configs_are_read_to_the_letter(tmp_path, changes, error, message):
+    folder = saelens(tmp_path)
+    rewrite_config(folder, "cfg.json", **changes)
+    with pytest.raises(error, match=message):
+        load_sae_folder(folder)
+
+
+@pytest.mark.parametrize("key", ["k", "architecture", "d_in"])
+def test_a_missing_key_of_saelens_is_no_default(tmp_path, key):
+    """SAELens would take k 100 and the standard architecture."""
+    folder = saelens(tmp_path)
+    config = json.loads((folder / "cfg.json").read_text())
+    del config[key]
+    (folder / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"no '{key}'"):
+        load_sae_folder(folder)
+
+
+def test_a_folder_named_after_another_width_is_refused(tmp_path):
+    folder = saelens(tmp_path).rename(tmp_path / "1-mlp-out-x8-k3")
+    with pytest.raises(SAEMismatchError, match=r"16 features of 8 inputs.*not what its name says"):
+        load_sae_folder(folder)
+
+
+@torch.no_grad()
+def test_a_normalisation_that_was_never_folded_is_applied_or_refused(tmp_path):
+    """With the numbers that SAELens keeps beside the weights the SAE is that of the raw inputs; without, no SAE."""
+    plain = load_sae_folder(saelens(tmp_path, dtype="float64"), device="cpu", dtype="float64")
+    x = torch.randn(20, D, dtype=torch.float64)
+    matrix, mean = torch.randn(D, D, dtype=torch.float64) + 3 * torch.eye(D), torch.randn(D, dtype=torch.float64)
+    scaler = ActivationScaler(scaling_factor=2.5)
+    whitening = ActivationScaler(whitening=ActivationWhitening(mean, matrix, matrix.inverse()))
+    for kind, one in {"expected_average_only_in": scaler, "covariance_whitening": whitening}.items():
+        folder = saelens(tmp_path / kind, dtype="float64")
+        rewrite_config(folder, "cfg.json", normalize_activations=kind)
+        with pytest.raises(SAEMismatchError, match=f"normalize_activations is '{kind}'.* never folded"):
+            load_sae_folder(folder)
+        one.save(str(folder / "activation_scaler.json"))
+        sae = load_sae_folder(folder, device="cpu", dtype="float64")
+        assert_close(sae.encode(x), plain.encode(one.scale(x)))
+        assert_close(sae(x), one.unscale(plain(one.scale(x))))
+
+
+def test_an_sae_that_the_dtype_has_no_room_for(tmp_path):
+    folder = published(tmp_path)
+    rewrite(folder, b_dec=torch.full((D,), 1e6))
+    with pytest.raises(CheckpointError, match="b_dec holds 8 values that are NaN or infinite"):
+        load_sae_folder(folder, dtype="float16")
+
+
+def test_other_weights_beside_a_config_are_named(tmp_path):
+    folder = saelens(tmp_path)
+    (folder / "sae_weights.safetensors").rename(folder / "weights.pt")
+    with pytest.raises(
+        CheckpointError, match=r"cfg.json but no sae_weights.safetensors; it holds cfg.json, weights.pt"
+    ):
+        load_sae_folder(folder)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_point_and_layer_the_wrong_way_round():
+    with pytest.raises(ArgumentError, match="Are point and layer swapped"):
+        load_sae("ts-tiny", 0, "mlp-in")
+
+
+@pytest.mark.parametrize("layer", ["[01]", "../", "1", "*", None, [0], 1.0, True, -1], ids=repr)
+def test_only_a_whole_number_is_a_layer(scope, layer):
+    with pytest.raises(ArgumentError, match=r"layer is .* a whole number from 0"):
+        load_sae(scope, "mlp-in", layer)
+
+
+@pytest.mark.parametrize("wrong", [{"k": "3"}, {"k": 0}, {"expansion": 1.5}, {"expansion": "*"}, {"tag": 5}], ids=str)
+def test_what_is_asked_for_is_checked(scope, wrong):
+    with pytest.raises(ArgumentError, match=next(iter(wrong))):
+        load_sae(scope, "mlp-in", 1, **wrong)
+
+
+@pytest.mark.parametrize(
+    "source", [None, 5, b"ts-tiny", ["ts-tiny"], "", "a\0b", "x" * 300], ids=lambda s: repr(s)[:20]
+)
+def test_sources_that_are_none(source):
+    for read in (list_saes, lambda source: load_sae(source, "mlp-in", 0), load_sae_folder):
+        with pytest.raises(ArgumentError, match=r"^(source|folder) "):
+            read(source)
