@@ -11,7 +11,6 @@ noise, normed latent noise). Everything random is drawn after `torch.manual_seed
 generator, so that a seed decides every bit on one machine, and the caller's generator is left alone.
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,14 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.checks import check_amounts, check_flags, check_memory, check_rates, check_seeds, check_sizes
 from bilens._core.display import Tabular
-from bilens._core.files import destination_folder, write_atomically
 from bilens.errors import ArgumentError, TrainingError
-from bilens.model.loading import resolve_device
+from bilens._core.files import destination_folder
+from bilens._core.fingerprint import fingerprint
+from bilens._core.folders import alone_in, claim, finish
+from bilens.model.loading import CONFIG_FILE, WEIGHTS_FILE, resolve_device
 from bilens.vision.augmentation import augmentation
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.data import ImageDataset, load_images
 from bilens.vision.model import BilinearClassifier
+
+RECORD_FILE = "training.json"
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,18 +80,14 @@ class ImageTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("d_hidden", "n_layer", "epochs", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{name} is {value!r}, expected a positive whole number.")
-        for name in ("lr", "grad_clip"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value > 0):
-                raise ArgumentError(f"{name} is {value!r}, expected a number above 0.")
-        for name in ("weight_decay", "noise", "latent_noise", "rotation", "translation", "blur"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value >= 0):
-                raise ArgumentError(f"{name} is {value!r}, expected 0 or more.")
+        check_sizes(d_hidden=self.d_hidden, n_layer=self.n_layer, epochs=self.epochs, batch_size=self.batch_size)
+        check_flags(bias=self.bias, residual=self.residual)
+        check_rates(lr=self.lr, grad_clip=self.grad_clip)
+        amounts = ("weight_decay", "noise", "latent_noise", "rotation", "translation", "blur")
+        check_amounts(**{name: getattr(self, name) for name in amounts})
+        if self.rotation > 180:
+            raise ArgumentError(f"rotation is {self.rotation!r}, expected degrees either way: 180 at most.")
+        check_seeds(seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,11 @@ def train_classifier(
     *,
     progress: bool = True,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> TrainedClassifier:
-    """Train a classifier; an interrupt (ctrl-C) leaves `out` without a model, or with the one it had.
+    """Train a classifier; an interrupt (ctrl-C) leaves `out` without a model.
+
+    With an `out` that holds what this very call made, that is returned.
 
     Args:
         data: a dataset, or where to load it from (see `load_images`): `"digits"`, `"mnist"`, a folder, ...
@@ -155,16 +158,36 @@ def train_classifier(
         out: folder for the model in the authors' format, and `training.json`; `None` writes nothing.
         progress: show a bar.
         device: `None` takes CUDA where there is one.
+        overwrite: remove another model that is in `out`, instead of refusing.
 
     Raises:
         ImageDataError: the data cannot be read.
-        ArgumentError: `out` is a file.
+        ArgumentError: `out` is a file, or cannot be written to; or a device that is not to be had.
+        OverwriteError: `out` holds another model.
+        WriteError: another process is at work in `out`, or the disk is full.
         TrainingError: the loss is no number any more.
     """
-    data, config = load_images(data), config or ImageTrainConfig()
-    device = resolve_device(device)
-    if out is not None:  # what cannot be written is to fail now
-        out = destination_folder(out)
+    config, device = config or ImageTrainConfig(), resolve_device(device)
+    if out is None:
+        return _train(load_images(data), config, progress, device)
+    folder = destination_folder(out)  # what cannot be written is to fail now
+    data = load_images(data)
+    parts = {name: getattr(data, name) for name in ("train_images", "train_labels", "test_images", "test_labels")}
+    facts = {"height": data.height, "width": data.width, "class_names": data.class_names}
+    identity = {"config": asdict(config), "images": fingerprint(parts, facts)}
+    with alone_in(folder):
+        finished = claim(folder / RECORD_FILE, identity, (CONFIG_FILE, WEIGHTS_FILE), overwrite=overwrite)
+        if finished is not None:
+            epochs = [Epoch(**epoch) for epoch in finished["epochs"]]
+            return TrainedClassifier(BilinearClassifier.from_pretrained(folder, device=device), config, epochs)
+        trained = _train(data, config, progress, device)
+        trained.model.save_pretrained(folder)
+        record = {"config": asdict(config), "epochs": [asdict(epoch) for epoch in trained.epochs]}
+        finish(folder / RECORD_FILE, identity, (CONFIG_FILE, WEIGHTS_FILE), record)
+    return trained
+
+
+def _train(data: ImageDataset, config: ImageTrainConfig, progress: bool, device: str) -> TrainedClassifier:
     cfg = ClassifierConfig(
         data.d_input,
         config.d_hidden,
@@ -176,16 +199,13 @@ def train_classifier(
         width=data.width,
         class_names=data.class_names,
     )
+    n_weights = cfg.d_hidden * (cfg.d_input + cfg.d_output + 2 * cfg.n_layer * cfg.d_hidden)
+    check_memory("training this classifier", 16 * n_weights)  # float32: weights, gradients, and two of Adam's each
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = BilinearClassifier(cfg).to(device)
         epochs = _fit(model, data, config, progress)
-    trained = TrainedClassifier(model.eval(), config, epochs)
-    if out is not None:
-        model.save_pretrained(out)
-        facts = json.dumps({"config": asdict(config), "epochs": [asdict(epoch) for epoch in epochs]}, indent=1)
-        write_atomically(out / "training.json", lambda path: path.write_text(facts + "\n"))
-    return trained
+    return TrainedClassifier(model.eval(), config, epochs)
 
 
 def _fit(model: BilinearClassifier, data: ImageDataset, config: ImageTrainConfig, progress: bool) -> list[Epoch]:

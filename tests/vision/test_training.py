@@ -1,6 +1,7 @@
 """Training learns, is decided by its seed, writes what it trained, and says what it cannot do."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from bilens.cli import app
-from bilens.errors import ArgumentError, ImageDataError, TrainingError
+from bilens.errors import ArgumentError, ImageDataError, OverwriteError, TrainingError
 from bilens.vision import (
     BilinearClassifier,
     ImageDataset,
@@ -90,19 +91,32 @@ def test_what_is_written_is_what_was_trained(tmp_path: Path, digits: ImageDatase
     ]
 
 
-def test_an_interrupt_leaves_the_model_that_was_there(
+def test_a_finished_model_stays_until_it_is_overwritten(
     tmp_path: Path, digits: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_classifier(digits, QUICK, tmp_path, progress=False)
+    """The same call returns it, another is refused; an interrupt while overwriting leaves no half of either."""
+    first = train_classifier(digits, QUICK, tmp_path, progress=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = ImageTrainConfig(d_hidden=8, epochs=1)
 
     def ctrl_c(*_: Any) -> float:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(BilinearClassifier, "accuracy", ctrl_c)
-    with pytest.raises(KeyboardInterrupt):
-        train_classifier(digits, ImageTrainConfig(d_hidden=8, epochs=1), tmp_path, progress=False)
+    again = train_classifier(digits, QUICK, tmp_path, progress=False)
+    assert again.epochs == first.epochs
+    assert torch.equal(again.model.W_E, first.model.W_E)
+    with pytest.raises(OverwriteError, match=r"d_hidden \(32 there, 8 here\)"):
+        train_classifier(digits, other, tmp_path, progress=False)
+    fewer = replace(digits, train_images=digits.train_images[1:], train_labels=digits.train_labels[1:])
+    with pytest.raises(OverwriteError, match=r"images \("):
+        train_classifier(fewer, QUICK, tmp_path, progress=False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(digits, other, tmp_path, progress=False, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["training.json"]
+    monkeypatch.undo()
+    assert train_classifier(digits, other, tmp_path, progress=False).model.cfg.d_hidden == 8
 
 
 def test_latent_noise_is_in_units_of_the_activation() -> None:
@@ -205,6 +219,9 @@ def test_noise_has_its_standard_deviation(blob: Tensor) -> None:
         ({"lr": 0.0}, "lr is 0.0, expected a number above 0"),
         ({"noise": -0.1}, "noise is -0.1, expected 0 or more"),
         ({"blur": float("nan")}, "blur is nan, expected 0 or more"),
+        ({"rotation": 1e30}, r"rotation is 1e\+30, expected degrees either way"),
+        ({"seed": -1}, "seed is -1, expected a whole number from 0"),
+        ({"bias": "false"}, "bias is 'false', expected True or False"),
     ],
 )
 def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
@@ -219,8 +236,15 @@ def test_a_loss_that_is_no_number(digits: ImageDataset) -> None:
 
 def test_a_file_for_a_folder(tmp_path: Path, digits: ImageDataset) -> None:
     (tmp_path / "a").touch()
-    with pytest.raises(ArgumentError, match="which is a file; expected a folder"):
+    with pytest.raises(ArgumentError, match="cannot be a folder to write into"):
         train_classifier(digits, QUICK, tmp_path / "a")
+
+
+def test_a_device_or_size_that_is_none(digits: ImageDataset) -> None:
+    with pytest.raises(ArgumentError, match="device 'foo' is not to be had"):
+        train_classifier(digits, QUICK, device="foo")
+    with pytest.raises(ArgumentError, match="training this classifier needs"):
+        train_classifier(digits, replace(QUICK, d_hidden=10**7))
 
 
 def test_data_that_is_not_there() -> None:
