@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bilens._core.files import open_tensors, parse_json, write_atomically
+from bilens._core.folders import differences
 from bilens.errors import CheckpointError, TrainingError
 
 WEIGHT = "model"
+REMEDY = "Delete it to train from the start."
 
 
 def save_checkpoint(
@@ -39,6 +41,16 @@ def save_checkpoint(
     write_atomically(path, lambda beside: save_file(stored, beside, metadata=metadata))
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of a checkpoint, without its weights.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    with open_tensors(path, remedy=REMEDY) as file:
+        return _facts(file, path)
+
+
 @torch.no_grad()
 def load_checkpoint(
     path: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, same: Mapping[str, Any]
@@ -58,33 +70,27 @@ def load_checkpoint(
         TrainingError: the checkpoint is of another run (what differs is named, with both values).
         CheckpointError: it is damaged.
     """
-    remedy = "Delete it to train from the start."
-    with open_tensors(path, remedy=remedy) as file:
-        facts = {
-            key: parse_json(value, f"{key!r} of {path}", object, remedy)
-            for key, value in (file.metadata() or {}).items()
-        }
-        differ: dict[str, tuple[Any, Any]] = {}
-        for key, here in json.loads(json.dumps(same)).items():
-            there = facts.get(key)
-            if isinstance(here, dict) and isinstance(there, dict):
-                differ |= {k: (there.get(k), here.get(k)) for k in here | there if there.get(k) != here.get(k)}
-            elif there != here:
-                differ[key] = (there, here)
-        if differ:
+    with open_tensors(path, remedy=REMEDY) as file:
+        facts, wanted = _facts(file, path), json.loads(json.dumps(same))
+        if differ := differences({key: facts.get(key) for key in wanted}, wanted):
             raise TrainingError(
                 f"{path} is of another run; (there, here): {differ}. Use another folder, or delete the file."
             )
         held = set(file.keys())
         if missing := {f"{WEIGHT}:{name}" for name in weights} - held:
-            raise CheckpointError(f"{path} has no {min(missing)!r}. {remedy}")
+            raise CheckpointError(f"{path} has no {min(missing)!r}. {REMEDY}")
         for entry in held:
             key, _, name = entry.partition(":")
             value, weight = file.get_tensor(entry), weights.get(name)
             if weight is None or (value.ndim and value.shape != weight.shape):
-                raise CheckpointError(f"{path}: {entry!r} of shape {list(value.shape)} has no place here. {remedy}")
+                raise CheckpointError(f"{path}: {entry!r} of shape {list(value.shape)} has no place here. {REMEDY}")
             if key == WEIGHT:
                 weight.copy_(value)
             else:  # Adam's step counter stays where torch keeps it, on the CPU unless fused
                 optimizer.state[weight][key] = value if value.ndim == 0 else value.to(weight.device)
     return facts
+
+
+def _facts(file: Any, path: Path) -> dict[str, Any]:
+    stored = file.metadata() or {}
+    return {key: parse_json(value, f"{key!r} of {path}", object, REMEDY) for key, value in stored.items()}

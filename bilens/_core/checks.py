@@ -72,6 +72,16 @@ def check_choice(choices: Collection[str], **values: object) -> None:
             raise ArgumentError(f"{name} {value!r} is not one of {', '.join(choices)}." + nearest(str(value), choices))
 
 
+def check_file_name(name: object, what: str = "name") -> None:
+    """Refuse what is no name of a file in a folder (`ArgumentError`): one that leads out of it, or nowhere."""
+    if not isinstance(name, str):
+        raise ArgumentError(f"{what} is {name!r:.80}, expected text.")
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        raise ArgumentError(f"{what} is {name!r:.80}, expected the name of a file or folder, without a path.")
+    if len(os.fsencode(name)) > 255:
+        raise ArgumentError(f"{what} is {name!r:.40}..., too long for the name of a file.")
+
+
 def check_memory(what: str, n_bytes: float) -> None:
     """Refuse what would need more memory than this machine has (`ArgumentError`, with both), where that is known."""
     try:

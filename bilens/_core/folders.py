@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bilens._core.files import destination_folder, write_atomically
+from bilens._core.files import destination_folder, read_json, write_atomically
 from bilens.errors import CheckpointError, OverwriteError, WriteError
 
 try:
@@ -76,7 +76,7 @@ def claim(
     """
     folder, identity = record.parent, json.loads(json.dumps(identity))
     try:
-        found = _read(record)
+        found = read_json(record, remedy="Delete it if nothing in its folder is needed.") if record.exists() else {}
     except CheckpointError:
         if not overwrite:
             raise
@@ -119,7 +119,7 @@ def other_work(folder: Path, why: str) -> OverwriteError:
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What differs between two runs, one level deep, in words: `lr (0.001 there, 0.01 here)`."""
     found = differences(there, here)
-    return "; ".join(f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in found.items()) or "it cannot be compared"
+    return "; ".join(f"{name} ({a!r} there, {b!r} here)" for name, (a, b) in found.items())
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -145,16 +145,6 @@ def digest_of(texts: Sequence[str]) -> str:
     for text in texts:
         digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
-
-
-def _read(record: Path) -> dict[str, Any]:
-    if not record.exists():
-        return {}
-    try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{record} is not JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _digest(path: Path) -> str:

@@ -34,7 +34,7 @@ from bilens._core.checks import (
     check_sizes,
 )
 from bilens._core.display import Tabular
-from bilens._core.files import destination_folder, to_path, write_files
+from bilens._core.files import destination_folder, write_files
 from bilens._core.folders import alone_in, claim, digest_of, finish
 from bilens.errors import ArgumentError, CheckpointError, TrainingError
 from bilens.model.config import config_from_published
@@ -219,14 +219,13 @@ def train_lm(
         OverwriteError: `out` holds another model, or another run's checkpoint.
         WriteError: another process is at work in `out`, or the disk is full.
     """
-    config, out = config or TrainConfig(), to_path(out, "out")
+    config, out = config or TrainConfig(), destination_folder(out)
     device, on_disk = resolve_device(device), resolve_dtype(dtype, torch.float32)
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size <= len(SPECIAL_TOKENS):
         raise ArgumentError(
             f"vocab_size is {vocab_size!r}, expected a whole number above {len(SPECIAL_TOKENS)}: "
             "[UNK], [BOS] and [EOS] are in it."
         )
-    destination_folder(out)  # what cannot be written is to fail now
     train_texts, valid_texts = training_and_validation(data, valid, column=column)
     given = None if tokenizer is None else _given_tokenizer(tokenizer)
     identity = {

@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 
 from bilens._core.checks import check_amounts, check_flags, check_memory, check_rates, check_seeds, check_sizes
 from bilens._core.display import Tabular
-from bilens.errors import ArgumentError, TrainingError
 from bilens._core.files import destination_folder
 from bilens._core.fingerprint import fingerprint
 from bilens._core.folders import alone_in, claim, finish
+from bilens.errors import ArgumentError, TrainingError
 from bilens.model.loading import CONFIG_FILE, WEIGHTS_FILE, resolve_device
 from bilens.vision.augmentation import augmentation
 from bilens.vision.config import ClassifierConfig

@@ -14,6 +14,7 @@ Source: Karvonen 2025, "Revisiting end-to-end sparse autoencoder training: a sho
 (arXiv 2503.17272).
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,16 +25,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.checkpoint import load_checkpoint, save_checkpoint
-from bilens._core.files import to_path
-from bilens.errors import SAEMismatchError, TrainingError
+from bilens._core.checkpoint import WEIGHT, load_checkpoint, read_facts, save_checkpoint
+from bilens._core.checks import check_file_name, check_flags, check_rates, check_seeds, check_sizes
+from bilens._core.files import destination_folder, read_json
+from bilens._core.fingerprint import model_fingerprint, sae_fingerprint
+from bilens._core.folders import alone_in, differing, other_work
+from bilens.errors import ArgumentError, SAEMismatchError, TrainingError
 from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.loading import FORMATS, load_sae_folder
 from bilens.sae.train.training import save_half
-from bilens.train.data import Texts, TokenizedTexts, load_texts, pack
+from bilens.train.data import Texts, TokenizedTexts, load_texts, pack, pieces_identity
+
+CHECKPOINT_FILE = "finetuning.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,9 @@ class FinetuneConfig:
         bf16: autocast to bfloat16.
         seed: of the order.
         checkpoint_every: steps.
+
+    Raises:
+        ArgumentError: a value outside its range.
     """
 
     tokens: int = 4_000_000
@@ -55,6 +67,12 @@ class FinetuneConfig:
     bf16: bool = True
     seed: int = 1
     checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        check_sizes(tokens=self.tokens, batch_size=self.batch_size, checkpoint_every=self.checkpoint_every)
+        check_rates(lr=self.lr)
+        check_flags(bf16=self.bf16)
+        check_seeds(seed=self.seed)
 
 
 def finetune_saes(
@@ -65,11 +83,13 @@ def finetune_saes(
     config: FinetuneConfig | None = None,
     *,
     column: str = "text",
+    overwrite: bool = False,
 ) -> dict[str, SAE[Any]]:
     """Fine-tune SAEs, one after the other, and write each to `out/{name}` in SAELens' format, half precision.
 
-    The configuration goes into each SAE's `cfg.metadata.finetuning`. Called again after an interruption, it goes on
-    where it was.
+    The configuration goes into each SAE's `cfg.metadata.finetuning`. In the folder that it was loaded from, an SAE is
+    replaced by the one it becomes. Called again after an interruption, it goes on where it was; what is finished is not
+    tuned again, and given as it is on disk.
 
     Args:
         model: that they were trained on; its own weights are left alone.
@@ -78,25 +98,48 @@ def finetune_saes(
         out: the folder of the SAE folders.
         config: `None` takes the defaults.
         column: the field that holds the text.
+        overwrite: replace other SAEs that are in the folders to be written, and tune once more what was tuned already,
+            instead of refusing.
 
     Returns:
         The SAEs, changed.
 
     Raises:
+        ArgumentError: a name that is none of a folder, or fewer tokens than a step takes.
+        OverwriteError: a folder with another SAE, one that was fine-tuned already, or another run's checkpoint.
+        WriteError: another process is at work in `out`, or the disk is full.
         HookNameError, SAEMismatchError: an SAE that is on no hook of a block of this model.
-        TrainingError: a checkpoint of another run, or a loss that is not finite.
+        TrainingError: a loss that is not finite.
     """
-    config, out = config or FinetuneConfig(), to_path(out, "out")
+    config, out = config or FinetuneConfig(), destination_folder(out)
+    if not isinstance(saes, Mapping) or not saes:
+        raise ArgumentError(f"saes is {saes!r:.80}, expected SAEs by the names of their folders.")
+    for name in saes:
+        check_file_name(name)
     texts = load_texts(data, column=column)
     pieces = TokenizedTexts.from_texts(texts, model._require_tokenizer(), bool(model.n_bos)).pieces(model.cfg.n_ctx)
-    for name, sae in saes.items():
-        folder = out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        run = FinetuneRun(model, sae, pieces, config, folder / "finetuning.safetensors", name)
-        run.fit()
-        sae.cfg.metadata.finetuning = asdict(config)
-        save_half(sae, folder)
-        run.checkpoint.unlink(missing_ok=True)
+    with alone_in(out):
+        runs = [
+            FinetuneRun(model, sae, pieces, config, out / name / CHECKPOINT_FILE, name) for name, sae in saes.items()
+        ]
+        finished = [run.is_finished() for run in runs]
+        if not overwrite and (refused := [reason for run in runs if (reason := run.other_work())]):
+            raise other_work(out, "; ".join(refused))
+        for run, is_finished in zip(runs, finished, strict=True):
+            if is_finished:
+                run.take_over()
+                continue
+            folder = run.checkpoint.parent
+            folder.mkdir(exist_ok=True)
+            if run.other_work():
+                run.start_over()
+            run.fit()
+            run.sae.cfg.metadata.finetuning = asdict(config)
+            run.sae.cfg.metadata.finetuning_source = run.source
+            save_half(run.sae, folder)
+            for file in FORMATS["published"]:  # it would be found first
+                (folder / file).unlink(missing_ok=True)
+            run.checkpoint.unlink(missing_ok=True)
     return dict(saes)
 
 
@@ -123,11 +166,78 @@ class FinetuneRun:
         require_bare(model, sae)
         self.model, self.sae, self.pieces, self.config = model, sae.to(torch.float32), pieces, config
         self.checkpoint, self.name, self.hook, self.layer = checkpoint, name, hook, int(match[1])
-        self.norms = sae.W_dec.detach().norm(dim=-1, keepdim=True)
-        self.n_steps = max(1, config.tokens // (config.batch_size * model.cfg.n_ctx))
+        self.n_steps = config.tokens // (config.batch_size * model.cfg.n_ctx)
+        if self.n_steps < 1:
+            raise ArgumentError(
+                f"tokens is {config.tokens}, fewer than the {config.batch_size * model.cfg.n_ctx} of one step: "
+                f"{config.batch_size} contexts of {model.cfg.n_ctx}."
+            )
         self.step = 0
-        self.weights = dict(sae.named_parameters())
-        self.optimizer = torch.optim.Adam(self.weights.values(), lr=config.lr)
+        tuned = dict(sae.named_parameters())
+        self.optimizer = torch.optim.Adam(tuned.values(), lr=config.lr)
+        self.norms = sae.W_dec.detach().norm(dim=-1, keepdim=True)
+        self.weights = tuned | {"norms": self.norms}
+        self.before = sae_fingerprint(sae)
+        self.source = {"model": model_fingerprint(model), **pieces_identity(pieces), "sae": self._started_from()}
+
+    def _started_from(self) -> str:
+        """The fingerprint of the SAE as it was before the first step."""
+        if not self.checkpoint.exists():
+            return self.before
+        facts = read_facts(self.checkpoint)
+        # It is what an interrupted run left in memory, or what a finished one was writing when it was killed.
+        with safe_open(self.checkpoint, framework="pt") as file:
+            stored = set(file.keys())
+            left = all(
+                f"{WEIGHT}:{name}" in stored and torch.equal(file.get_tensor(f"{WEIGHT}:{name}"), weight.detach().cpu())
+                for name, weight in self.sae.named_parameters()
+            )
+        ours = left or facts.get("step") == self.n_steps
+        return (facts.get("source") or {}).get("sae", self.before) if ours else self.before
+
+    def is_finished(self) -> bool:
+        """Whether the folder holds what this run would put there."""
+        path = self.checkpoint.with_name(SAE_CFG_FILENAME)
+        if not path.is_file() or self.checkpoint.exists():
+            return False
+        metadata = read_json(path).get("metadata") or {}
+        source = metadata.get("finetuning_source") or {}
+        return (
+            metadata.get("finetuning") == asdict(self.config)
+            and source | {"sae": None} == self.source | {"sae": None}
+            and self.before in (source.get("sae"), sae_fingerprint(self._on_disk()))
+        )
+
+    def other_work(self) -> str:
+        """What there is to lose in the folder, in words; empty where it is this run's own, or nothing."""
+        folder = self.checkpoint.parent
+        if self.checkpoint.exists():
+            facts, wanted = read_facts(self.checkpoint), json.loads(json.dumps(self._identity))
+            found = differing({key: facts.get(key) for key in wanted}, wanted)
+            return f"the checkpoint of {self.name} differs in {found}" if found else ""
+        if self.is_finished() or not any((folder / config).exists() for config, _ in FORMATS.values()):
+            return ""
+        there = self._on_disk()
+        tuned = there.cfg.metadata.finetuning
+        if tuned is not None:
+            found = differing(tuned, json.loads(json.dumps(asdict(self.config)))) or "the model, the texts or the SAE"
+            return f"{self.name} was fine-tuned already, by a run that differs in {found}"
+        return "" if sae_fingerprint(there) == self.before else f"{self.name} is another SAE than the one given"
+
+    def start_over(self) -> None:
+        """Give up the checkpoint that is there."""
+        self.checkpoint.unlink(missing_ok=True)
+        self.source["sae"] = self.before
+
+    def take_over(self) -> None:
+        """Make the SAE what it is on disk."""
+        there = self._on_disk()
+        self.sae.load_state_dict(there.state_dict())
+        self.sae.cfg.metadata.finetuning = there.cfg.metadata.finetuning
+        self.sae.cfg.metadata.finetuning_source = there.cfg.metadata.finetuning_source
+
+    def _on_disk(self) -> SAE[Any]:
+        return load_sae_folder(self.checkpoint.parent, device="cpu", n_layers=self.model.cfg.n_layers)
 
     def fit(self) -> None:
         """Take every step that is left."""
@@ -145,7 +255,7 @@ class FinetuneRun:
                 bar.update(tokens_per_step)
                 if self.step % 20 == 0:
                     bar.set_postfix(KL=f"{divergence:.4f}")
-                if self.step % self.config.checkpoint_every == 0 and self.step < self.n_steps:
+                if self.step % self.config.checkpoint_every == 0 or self.step == self.n_steps:
                     self._save()
         except KeyboardInterrupt:
             self._save()
@@ -208,4 +318,4 @@ class FinetuneRun:
 
     @property
     def _identity(self) -> dict[str, Any]:
-        return {"config": asdict(self.config), "hook": self.hook, "n_tokens": sum(map(len, self.pieces))}
+        return {"config": asdict(self.config), "hook": self.hook, "source": self.source}

@@ -17,6 +17,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.checkpoint import load_checkpoint, save_checkpoint
-from bilens._core.files import read_json, to_path, write_atomically
+from bilens._core.checkpoint import load_checkpoint, read_facts, save_checkpoint
+from bilens._core.checks import (
+    check_amounts,
+    check_choice,
+    check_flags,
+    check_rates,
+    check_seeds,
+    check_shares,
+    check_sizes,
+)
+from bilens._core.files import destination_folder, read_json, write_atomically
+from bilens._core.folders import alone_in, differing, other_work
 from bilens._core.parallel import barrier, is_main, processes, share
-from bilens.errors import ArgumentError, SAEMismatchError, TrainingError, nearest
+from bilens.errors import ArgumentError, SAEMismatchError, TrainingError
 from bilens.model.transformer import HookedBilinearTransformer
-from bilens.sae.loading import HOOK_TO_POINT, folder_name, hook_of, load_sae_folder
+from bilens.sae.loading import FORMATS, HOOK_TO_POINT, folder_name, hook_of, load_sae_folder
 from bilens.sae.scope import ARCHITECTURE as SCOPE
 from bilens.sae.train.activations import ActivationStream, PackedRows, Rows, StreamedRows, hook_widths
 from bilens.sae.transcoder import (
@@ -72,6 +83,9 @@ class SAETrainConfig:
         bf16: autocast to bfloat16.
         seed: of weights and order.
         checkpoint_every: steps.
+
+    Raises:
+        ArgumentError: a value outside its range.
     """
 
     architecture: str = "topk"
@@ -89,19 +103,18 @@ class SAETrainConfig:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ArgumentError(
-                f"architecture {self.architecture!r} is not one of {', '.join(ARCHITECTURES)}."
-                + nearest(self.architecture, ARCHITECTURES)
-            )
-        for name in ("expansion", "k", "tokens", "batch_size", "checkpoint_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ArgumentError(f"{name} is {getattr(self, name)!r}, expected a positive integer.")
+        check_choice(ARCHITECTURES, architecture=self.architecture)
+        sizes = ("expansion", "k", "tokens", "batch_size", "checkpoint_every")
+        check_sizes(**{name: getattr(self, name) for name in sizes})
+        flags = ("bilinear_encoder", "encoder_bias", "bf16")
+        check_flags(**{name: getattr(self, name) for name in flags})
         if self.tokens < self.batch_size:
             raise ArgumentError(f"tokens is {self.tokens}, fewer than one batch of {self.batch_size}.")
-        if not self.lr > 0:
-            raise ArgumentError(f"lr is {self.lr}, expected a positive number.")
-        if not 0 <= self.decay <= 0.98:
+        check_rates(lr=self.lr)
+        check_amounts(l1=self.l1)
+        check_seeds(seed=self.seed)
+        check_shares(decay=self.decay)
+        if self.decay > 0.98:
             raise ArgumentError(f"decay is {self.decay}, expected a share from 0 to 0.98 (the first 2 % warm up).")
         if self.architecture != "scope" and (self.bilinear_encoder or self.encoder_bias):
             raise ArgumentError(
@@ -210,12 +223,13 @@ def train_saes(
     column: str = "text",
     split: str = "train",
     streaming: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, SAE[Any]]:
     """Train SAEs and write each to `out/{layer}-{point}-x{expansion}-k{k}[-{tag}]` in SAELens' format, half precision.
 
     The tag is the architecture, where it is not top-k, and `transcoder`. The configuration goes into each SAE's
     `cfg.metadata.training`. Called again after an interruption, it goes on where it was; SAEs that are finished are
-    not trained again.
+    not trained again, and returned as they are on disk.
 
     Args:
         model: whose activations.
@@ -228,6 +242,7 @@ def train_saes(
         split: of a hub dataset.
         streaming: read texts as they are needed, in their order; for data that does not fit the memory. A
             `datasets` object is always read so.
+        overwrite: remove other SAEs that are in the folders to be written, instead of refusing.
 
     Returns:
         The SAEs by folder name, as `load_sae` gives them.
@@ -236,9 +251,11 @@ def train_saes(
         HookNameError: the model has no such hook.
         SAEMismatchError: a hook without one vector per token or outside the blocks, a `k` of more than the SAE has
             features, or two of one name.
-        TrainingError: too little text, a checkpoint of another run, or a loss that is not finite.
+        OverwriteError: a folder with an SAE of another run, one that was fine-tuned since, or another run's checkpoint.
+        WriteError: another process is at work in `out`, or the disk is full.
+        TrainingError: too little text, or a loss that is not finite.
     """
-    config, out = config or SAETrainConfig(), to_path(out, "out")
+    config, out = config or SAETrainConfig(), destination_folder(out)
     if hooks is None:
         layers = range(model.cfg.n_layers)
         hooks = [hook_of(point, layer) for layer in layers for point in ("mlp-in", "mlp-out")]
@@ -260,8 +277,8 @@ def train_saes(
                 f"{config.expansion} times the {widths[target.hook]} of {target.hook}."
             )
     rows = _rows(model, data, config, column, split, streaming)
-    with processes():
-        SAERun(model, list(share(targets)), rows, config, out).fit()
+    with processes(), alone_in(out) if is_main() else nullcontext():
+        SAERun(model, targets, rows, config, out, overwrite=overwrite).fit()
         barrier()
     return {target.name: load_sae_folder(out / target.name) for target in targets}
 
@@ -271,10 +288,11 @@ class SAERun:
 
     Args:
         model: whose activations.
-        targets: what to train; finished ones are left as they are.
+        targets: what to train, shared among the processes; finished ones are left as they are.
         rows: of tokens.
         config: of the run.
         out: the folder of the SAE folders.
+        overwrite: remove other work in them.
     """
 
     def __init__(
@@ -284,10 +302,22 @@ class SAERun:
         rows: Rows,
         config: SAETrainConfig,
         out: Path,
+        *,
+        overwrite: bool = False,
     ):
         self.model, self.rows, self.config, self.out = model, rows, config, out
         self.source = {"model": _checksum(model), **rows.identity()}
-        self.targets = [target for target in targets if not self._is_finished(target)]
+        refused = [reason for target in targets if (reason := self._other_work(target))]
+        if refused and not overwrite:
+            raise other_work(out, "; ".join(refused))
+        barrier()  # nothing is removed before everybody has looked
+        if overwrite and is_main():
+            for target in targets:
+                if self._other_work(target):
+                    for file in (*(file for files in FORMATS.values() for file in files), CHECKPOINT_FILE):
+                        (out / target.name / file).unlink(missing_ok=True)
+        barrier()
+        self.targets = [target for target in share(targets) if not self._is_finished(target)]
         self.trainers: dict[str, SAETrainer[Any, Any]] = {}
         self.scales: dict[str, list[float]] = {}
         if self.targets:
@@ -455,16 +485,31 @@ class SAERun:
             leftover.unlink(missing_ok=True)
 
     def _is_finished(self, target: Target) -> bool:
-        """Whether the folder holds what this run would put there."""
-        path = self.out / target.name / SAE_CFG_FILENAME
-        if not path.is_file():
-            return False
-        metadata = read_json(path).get("metadata", {})
-        return (metadata.get("training"), metadata.get("training_source"), metadata.get("finetuning")) == (
-            asdict(self.config),
-            self.source,
-            None,
-        )
+        """Whether the folder holds what this run would put there; `_other_work` has seen that it is no other."""
+        return all((self.out / target.name / file).is_file() for file in FORMATS["saelens"])
+
+    def _other_work(self, target: Target) -> str:
+        """What there is to lose in the folder, in words; empty where it is this run's own, or nothing."""
+        folder = self.out / target.name
+        config, _ = FORMATS["saelens"]
+        there = [file for files in FORMATS.values() for file in files if (folder / file).exists()]
+        if (folder / config).is_file():
+            metadata = read_json(folder / config).get("metadata") or {}
+            if metadata.get("finetuning") is not None:
+                return f"{target.name} was fine-tuned since it was trained"
+            facts = {
+                "config": metadata.get("training"),
+                "hooks": [metadata[key] for key in ("hook_name", "hook_name_out") if metadata.get(key)],
+                "source": metadata.get("training_source"),
+            }
+            wanted = json.loads(json.dumps(self._identity(target)))
+            return "" if facts == wanted else f"{target.name} differs in {differing(facts, wanted)}"
+        if (folder / CHECKPOINT_FILE).exists():
+            wanted = json.loads(json.dumps(self._identity(target)))
+            facts = read_facts(folder / CHECKPOINT_FILE)
+            found = differing({key: facts.get(key) for key in wanted}, wanted)
+            return f"the checkpoint of {target.name} differs in {found}" if found else ""
+        return f"{target.name} has {', '.join(there)}, which is not of a training here" if there else ""
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from sae_lens import SAE, TopKSAE
 from safetensors.torch import load_file
 
-from bilens.errors import ArgumentError, HookNameError, SAEMismatchError, TokenizationError, TrainingError
+from bilens._core.folders import alone_in
+from bilens.errors import (
+    ArgumentError,
+    HookNameError,
+    OverwriteError,
+    SAEMismatchError,
+    TokenizationError,
+    TrainingError,
+    WriteError,
+)
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.loading import list_saes, load_sae
 from bilens.sae.scope import ScopeSAE, ScopeTrainingSAE, ScopeTrainingSAEConfig
@@ -368,16 +377,70 @@ def test_an_interruption_loses_nothing(run, tmp_path, monkeypatch):
 
 
 def test_what_is_finished_is_not_trained_again(run, tmp_path, monkeypatch):
+    """Neither with the word that would replace other work."""
     train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS[:1])
     before = all_files(tmp_path)
     with monkeypatch.context() as patch:
         stop_at(patch, 60, Killed)  # the other hook's steps, and no more
-        both = train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS)
+        both = train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS, overwrite=True)
     assert list(both) == FOLDERS
     assert before.items() <= all_files(tmp_path).items()
-    stop_at(monkeypatch, 60, Killed)
-    with pytest.raises(Killed):
-        train_saes(run.model, run.texts[1:], tmp_path, GOING_ON, hooks=HOOKS)  # other data: trained anew
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_other_work_is_not_replaced(run, tmp_path, monkeypatch, interrupted):
+    """Other texts, arguments or another model: refused by what differs, all files as they were; then overwritten."""
+    others = {
+        "lr": {"config": replace(GOING_ON, lr=1e-4)},
+        "checksum": {"data": run.texts[1:]},
+        "model": {"model": make_model(tokenizer=run.model.tokenizer, seed=1)},
+    }
+    if interrupted:
+        stop_at(monkeypatch, 10, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS[:1])
+    else:
+        train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS[:1])
+    before = all_files(tmp_path)
+
+    def train(model=run.model, data=run.texts, config=GOING_ON, **options):
+        return train_saes(model, data, tmp_path, config, hooks=HOOKS[:1], **options)
+
+    for differs, other in others.items():
+        with pytest.raises(OverwriteError, match=rf"holds other work: .*{FOLDERS[0]} differs in .*{differs} \("):
+            train(**other)
+        assert all_files(tmp_path) == before
+    monkeypatch.undo()
+    train(**others["lr"], overwrite=True)
+    assert list(all_files(tmp_path)) == [f"{FOLDERS[0]}/cfg.json", f"{FOLDERS[0]}/sae_weights.safetensors"]
+    train(**others["lr"])  # finished: returned
+
+
+def test_what_is_not_of_a_training_is_not_replaced(run, tmp_path):
+    """An SAE that was fine-tuned since, one in the published format, weights alone."""
+    folder = tmp_path / FOLDERS[0]
+    train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS[:1])
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["finetuning"] = {"tokens": 10}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    before = all_files(tmp_path)
+    with pytest.raises(OverwriteError, match=f"{FOLDERS[0]} was fine-tuned since it was trained"):
+        train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS)
+    assert all_files(tmp_path) == before
+    (folder / "cfg.json").unlink()
+    with pytest.raises(OverwriteError, match=r"has sae_weights.safetensors, which is not of a training here"):
+        train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS)
+    (folder / "sae_weights.safetensors").rename(folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(OverwriteError, match=r"has config.json, model.safetensors, which is not of a training"):
+        train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS)
+    train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS[:1], overwrite=True)
+    assert load_sae(tmp_path, "mlp-in", 0).cfg.metadata.training == config["metadata"]["training"]
+
+
+def test_two_runs_in_one_folder(run, tmp_path):
+    with alone_in(tmp_path), pytest.raises(WriteError, match="another process is writing to"):
+        train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS)
 
 
 def test_saes_do_not_depend_on_each_other(run, tmp_path):
@@ -388,25 +451,6 @@ def test_saes_do_not_depend_on_each_other(run, tmp_path):
     assert all_files(tmp_path / "both") == all_files(tmp_path / "alone")
 
 
-@pytest.mark.parametrize(
-    ("change", "differs"),
-    [
-        ({"config": replace(GOING_ON, lr=1e-4)}, r"'lr': \(0.003, 0.0001\)"),
-        ({"data": slice(1, None)}, "'checksum': "),
-        ({"seed": 1}, "'model': "),
-    ],
-)
-def test_a_checkpoint_of_another_run(run, tmp_path, monkeypatch, change, differs):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 10, KeyboardInterrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train_saes(run.model, run.texts, tmp_path, GOING_ON, hooks=HOOKS[:1])
-    model = make_model(tokenizer=run.model.tokenizer, seed=change.get("seed", 0))
-    texts, config = run.texts[change.get("data", slice(None))], change.get("config", GOING_ON)
-    with pytest.raises(TrainingError, match=f"is of another run.*{differs}"):
-        train_saes(model, texts, tmp_path, config, hooks=HOOKS[:1])
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -414,10 +458,15 @@ def test_a_checkpoint_of_another_run(run, tmp_path, monkeypatch, change, differs
     ("arguments", "message"),
     [
         ({"architecture": "jumprellu"}, "'jumprellu' is not one of topk.*Did you mean 'jumprelu'"),
-        ({"k": 0}, "k is 0, expected a positive integer"),
-        ({"expansion": 2.5}, "expansion is 2.5, expected a positive integer"),
+        ({"k": 0}, "k is 0, expected a positive whole number"),
+        ({"k": True}, "k is True, expected a positive whole number"),
+        ({"expansion": 2.5}, "expansion is 2.5, expected a positive whole number"),
+        ({"bf16": "false"}, "bf16 is 'false', expected True or False"),
+        ({"l1": float("nan")}, "l1 is nan, expected 0 or more"),
+        ({"seed": 2**32}, "seed is 4294967296, expected a whole number from 0"),
+        ({"lr": float("inf")}, "lr is inf, expected a number above 0"),
         ({"tokens": 100}, "tokens is 100, fewer than one batch of 1024"),
-        ({"lr": 0.0}, "lr is 0.0, expected a positive number"),
+        ({"lr": 0.0}, "lr is 0.0, expected a number above 0"),
         ({"decay": 1.5}, "decay is 1.5, expected a share"),
         ({"bilinear_encoder": True}, "of architecture 'scope', not 'topk'"),
     ],
