@@ -8,14 +8,17 @@
 """
 
 import gzip
+import lzma
 import os
 import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from math import prod
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -23,8 +26,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens._core.files import to_path
-from bilens.errors import ArgumentError, ImageDataError, nearest
+from bilens._core.checks import check_seeds
+from bilens._core.files import regular_file, to_path
+from bilens.errors import ArgumentError, CheckpointError, ImageDataError, ModelNotFoundError, nearest
 from bilens.model.loading import HUB_ID
 
 HUB_SOURCES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
@@ -32,6 +36,10 @@ SOURCES = ("digits", *HUB_SOURCES)
 # idx: two zero bytes, this type, the number of dimensions, each dimension as four bytes, then the numbers, big-endian.
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 IDX_PARTS = {"train": ("train",), "test": ("t10k", "test")}
+MAX_BYTES = 2**31  # of one array: what a header asks for is not made before it is believed
+MAX_CLASSES = 2**16
+DATA_SUFFIXES = (".parquet", ".arrow", ".zip", ".tar", ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tiff", ".webp")
+LOOKED_AT = 10_000  # entries of a folder, before it is taken to hold no images
 ARRAY_NAMES = {  # of an .npz file: Keras' MNIST, MedMNIST, and plain ones
     "train images": ("train_images", "x_train", "images", "x", "data"),
     "train labels": ("train_labels", "y_train", "labels", "y", "target"),
@@ -110,12 +118,17 @@ class ImageDataset:
 
         Raises:
             ImageDataError: shapes, values or labels that do not fit, or no images.
-            ArgumentError: a share outside 0 to 1.
+            ArgumentError: a share outside 0 to 1, or class names that are none.
         """
         if (test_images is None) != (test_labels is None):
             raise ImageDataError(f"{source}: test images and test labels go together; one of them is missing.")
-        if not 0 < test_share < 1:
-            raise ArgumentError(f"test_share is {test_share}, expected a number between 0 and 1.")
+        check_seeds(seed=seed)
+        if not isinstance(test_share, int | float) or not 0 < test_share < 1:
+            raise ArgumentError(f"test_share is {test_share!r}, expected a number between 0 and 1.")
+        if class_names is not None and not (
+            isinstance(class_names, list | tuple) and all(isinstance(name, str) for name in class_names)
+        ):
+            raise ArgumentError(f"class_names is {class_names!r:.100}, expected a list of names.")
         images = _images(train_images, source)
         labels, names = _labels(train_labels, len(images), class_names, source)
         if test_images is not None:
@@ -123,7 +136,7 @@ class ImageDataset:
             if tests.shape[1:] != images.shape[1:]:
                 shapes = [" x ".join(map(str, part.shape[1:])) for part in (images, tests)]
                 raise ImageDataError(f"{source}: training images are {shapes[0]}, test images {shapes[1]}.")
-            strings = not _is_whole(np.asarray(train_labels))
+            strings = not _is_whole(_array(train_labels, source))
             known = names if class_names is not None or strings else None
             test_classes, test_names = _labels(test_labels, len(tests), known, source)
             names = max(names, test_names, key=len)
@@ -152,7 +165,7 @@ def load_images(
 
     Raises:
         ImageDataError: nothing there (with the nearest name), a damaged file, or images and labels that do not fit.
-        ArgumentError: a share outside 0 to 1.
+        ArgumentError: a source that is neither text nor a path, or a share outside 0 to 1.
     """
     if isinstance(source, ImageDataset):
         return source
@@ -166,8 +179,10 @@ def load_images(
         idx = _idx_files(path)
         if idx:
             arrays = _from_idx(path, idx)
-        else:
+        elif _holds_data(path):
             arrays, class_names = _from_datasets(str(path))
+        else:
+            raise ImageDataError(f"{path} holds no idx files, no parquet and no image files.")
     elif path.suffix == ".npz" and path.exists():
         arrays = _from_npz(path)
     elif path.exists():
@@ -259,44 +274,93 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         ImageDataError: not idx, truncated, or longer than its header says.
     """
-    path = to_path(path)
+    path = _regular(to_path(path))
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in IDX_TYPES:
+                raise ImageDataError(f"{path} is no idx file: it starts with {start!r}.")
+            dtype, sizes = np.dtype(IDX_TYPES[start[2]]), file.read(4 * start[3])
+            shape = struct.unpack(f">{start[3]}I", sizes) if len(sizes) == 4 * start[3] else (0,)
+            wanted = prod(shape) * dtype.itemsize
+            if wanted > MAX_BYTES:
+                raise ImageDataError(f"{path}: its header asks for {wanted:,} bytes, more than {MAX_BYTES:,}.")
+            data = file.read(wanted + 1)
+            held, asked = 4 + len(sizes) + len(data), 4 + 4 * start[3] + wanted
+            if held != asked:
+                more = " or more" if held > asked else ""
+                raise ImageDataError(
+                    f"{path} holds {held} bytes{more}, its header asks for {asked}. A truncated download?"
+                )
     except (OSError, EOFError, zlib.error) as error:
         raise ImageDataError(f"{path} cannot be read: {error}. A truncated download?") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in IDX_TYPES:
-        raise ImageDataError(f"{path} is no idx file: it starts with {data[:4]!r}.")
-    dtype, header = np.dtype(IDX_TYPES[data[2]]), 4 + 4 * data[3]
-    shape = struct.unpack(f">{data[3]}I", data[4:header]) if len(data) >= header else None
-    wanted = header if shape is None else header + prod(shape) * dtype.itemsize
-    if len(data) != wanted or shape is None:
-        raise ImageDataError(f"{path} holds {len(data)} bytes, its header asks for {wanted}. A truncated download?")
-    return np.frombuffer(data, dtype, offset=header).reshape(shape)
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _from_npz(path: Path) -> tuple[Any, ...]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            held = {key: file[key] for key in file.files}
-    # ValueError: an array of objects, which would be unpickled.
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ImageDataError(f"{path} cannot be read: {error}") from error
     arrays: list[Any] = []
-    for what, names in ARRAY_NAMES.items():
-        found = next((held[name] for name in names if name in held), None)
-        if found is None and what.startswith("train"):
-            raise ImageDataError(f"{path}: no {what}; it holds {sorted(held)}, expected one of {', '.join(names)}.")
-        arrays.append(found)
+    try:
+        with zipfile.ZipFile(_regular(path)) as archive:
+            held = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
+            for what, names in ARRAY_NAMES.items():
+                name = next((name for name in names if name in held), None)
+                if name is None and what.startswith("train"):
+                    raise ImageDataError(
+                        f"{path}: no {what}; it holds {sorted(held)}, expected one of {', '.join(names)}."
+                    )
+                arrays.append(None if name is None else _npy(archive, held[name], path))
+    # A header is a Python literal: what is wrong with it shows in many ways.
+    except (
+        *(OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+        *(SyntaxError, TokenError, TypeError, RecursionError, RuntimeError),
+    ) as error:
+        if isinstance(error, ImageDataError):
+            raise
+        raise ImageDataError(f"{path} cannot be read: {error}") from error
     return tuple(arrays)
+
+
+def _npy(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
+    """One array; its header's size is compared with the member's before the array is made."""
+    member = archive.getinfo(name)
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        wanted, held = prod(shape) * dtype.itemsize, member.file_size - file.tell()
+        if not dtype.hasobject and (wanted != held or wanted > MAX_BYTES):
+            raise ImageDataError(f"{path}: the header of {name} asks for {wanted:,} bytes, it holds {held:,}.")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _regular(path: Path) -> Path:
+    try:
+        return regular_file(path)
+    except (CheckpointError, ModelNotFoundError) as error:
+        raise ImageDataError(str(error)) from error
+
+
+def _holds_data(folder: Path) -> bool:
+    """Whether a folder has files that `datasets` reads; a large one without is not searched to its end."""
+    files = (name for _, _, names in os.walk(folder) for name in (names or [""]))
+    return any(name.lower().endswith(DATA_SUFFIXES) for name in islice(files, LOOKED_AT))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
+def _array(given: Any, source: str) -> np.ndarray:
+    try:
+        return np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given)
+    except (ValueError, TypeError) as error:
+        raise ImageDataError(f"{source}: {type(given).__name__} is no array: {error}.") from error
+
+
 def _images(given: Any, source: str) -> Float[Tensor, "n height width"]:
-    images = np.asarray(given)
+    images = _array(given, source)
     if images.ndim == 4 and 1 in (images.shape[1], images.shape[-1]):
         images = images.squeeze(1 if images.shape[1] == 1 else -1)
     if images.ndim != 3 or 0 in images.shape or images.dtype.kind not in "buif":
@@ -323,7 +387,7 @@ def _labels(
     given: Any, n: int, class_names: Sequence[str] | None, source: str
 ) -> tuple[Int[Tensor, "n"], tuple[str, ...]]:
     """Indices, and the names they index."""
-    labels = np.asarray(given)
+    labels = _array(given, source)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.shape != (n,):
@@ -339,8 +403,10 @@ def _labels(
             raise ImageDataError(f"{source}: label {unknown[0]!r} is no class.{nearest(unknown[0], names)}")
         labels = np.array([index[word] for word in words.tolist()])
         class_names = names
-    if labels.min() < 0 or (class_names is not None and labels.max() >= len(class_names)):
-        top = "" if class_names is None else f" to {len(class_names) - 1}"
-        raise ImageDataError(f"{source}: labels go from {labels.min()} to {labels.max()}, expected 0{top}.")
+    n_classes = MAX_CLASSES if class_names is None else len(class_names)
+    if labels.min() < 0 or labels.max() >= n_classes:
+        raise ImageDataError(
+            f"{source}: labels go from {labels.min()} to {labels.max()}, expected 0 to {n_classes - 1}."
+        )
     named = tuple(map(str, range(int(labels.max()) + 1))) if class_names is None else tuple(map(str, class_names))
     return torch.from_numpy(labels.astype(np.int64)), named

@@ -1,7 +1,9 @@
 """Every source of images gives the same tensors as the arrays it was made of."""
 
 import gzip
+import os
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +181,58 @@ def test_damaged_idx_files(tmp_path: Path) -> None:
     path.write_bytes(idx(TRAIN))
     with pytest.raises(ImageDataError, match="no idx file with the other half"):
         load_images(tmp_path)
+
+
+def test_headers_are_not_believed(tmp_path: Path) -> None:
+    """Terabytes in a header, and bytes that inflate without end, are refused before anything of that size is made."""
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(struct.pack(">HBB3I", 0, 8, 3, 2**31, 2**20, 4))
+    with pytest.raises(ImageDataError, match=r"its header asks for 9,007,199,254,740,992 bytes, more than"):
+        read_idx(path)
+    path.write_bytes(gzip.compress(idx(TRAIN) + bytes(10**7)))
+    with pytest.raises(ImageDataError, match="holds 617 bytes or more, its header asks for 616"):
+        read_idx(path)
+    for shape, message in (("(30, 5, 4000000000000)", "asks for 600,000,000,000,000 bytes"), ("(" * 80, "cannot be")):
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+        with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+            archive.writestr("x_train.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(600))
+        with pytest.raises(ImageDataError, match=message):
+            load_images(tmp_path / "x.npz")
+
+
+def test_only_regular_files_of_images_are_read(tmp_path: Path) -> None:
+    for name in ("train-images-idx3-ubyte", "x.npz"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ImageDataError, match="a pipe, a socket or a device"):
+            (load_images if name == "x.npz" else read_idx)(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "top", [10**7, 2**62, np.uint64(2**63), np.uint64(2**64 - 1)], ids=["10^7", "2^62", "2^63", "2^64"]
+)
+def test_labels_of_any_size_are_refused_at_once(top: Any) -> None:
+    """A name for each of 10^19 classes would fill the memory; so would 10^7."""
+    labels = TRAIN_LABELS.astype(np.asarray(top).dtype)
+    labels[3] = top
+    with pytest.raises(ImageDataError, match=rf"labels go from 0 to {top}, expected 0 to 65535"):
+        ImageDataset.from_arrays(TRAIN, labels)
+
+
+@pytest.mark.parametrize("source", [None, 5, b"digits", ["digits"], "", "a\0b", "x" * 300, "~nobody-at/x"], ids=repr)
+def test_sources_that_are_none(source: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^source "):
+        load_images(source)
+
+
+@pytest.mark.parametrize("images", [None, "abc", [[1], [1, 2]], {"a": 1}, object()], ids=repr)
+def test_what_is_no_array(images: Any) -> None:
+    with pytest.raises(ImageDataError):
+        ImageDataset.from_arrays(images, TRAIN_LABELS)
+    with pytest.raises(ImageDataError):
+        ImageDataset.from_arrays(TRAIN, images)
+
+
+def test_a_large_folder_without_images_is_not_searched(tmp_path: Path) -> None:
+    for source in (tmp_path, Path("/proc")):
+        with pytest.raises(ImageDataError, match="holds no idx files, no parquet and no image files"):
+            load_images(source)
