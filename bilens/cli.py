@@ -1,5 +1,6 @@
 """The `bilens` command: arguments in, library calls, a few lines out. Heavy imports happen inside the commands."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -462,24 +463,35 @@ def demo(out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("bilen
 
 @app.command()
 def reproduce(
-    names: Annotated[list[str] | None, typer.Argument(help="Which figures; without, they are listed.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Which recipes; without, they are listed.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the pages and tables.")] = Path("bilens_reproductions"),
+    model: Annotated[
+        str | None, typer.Option(help="Bundled name, folder or hub id, for the recipes on language models.")
+    ] = None,
+    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
+    layer: Annotated[int | None, typer.Option(help="The one layer to measure; without, the recipe's choice.")] = None,
+    expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
+    k: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.")] = None,
     texts: Annotated[str | None, typer.Option(help="Held-out texts; without, the model's own examples.")] = None,
-    images: Annotated[str, typer.Option(help="As for train-image.")] = "digits",
+    images: Annotated[str, typer.Option(help="As for train-image, for the recipes on image classifiers.")] = "digits",
     reduced: Annotated[bool, typer.Option(help="Everything small, to see that it runs.")] = False,
     seed: int = 0,
 ) -> None:
     """Make figures of the papers again, as far as this machine can: a page each, and a table "paper / here"."""
-    from bilens.reproduce import RECIPES, Settings, recipe
-    from bilens.train.data import load_texts
+    from bilens.reproduce import RECIPES, Settings, check_settings, recipe
 
     chosen = list(RECIPES.values()) if everything else [recipe(name) for name in names or []]
     if not chosen:
         for one in RECIPES.values():
-            typer.echo(f"{one.name:16} {one.about} ({one.source})")
+            typer.echo(f"{one.name:22}{one.where}: {one.about}")
         return
-    settings = Settings(texts=None if texts is None else load_texts(texts), images=images, reduced=reduced, seed=seed)
+    settings = Settings(model, saes, layer, expansion, k, None, images, reduced, seed)
+    if texts is not None:
+        from bilens.train.data import load_texts
+
+        settings = replace(settings, texts=load_texts(texts))
+    check_settings(chosen, settings)
     for one in chosen:
         made = one.run(settings)
         typer.echo(f"{made}\n{made.save(out)} written\n")

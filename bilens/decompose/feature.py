@@ -249,7 +249,7 @@ def rank_features(
     """Rank output features by how well `k` eigencircuits reproduce them and how much they combine different inputs.
 
     A feature scores high if its two leading eigenvectors predict, token by token, how strongly it fires (Pearce et al.
-    2025, section 5.3), and if what makes it fire are pairs of two different input features rather than one feature
+    2025, section 5.2), and if what makes it fire are pairs of two different input features rather than one feature
     squared.
 
     Args:

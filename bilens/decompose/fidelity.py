@@ -10,10 +10,10 @@
 Correlation asks whether the eigencircuits follow the feature up to scale and offset, explained variance whether they
 give its value. With all d_model eigenpairs the second is 1.
 
-Source: Pearce et al. 2025 (arXiv 2410.08417), section 5.3 and figure 9 (correlation over active tokens).
+Source: Pearce et al. 2025 (arXiv 2410.08417), section 5.2 and figure 9 (correlation over active tokens).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -183,23 +183,14 @@ def fidelity(
         OutOfRangeError: no such feature, or more eigenpairs than `d_model`.
     """
     check_sizes(batch_size=batch_size)
-    view, model = decomposer.output_view, decomposer.model
-    require_bare(model, view.sae)
+    view = decomposer.output_view
+    require_bare(decomposer.model, view.sae)
     features = torch.arange(view.d_sae) if output is None else decomposer.feature_indices(output)
     e = decomposer.directions(features)
     eigen = top_eigenpairs(decomposer.weights, e, k, progress=False)
     linear, constant = decomposer.linear(features), decomposer.constant(features)
     sums = _Sums(len(features), k, e.device)
-    tokens, mask = text_starts(model, texts)
-    hooks = [decomposer.normalized_hook, decomposer.out_hook]
-    for at in tqdm(range(0, len(tokens), batch_size), desc="fidelity", unit="batch"):
-        rows = tokens[at : at + batch_size].to(model.cfg.device)
-        kept = mask[at : at + batch_size].bool().to(rows.device)
-        kept[:, : model.n_bos] = False
-        _, cache = model.run_with_cache(
-            rows, names_filter=hooks, stop_at_layer=decomposer.layer + 1, return_cache_object=False
-        )
-        x, y = (cache[hook][kept].to(e) for hook in hooks)
+    for x, y in read_and_written(decomposer, texts, batch_size):
         for part in torch.arange(len(x)).split(max(1, PAIRS_AT_ONCE // (len(features) * k))):
             f = view.activations(y[part])[:, features].to(e)
             projections = (x[part] @ eigen.vectors.flatten(0, 1).T).unflatten(-1, eigen.values.shape)
@@ -207,6 +198,29 @@ def fidelity(
             target = y[part] @ e.T - x[part] @ linear.T - constant
             sums.add(q, f, target)
     return sums.result(features, decomposer.output_names)
+
+
+@torch.no_grad()
+def read_and_written(
+    decomposer: Decomposer, texts: Sequence[str], batch_size: int = 16
+) -> Iterator[tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]]:
+    """What the layer reads and what it writes on every token of the texts but their `[BOS]`, in batches of texts; in
+    the dtype of the decomposer's weights.
+
+    Raises:
+        EmptyTextError: No texts, or one with nothing in it.
+    """
+    model, hooks = decomposer.model, [decomposer.normalized_hook, decomposer.out_hook]
+    tokens, mask = text_starts(model, texts)
+    for at in tqdm(range(0, len(tokens), batch_size), desc="texts", unit="batch"):
+        rows = tokens[at : at + batch_size].to(model.cfg.device)
+        kept = mask[at : at + batch_size].bool().to(rows.device)
+        kept[:, : model.n_bos] = False
+        _, cache = model.run_with_cache(
+            rows, names_filter=hooks, stop_at_layer=decomposer.layer + 1, return_cache_object=False
+        )
+        x, y = (cache[hook][kept].to(decomposer.weights.W_out) for hook in hooks)
+        yield x, y
 
 
 class _Sums:

@@ -269,6 +269,37 @@ def gate(
     return figure
 
 
+def scatter_grid(
+    panels: Mapping[str, tuple[Numbers, Numbers]], columns: int = 3, *, x_title: str = "", y_title: str = ""
+) -> "go.Figure":
+    """Small scatter plots in rows, each with its name over it and a line at y = x.
+
+    Args:
+        panels: x and y of the points of each, by name.
+        columns: how many in a row.
+        x_title, y_title: of all of them.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    rows = -(-len(panels) // columns) or 1
+    figure = make_subplots(rows, columns, subplot_titles=[plotly_text(name) for name in panels])
+    figure.update_layout(template=template(), height=rows * 220 + 60)
+    for place, (x, y) in enumerate(panels.values()):
+        across = numbers(x, "x", None)
+        up = numbers(y, "y (one per x)", len(across))
+        at = {"row": place // columns + 1, "col": place % columns + 1}
+        ends = [min(across.min(initial=0), up.min(initial=0)), max(across.max(initial=0), up.max(initial=0))]
+        line_style = {"color": GREY, "dash": "dot", "width": 1}
+        figure.add_trace(go.Scatter(x=ends, y=ends, mode="lines", line=line_style, hoverinfo="skip"), **at)
+        dots = {"color": POSITIVE, "size": 5, "opacity": 0.5, "line": {"width": 0}}
+        hover = "(%{x:.4g}, %{y:.4g})<extra></extra>"
+        figure.add_trace(go.Scatter(x=across, y=up, mode="markers", marker=dots, hovertemplate=hover), **at)
+        figure.update_xaxes(title_text=plotly_text(x_title) if at["row"] == rows else "", **at)
+        figure.update_yaxes(title_text=plotly_text(y_title) if at["col"] == 1 else "", **at)
+    return figure.update_layout(showlegend=False).update_annotations(font_size=12)
+
+
 def histogram(values: Numbers, title: str = "", *, x_title: str = "", bins: int = 40) -> "go.Figure":
     """How many values fall where."""
     import plotly.graph_objects as go

@@ -25,7 +25,7 @@ read at the adjective and at the full stop.
 4. gates (`negation_gates`): the picked features' two leading eigenvectors, and which families of input features their
    pre-activation comes from, exactly
 
-Source: Pearce et al. 2025 (arXiv 2410.08417), section 5, the sentiment-negation circuit; DESIGN section 4.
+Source: Pearce et al. 2025 (arXiv 2410.08417), section 5.1, the sentiment-negation circuit; DESIGN section 4.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ from bilens.reproduce.negation_probes import (
     valences,
 )
 from bilens.reproduce.negation_verdict import verdict
-from bilens.reproduce.reproduction import PEARCE_2025, Made, Recipe, Settings
+from bilens.reproduce.reproduction import Made, Settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -362,7 +362,8 @@ def _algebra(run: _Run, permutations: int, generator: torch.Generator) -> "pd.Da
 # --- as a recipe ------------------------------------------------------------------------------------------------------
 
 
-def _make(settings: Settings) -> Made:
+def negation(settings: Settings) -> Made:
+    """The negation study as a recipe (figure 8)."""
     study = negation_study(settings.model, permutations=20 if settings.reduced else 1000, seed=settings.seed)
     rows = [
         (
@@ -376,13 +377,5 @@ def _make(settings: Settings) -> Made:
         (f"valence lost under negation, layer {row.layer}", "", f"{row.fade:.0%}") for row in study.algebra.itertuples()
     ]
     figures = {f"{gate.target}: layer {gate.layer}, feature {gate.feature}": gate.plot() for gate in study.gates}
-    return Made(rows, figures, study.verdict)
-
-
-NEGATION = Recipe(
-    name="negation",
-    source=f"{PEARCE_2025}, section 5, the sentiment-negation circuit",
-    about="whether features or layers turn a word's sentiment round under negation",
-    scaled_down="a 6.3 M parameter model of TinyStories and 1152 sentences made from templates",
-    make=_make,
-)
+    ran_on = f"{study.model} (the paper: a TinyStories model of 33 M parameters) and 1152 sentences made from templates"
+    return Made(ran_on, rows, figures, study.verdict)

@@ -5,7 +5,7 @@ from bilens.vision.data import ImageDataset, load_images
 from bilens.vision.eigenfeatures import Eigenfeatures, class_difference, eigenfeatures
 from bilens.vision.explanation import Explanation, explain
 from bilens.vision.loading import load_classifier, save_classifier
-from bilens.vision.masks import Mask, MaskStudy, adversarial_mask, mask_study
+from bilens.vision.masks import Mask, MaskStudy, adversarial_mask, mask_study, pseudo_inverse_masks
 from bilens.vision.model import BilinearClassifier, class_layer, class_matrices, with_one
 from bilens.vision.regularisation import RegularisationStudy, regularisation_study
 from bilens.vision.similarity import FeatureSimilarity, feature_similarity
@@ -41,6 +41,7 @@ __all__ = [
     "load_classifier",
     "load_images",
     "mask_study",
+    "pseudo_inverse_masks",
     "regularisation_study",
     "save_classifier",
     "shared_neurons",

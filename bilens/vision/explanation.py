@@ -5,7 +5,7 @@
 2. of every class, the largest positive and the most negative activations on this image are parts; all others together
    are one more part, so that the parts add up to the logit
 
-Source: Pearce et al. 2025, section 4 and its appendix on explaining single predictions.
+Source: Pearce et al. 2025, section 4.1 and appendix C.
 """
 
 from dataclasses import dataclass, field

@@ -14,7 +14,11 @@ compares with the same masks with their pixels in random order among those allow
 the distribution of values. The logits of an image plus `s` times a mask are a parabola in `s`, which is all computed.
 
 One layer; the quadratic part only decides a mask (with biases or residual additions, the accuracies are still those of
-the whole model). Source: Pearce et al. 2025, section 4.4 (there, pseudo-inverse of eigenvectors at the image's edge).
+the whole model).
+
+`pseudo_inverse_masks` are those of Pearce et al. 2025, section 4.4, to compare with: the eigenvectors V of all classes
+overlap, so that an image along one activates others; a row m_i of the pseudo-inverse of V does not, `v_j . m_i = 1` for
+`j = i` and 0 else, as long as there are no more eigenvectors than dimensions.
 """
 
 from collections.abc import Sequence
@@ -233,6 +237,64 @@ def adversarial_mask(
     mask = mask / mask.norm()
     source = None if away_from is None else class_index(cfg, away_from)
     return Mask(mask, allowed, aim, source, (mask @ Q @ mask).item(), model)
+
+
+@typed
+@torch.no_grad()
+def pseudo_inverse_masks(
+    model: BilinearClassifier,
+    target: Class,
+    images: Float[Tensor, "batch *image"],
+    *,
+    n: int = 3,
+    k: int = 10,
+    allowed: Bool[Tensor, "d_input"] | None = None,
+) -> list[Mask]:
+    """The masks of Pearce et al. 2025, section 4.4, for the leading positive eigenvectors of one class.
+
+    V is the first `k` positive eigenvectors of every class, in the embedding; a mask is the row of V's pseudo-inverse
+    for an eigenvector, seen in the pixels through the embedding as eigenvectors are. (`v_j . m_i = 0` so holds in the
+    embedding, and in the pixels only as far as the embedding keeps angles.) The sign is the authors': that of the
+    eigenvector's read of the mean image.
+
+    Args:
+        model: A one-layer classifier.
+        target: The class aimed at.
+        images: Images to turn the masks by; those attacked.
+        n: How many of the class' eigenvectors to make a mask of, each.
+        k: How many positive eigenvectors of every class V holds.
+        allowed: The pixels that the mask may use, the others being set to zero. `None` allows all.
+
+    Raises:
+        ArgumentError: No such class, a model of several layers, fewer than `k` positive eigenvalues of some class, or
+            a mask that is zero on the pixels allowed.
+        OutOfRangeError: `n` is not in 1..k.
+    """
+    cfg = model.cfg
+    aim = class_index(cfg, target)
+    if not 1 <= n <= k:
+        raise OutOfRangeError(f"n is {n}, expected 1 to {k}, the eigenvectors of a class in the pseudo-inverse (k).")
+    if cfg.n_layer > 1:
+        raise ArgumentError(f"the model has {cfg.n_layer} layers; masks are made for one.")
+    layer = last_layer(model, space="embedding", homogeneous=False)
+    each = torch.eye(cfg.d_output, dtype=layer.W_out.dtype, device=layer.W_out.device)
+    values, vectors = sorted_eigenpairs(interaction_matrix(layer, each))
+    ranks = [torch.nonzero(row > 0)[:k, 0] for row in values]
+    fewest = min(map(len, ranks))
+    if fewest < k:
+        raise ArgumentError(f"k is {k}, but some class has only {fewest} positive eigenvalues.")
+    V = torch.stack([vectors[row, rank] for row, rank in enumerate(ranks)]).flatten(0, 1)
+    rows = torch.linalg.pinv(V).T[aim * k : aim * k + n]
+    embedding = model.W_E.detach().double()
+    mean = model.flatten(images).double().mean(0)
+    turned = rows * torch.where(V[aim * k : aim * k + n] @ (mean @ embedding) < 0, -1.0, 1.0)[:, None]
+    allowed = torch.ones_like(mean, dtype=torch.bool) if allowed is None else allowed.to(mean.device)
+    pixels = (turned @ embedding.T) * allowed
+    if not pixels.any(-1).all():
+        raise ArgumentError(f"a mask of {cfg.labels[aim]} is zero on the {int(allowed.sum())} pixels allowed.")
+    pixels = pixels / pixels.norm(dim=-1, keepdim=True)
+    Q = interaction_matrix(last_layer(model, space="pixels", homogeneous=False), each[aim])
+    return [Mask(mask, allowed, aim, None, (mask @ Q @ mask).item(), model) for mask in pixels]
 
 
 @typed

@@ -1,6 +1,7 @@
 """How regularisation makes eigenfeatures clean: one model for every strength of it, and their eigenfeatures in a row.
 
-Source: Pearce et al. 2025, section 4.2 (Gaussian noise on the pixels); any number of `ImageTrainConfig` can be varied.
+Source: Pearce et al. 2025, section 4.1 (Gaussian noise on the pixels) and appendices B and E; any number of
+`ImageTrainConfig` can be varied.
 """
 
 import os

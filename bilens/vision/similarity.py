@@ -8,7 +8,7 @@
 
 Quadratic part only: biases and residual additions do not enter. Ranks count within a sign, by |eigenvalue|.
 
-Source: Pearce et al. 2025, section 4.2 and its figure on similarity across sizes and initialisations.
+Source: Pearce et al. 2025, section 4.2, figures 5A and 20 (there by equal rank).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,14 +67,19 @@ class FeatureSimilarity(Tabular):
             }
         )
 
-    def plot(self) -> "go.Figure":
-        """Mean best cosine against rank, and with other classes (the mean over comparisons)."""
+    def plot(self, measure: Literal["same_rank", "best"] = "same_rank") -> "go.Figure":
+        """Mean cosine against rank, and the best with other classes (the mean over comparisons).
+
+        Args:
+            measure: With the eigenfeature of the same rank, as the paper has it, or with the most alike one.
+        """
         from bilens.draw.plots import GREY, line
 
-        others = "with other classes"
-        curves = dict(zip(self.comparisons, self.best, strict=True)) | {others: self.other_class.mean(0)}
+        others = "best with other classes"
+        curves = dict(zip(self.comparisons, getattr(self, measure), strict=True)) | {others: self.other_class.mean(0)}
         ranks = list(range(self.best.shape[1]))
-        figure = line(ranks, curves, "similarity of eigenfeatures", x_title="rank", y_title="mean max |cosine|")
+        y_title = f"mean |cosine|, {'equal rank' if measure == 'same_rank' else 'best match'}"
+        figure = line(ranks, curves, "similarity of eigenfeatures", x_title="rank", y_title=y_title)
         return figure.update_traces(line={"color": GREY, "dash": "dot"}, selector={"name": others})
 
     def __str__(self) -> str:

@@ -8,7 +8,8 @@ HOSVD (`bilens.layer.hosvd`), over the pixels, so that directions of the input a
 CP (`bilens.layer.cp`): the layer replaced by one of few hidden units, fitted from the weights alone, and the
 accuracy that the classifier has with it.
 
-Biases and residual additions take part, in homogeneous coordinates. Source: Pearce et al. 2025, section 3, appendices.
+Biases and residual additions take part, in homogeneous coordinates. Source: Pearce et al. 2025, section 3.3 and
+appendix D for the output mode of the HOSVD, there in the embedding; the input mode and CP are not in the paper.
 """
 
 from collections.abc import Sequence

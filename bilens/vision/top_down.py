@@ -10,7 +10,8 @@ With all eigenpairs kept it is the model: `logit = sum_k lambda_k (sum_j mu_kj (
 and residual additions are exact in homogeneous coordinates: `v . (x, 1) = v_x . x + v_1`, where `v_1` belongs into the
 corner of the matrix of the layer below.
 
-Source: Pearce et al. 2025, the appendix on deeper image models.
+The paper (Pearce et al. 2025) names "the decompilation of later layers" as a source of output directions (section 3.2)
+and shows no deeper image model.
 """
 
 from dataclasses import dataclass, field

@@ -6,7 +6,7 @@
 3. after every epoch: the accuracy on the test images, unchanged
 4. at the end: the model in the authors' format and `training.json`, each file whole or not at all
 
-Source: Pearce et al. 2025, the appendix on image models (AdamW, cosine schedule, strong weight decay, Gaussian input
+Source: Pearce et al. 2025, appendices B and G.1 (AdamW, cosine schedule, strong weight decay, Gaussian input
 noise, normed latent noise). Everything random is drawn after `torch.manual_seed(seed)` in a fork of the global
 generator, so that a seed decides every bit on one machine, and the caller's generator is left alone.
 """

@@ -4,7 +4,7 @@
    that keeping all of them is the model
 2. their activations on every image, summed from the largest |eigenvalue| on: the logits of every truncation at once
 
-Source: Pearce et al. 2025, section 4.2 and its figure on truncation (there in the embedding, by |eigenvalue|).
+Source: Pearce et al. 2025, section 4.2, figures 5B and 20A (there in the embedding, by |eigenvalue|).
 """
 
 from dataclasses import dataclass, field

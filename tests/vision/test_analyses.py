@@ -29,6 +29,7 @@ from bilens.vision import (
     feature_similarity,
     load_images,
     mask_study,
+    pseudo_inverse_masks,
     regularisation_study,
     shared_neurons,
     top_down,
@@ -334,6 +335,56 @@ def test_regularisation_study_varies_one_argument(digits: ImageDataset) -> None:
 
 
 # --- what everything shows, and what it refuses -----------------------------------------------------------------------
+
+
+def _square_classifier() -> BilinearClassifier:
+    """As many hidden units as pixels, and an embedding that keeps angles."""
+    model = BilinearClassifier(ClassifierConfig(12, 12, 3, height=3, width=4), seed=0).double()
+    with torch.no_grad():
+        draws = torch.randn(12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        model.embed.weight.copy_(torch.linalg.qr(draws)[0])
+    return model.eval()
+
+
+def test_a_pseudo_inverse_mask_activates_one_eigenvector_of_all(images: Tensor) -> None:
+    model = _square_classifier()
+    found = eigenfeatures(model, space="embedding")
+    assert found.pictures is not None
+    masks = pseudo_inverse_masks(model, 1, images, n=2, k=3)
+    for place, mask in enumerate(masks):
+        assert mask.pixels.norm().item() == pytest.approx(1)
+        for row in range(3):
+            for rank, index in enumerate(found.signed_ranks(row, 1, 3)):
+                read = (found.pictures[row, index] @ mask.pixels).abs().item()
+                assert (read > 0.1) == ((row, rank) == (1, place))
+                assert read > 0.1 or read < 1e-10
+
+
+def test_a_pseudo_inverse_mask_adds_to_what_its_eigenvector_reads_already(images: Tensor) -> None:
+    model = _square_classifier()
+    found = eigenfeatures(model, [1], space="embedding")
+    first = found.signed_ranks(0, 1, 1)[0]
+    for attacked in (images, -images):
+        (mask,) = pseudo_inverse_masks(model, 1, attacked, n=1, k=3)
+        mean = attacked.mean(0, keepdim=True)
+        before, after = (found.activations(x)[0, 0, first] for x in (mean, mean + 0.1 * mask.pixels.view(1, 3, 4)))
+        assert after > before
+
+
+def test_a_pseudo_inverse_mask_keeps_to_the_pixels_allowed(images: Tensor) -> None:
+    model = _square_classifier()
+    allowed = torch.arange(12) % 3 == 0
+    (mask,) = pseudo_inverse_masks(model, 0, images, n=1, k=2, allowed=allowed)
+    assert not mask.pixels[~allowed].any()
+    assert mask.pixels.norm().item() == pytest.approx(1)
+    with pytest.raises(ArgumentError, match="zero on the 0 pixels allowed"):
+        pseudo_inverse_masks(model, 0, images, n=1, k=2, allowed=torch.zeros(12, dtype=torch.bool))
+    with pytest.raises(ArgumentError, match=r"only \d positive"):
+        pseudo_inverse_masks(model, 0, images, n=1, k=12)
+    with pytest.raises(OutOfRangeError, match="n is 4, expected 1 to 3"):
+        pseudo_inverse_masks(model, 0, images, n=4, k=3)
+    with pytest.raises(ArgumentError, match="2 layers"):
+        pseudo_inverse_masks(make_classifier(2), 0, images)
 
 
 def test_everything_prints_tabulates_and_plots(trained: TrainedClassifier, digits: ImageDataset) -> None:
