@@ -208,8 +208,10 @@ def read_and_written(
     the dtype of the decomposer's weights.
 
     Raises:
+        AlteredModelError: SAEs are attached to the model, or there are hooks on it.
         EmptyTextError: No texts, or one with nothing in it.
     """
+    require_bare(decomposer.model)
     model, hooks = decomposer.model, [decomposer.normalized_hook, decomposer.out_hook]
     tokens, mask = text_starts(model, texts)
     for at in tqdm(range(0, len(tokens), batch_size), desc="texts", unit="batch"):

@@ -27,9 +27,10 @@ from bilens.layer.bilinear import BilinearLayer, biases_as_weights
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.reproduce.language_runs import model_and_texts, one_decomposer, ran_on
 from bilens.reproduce.reproduction import NOT_IN_PAPER, Made, Settings
+from bilens.sae.texts import text_starts
 from bilens.train.language_model import validate
 
-TOKENS_AT_ONCE = 512
+TOKENS_AT_ONCE, BATCH = 512, 16
 MOST_TEXTS = 48
 
 
@@ -74,6 +75,7 @@ def explained(y: Float[Tensor, "token d_model"], guess: Float[Tensor, "token d_m
     return (1 - (guess - y).square().sum() / (y - y.mean(0)).square().sum()).item()
 
 
+@torch.no_grad()
 def loss_with(
     model: HookedBilinearTransformer, layer: int, weights: BilinearLayer | None, texts: Sequence[str]
 ) -> float:
@@ -88,8 +90,13 @@ def loss_with(
         return torch.zeros_like(y) if weights is None else run_layer(weights, x.flatten(0, 1)).view(y.shape).to(y)
 
     hooks = [(f"blocks.{layer}.ln2.hook_normalized", remember), (f"blocks.{layer}.hook_mlp_out", replace_output)]
-    with model.hooks(fwd_hooks=hooks):
-        return validate(model, TokenizedTexts.from_texts(texts, model.tokenizer)).nats_per_token
+    tokens, mask = text_starts(model, texts)
+    total = 0.0
+    for rows, kept in zip(tokens.split(BATCH), mask[:, 1:].split(BATCH), strict=True):
+        rows = rows.to(model.cfg.device)
+        loss = model.run_with_hooks(rows, return_type="loss", loss_per_token=True, fwd_hooks=hooks)
+        total += (loss * kept.to(loss)).sum().item()
+    return total / int(mask[:, 1:].sum())
 
 
 @torch.no_grad()
@@ -109,8 +116,8 @@ def reexpressed_layer(settings: Settings) -> Made:
         guess = run_layer(replace(rebuilt, W_out=U.repeat_interleave(r, 0)), x)
         plain.append(explained(y, guess * ((guess * y).sum() / guess.square().sum())))
         losses.append(loss_with(model, d.layer, rebuilt, texts))
-    validated = TokenizedTexts.from_texts(texts, model.tokenizer)
-    clean, without = validate(model, validated).nats_per_token, loss_with(model, d.layer, None, texts)
+    clean = validate(model, TokenizedTexts.from_texts(texts, model.tokenizer)).nats_per_token
+    without = loss_with(model, d.layer, None, texts)
     rank = int(torch.linalg.matrix_rank(U))
     rows = [("output features, and the dimensions they span", "", f"{len(U)}, {rank} of {model.cfg.d_model}")]
     rows += [
