@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 from bilens.model.config import config_from_published
-from bilens.train.data import TokenizedTexts
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.reproduce.language_runs import model_and_texts
 from bilens.reproduce.reproduction import Made, Settings
+from bilens.train.data import TokenizedTexts
 from bilens.train.language_model import TrainConfig, TrainingRun
 
 FULL = TrainConfig(

@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilens.decompose import Decomposer
-from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.decompose.fidelity import fidelity
+from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.reproduce.language_runs import model_and_texts, one_decomposer, ran_on
 from bilens.reproduce.reproduction import NOT_IN_PAPER, PICTURE, Made, Settings
 

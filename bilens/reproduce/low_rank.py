@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.decompose import Decomposer
-from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.decompose.fidelity import fidelity, read_and_written
+from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.reproduce.language_runs import decomposers, model_and_texts, ran_on
 from bilens.reproduce.reproduction import NOT_IN_PAPER, Made, Settings
 

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.train.data import TokenizedTexts
-from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.decompose.fidelity import read_and_written
 from bilens.layer.bilinear import BilinearLayer, biases_as_weights
+from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.reproduce.language_runs import model_and_texts, one_decomposer, ran_on
 from bilens.reproduce.reproduction import NOT_IN_PAPER, Made, Settings
 from bilens.sae.texts import text_starts
+from bilens.train.data import TokenizedTexts
 from bilens.train.language_model import validate
 
 TOKENS_AT_ONCE, BATCH = 512, 16

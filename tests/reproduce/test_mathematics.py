@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from bilens.train.data import TokenizedTexts
 from bilens.decompose import Decomposer
 from bilens.layer.bilinear import BilinearLayer
 from bilens.reproduce.eigenvectors import parts_of
@@ -17,6 +16,7 @@ from bilens.reproduce.sae_quality import loss_added
 from bilens.reproduce.similarity_task import best_threshold, similarity, similarity_data
 from bilens.reproduce.sizes import with_self_pairs
 from bilens.sae.train.evaluation import evaluate_saes
+from bilens.train.data import TokenizedTexts
 from bilens.train.language_model import validate
 from bilens.vision import ImageDataset, eigenfeatures, load_images
 from tests.conftest import make_model
