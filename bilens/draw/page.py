@@ -91,10 +91,11 @@ def table(
     )
 
 
-def details(summary: str, *contents: Content, open: bool = False) -> Html:
-    """Contents folded away under a summary."""
+def details(summary: str, *contents: Content, open: bool = False, printed: bool = True) -> Html:
+    """Contents folded away under a summary; on paper they are unfolded, or left out if they are not to be `printed`."""
     inside = "".join(map(fragment, contents))
-    return Html(f"<details{' open' if open else ''}><summary>{escape(summary)}</summary><div>{inside}</div></details>")
+    state = ("" if printed else ' class="unprinted"') + (" open" if open else "")
+    return Html(f"<details{state}><summary>{escape(summary)}</summary><div>{inside}</div></details>")
 
 
 def columns(*contents: Content) -> Html:

@@ -114,7 +114,7 @@ def _sections(circuit: "FeatureCircuit") -> list[tuple[Literal[2, 3], str, list[
     if circuit.input_summaries:
         shown = [circuit.input_summaries[i] for i in circuit.shown if i in circuit.input_summaries]
         matrix.append("What the input features fire on:")
-        matrix += [details(f"Input feature {s.label}", _examples(s, wordpiece)) for s in shown]
+        matrix += [details(f"Input feature {s.label}", _examples(s, wordpiece), printed=False) for s in shown]
     eigen: list[Content] = [
         captioned(
             spectrum(circuit.spectrum),
@@ -162,7 +162,7 @@ def eigencircuits(circuit: "FeatureCircuit", wordpiece: bool) -> list[Content]:
         )
         seen: list[Content] = [text, table(rows, ["input feature", "cosine with the eigenvector"])]
         summaries = [circuit.input_summaries[i] for i in read["i"] if i in circuit.input_summaries]
-        seen += [details(f"Input feature {s.label}", _examples(s, wordpiece)) for s in summaries]
+        seen += [details(f"Input feature {s.label}", _examples(s, wordpiece), printed=False) for s in summaries]
         contents.append(details(f"Eigencircuit {rank + 1} (λ = {value:+.4f})", *seen, open=rank < 2))
     return contents
 

@@ -27,6 +27,15 @@ function act() {
     input(slider, share);
     return [one(".slider output").value, drawn().length, one(".status").textContent];
   });
+  const scroll = one(".scroll");
+  scroll.style.maxWidth = "260px";
+  input(slider, 0.02);
+  input(slider, 1);
+  const at = Number(one('[data-node="target"]').getAttribute("transform").match(/[\d.]+/)[0]);
+  const room = scroll.clientWidth - one(".rows").offsetWidth;
+  seen.narrow = [scroll.scrollWidth - scroll.clientWidth, at - scroll.scrollLeft, room];
+  scroll.style.maxWidth = "";
+  input(slider, 1);
   const find = (id) => all(".node").find((node) => node.dataset.node === id);
   seen.panels = {};
   for (const id of OPENED) {
@@ -80,6 +89,10 @@ function act() {
   seen.theme.push(document.documentElement.dataset.theme);
   one("input[type=checkbox]").click();
   seen.rest = drawn();
+  dispatchEvent(new Event("beforeprint"));
+  seen.printed = [all("svg[role=group] .feet text.token, svg[role=group] .feet text.turned").map((t) => t.textContent)];
+  seen.printed.push(scroll.scrollLeft, all("details[open]").length, all("details:not([open])").length);
+  dispatchEvent(new Event("afterprint"));
   return seen;
 }
 const wait = () => {

@@ -16,6 +16,7 @@ import torch
 from bilens.attribute import Circuit, Target, attribute_tokens, check_circuit, check_edges, freeze
 from bilens.attribute.circuit import trace_circuit
 from bilens.draw.markup import ViewError, visible
+from bilens.draw.page import details
 from bilens.errors import OutOfRangeError
 from bilens.pages.graph import GraphView, graph_page
 from bilens.sae.features.examples import FeatureActivations
@@ -200,7 +201,9 @@ def opened(circuit) -> list[str]:
 @pytest.fixture(scope="module")
 def seen(circuit, features, opened, tmp_path_factory, dump):
     folder = tmp_path_factory.mktemp("graph")
-    path = graph_page(circuit, features=features, title="untouched").save(folder / "page.html")
+    page = graph_page(circuit, features=features, title="untouched")
+    page.add(details("folded", "text"), details("examples", "many", printed=False))
+    path = page.save(folder / "page.html")
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text(encoding="utf-8"))
     facts = f"const OPENED = {json.dumps(opened)}, SEARCHED = 'FEATURE {opened[0].split('/')[1].split('@')[0]},';"
     path.write_text(
@@ -242,6 +245,22 @@ def test_the_slider_hides_what_is_small_and_says_how_much_is_kept(seen):
     for share, n, status in seen["shares"]:
         assert f"hold {share} of the influence" in status
         assert f"; {n} of {len(seen['names'])} nodes are shown." in status
+
+
+def test_the_target_stays_in_view_where_the_graph_gets_wider(seen):
+    beyond, place, room = seen["narrow"]
+    assert beyond > 0
+    assert 0 <= place <= room
+
+
+def test_printed_graphs_name_their_tokens(seen, circuit):
+    """Over the canvas, which is opaque on paper; what is folded is unfolded, but not what a paper has no room for."""
+    names, scrolled, unfolded, folded = seen["printed"]
+    assert len(names) == len(circuit.tokens)
+    for token, name in zip(circuit.tokens, names, strict=True):
+        assert visible(token).startswith(name.removesuffix("…"))
+    assert scrolled == 0
+    assert (unfolded, folded) == (2, 1)
 
 
 def test_the_keyboard_reaches_everything(seen, circuit):

@@ -52,6 +52,7 @@ const BilensGraph = (() => {
     const scales = { true: 1, false: 1 }; // the largest influence among them, into MLPs' outputs and elsewhere
     let found = new Set(); // nodes that match the search
     let later = 0; // the timer of what was left out in haste
+    let column = { left: 0, right: 0 }, room = 0; // the target's, and the width that was seen
     let sampled = null; // points along each shown link, for the mouse
 
     data.pairs.forEach(([, , index]) => { nodes[index].joint = true; });
@@ -90,10 +91,11 @@ const BilensGraph = (() => {
     const brush = canvas.getContext("2d");
     const backdrop = element("canvas"); // the shown links, painted once per change and laid under what is lit
     const grid = element("svg:svg", { class: "grid", "aria-hidden": "true" });
+    const feet = element("svg:g", { class: "feet", "aria-hidden": "true" }); // over the canvas: on paper it is opaque
     const dots = element("svg:g", { class: "nodes" });
     const labels = element("svg:g", { class: "labels", "aria-hidden": "true" });
     const svg = element("svg:svg", { role: "group", "aria-label": `Attribution graph of ${data.target}` },
-      dots, labels);
+      feet, dots, labels);
     const stage = element("div", { class: "stage" }, grid, canvas, svg);
     const rows = element("div", { class: "rows", "aria-hidden": "true" });
     const scroll = element("div", { class: "scroll" }, rows, stage);
@@ -165,9 +167,16 @@ const BilensGraph = (() => {
     }
 
     function place(printedWidth) {
+      const isInView = () => column.left >= scroll.scrollLeft && column.right <= scroll.scrollLeft + room;
+      const wasInView = isInView();
+      room = scroll.clientWidth - rows.offsetWidth;
       const width = Math.max((printedWidth || scroll.clientWidth) - rows.offsetWidth - 2, 240);
       const height = Math.min(Math.max(innerHeight - 230, 480), 900);
-      frame(layout(nodes, data.tokens, data.rows, width, height));
+      const placed = layout(nodes, data.tokens, data.rows, width, height);
+      column = placed.columns.find(({ position }) => position === nodes[target].position) || placed.columns[0];
+      frame(placed);
+      // Where the graph gets wider than its place, the target stays in view.
+      if (wasInView && !isInView()) scroll.scrollLeft = (column.left + column.right - room) / 2;
       for (const node of nodes) {
         node.dot.style.display = node.placed ? "" : "none";
         if (!node.placed) continue;
@@ -192,15 +201,17 @@ const BilensGraph = (() => {
         element("span", { style: `top:${bands[row].middle}px` }, text)));
       const marks = bands.map(({ top, bottom }, row) =>
         element("svg:rect", { x: 0, y: top, width, height: bottom - top, class: row % 2 ? "odd" : "even" }));
+      const names = [];
       columns.forEach(({ left, right, token, position }) => {
         if (left) marks.push(element("svg:path", { d: `M${left} 0V${height - foot}` }));
         const x = (left + right) / 2, y = height - foot + 18;
         const turn = turned ? { transform: `translate(${x + 4} ${height - foot + 8}) rotate(-90)` } : { x, y };
         if (position >= 0)
-          marks.push(element("svg:text", { class: turned ? "turned" : "token", ...turn }, short(token)),
+          names.push(element("svg:text", { class: turned ? "turned" : "token", ...turn }, short(token)),
             ...(turned ? [] : [element("svg:text", { class: "position", x, y: y + 15 }, String(position))]));
       });
       grid.replaceChildren(...marks);
+      feet.replaceChildren(...names);
     }
 
     // --- painting ---
@@ -426,12 +437,14 @@ const BilensGraph = (() => {
     }
 
     function overview() {
+      const roots = nodes.filter((node) => node.kind === "target");
+      const targets = roots.map((node) => [roots.length > 1 ? node.name : "value", number(node.value)]);
       const first = nodes.filter((n) => n.kind === "feature" || n.kind === "error");
       first.sort((a, b) => b.influence - a.influence);
       return [
         element("h3", {}, data.target),
         element("p", { class: "where" }, nodes[target].where),
-        facts([["value", number(nodes[target].value)], ...data.facts]),
+        facts([...targets, ...data.facts]),
         element("h4", {}, "Most influential"),
         element("ol", { class: "first" }, ...first.slice(0, 15).map((n) =>
           element("li", {}, element("span", {}, percent(n.influence)), button(n.index)))),
@@ -538,6 +551,7 @@ const BilensGraph = (() => {
     addEventListener("beforeprint", () => {
       themeBefore = document.documentElement.dataset.theme;
       document.documentElement.dataset.theme = "light";
+      scroll.scrollLeft = 0;
       redraw({ printedWidth: PRINTED_WIDTH });
     });
     addEventListener("afterprint", () => {
@@ -555,7 +569,6 @@ const BilensGraph = (() => {
     showTheme();
     fillPanel();
     redraw();
-    scroll.scrollLeft = nodes[target].x; // where the graph is wider than its place
   };
 
   return { draw };

@@ -28,18 +28,19 @@
   };
   const views = [...document.querySelectorAll(".bilens-view")];
 
-  // What is near is drawn first, the rest when there is time; what is folded away when it is opened and has a width.
+  // What is near is drawn first, the rest when there is time; a plot that is folded away, once it is opened and has a
+  // width. Tokens need none, and are there when the page is printed: what draws them does it a moment later.
   const nearby = new IntersectionObserver(
     (entries) => entries.forEach((entry) => entry.isIntersecting && draw(entry.target)),
     { rootMargin: "500px" },
   );
   views.forEach((view) => nearby.observe(view));
-  const idle = window.requestIdleCallback || setTimeout;
+  const idle = (next) => (window.requestIdleCallback || setTimeout)(next, { timeout: 100 }); // printed, it never idles
   const rest = [...views];
   const drawRest = () => {
     const view = rest.shift();
     if (!view) return;
-    if (!view.closest("details:not([open])")) draw(view);
+    if (view.dataset.draw === "circuitsvis" || !view.closest("details:not([open])")) draw(view);
     idle(drawRest);
   };
   idle(drawRest);
@@ -47,8 +48,8 @@
   const resizePlots = (layout) =>
     document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, layout));
   addEventListener("beforeprint", () => {
-    document.querySelectorAll("details").forEach((details) => (details.open = true));
-    views.forEach(draw);
+    document.querySelectorAll("details:not(.unprinted)").forEach((details) => (details.open = true));
+    views.forEach((view) => view.closest("details:not([open])") || draw(view));
     resizePlots({ width: PRINTED_WIDTH });
   });
   addEventListener("afterprint", () => resizePlots({ width: null, autosize: true }));
