@@ -7,6 +7,8 @@ loaded with the first name that needs them.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bilens._core.display import register_pages
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -58,7 +60,15 @@ _HOME = {
     "train_saes": "bilens.sae",
 }
 
-_PACKAGES = ("attribute", "decompose", "reproduce", "sae", "toy", "vision", "viz")
+register_pages(
+    {
+        "Circuit": "bilens.pages.graph:graph_page",
+        "FeatureCircuit": "bilens.pages.circuit:feature_page",
+        "MotifGallery": "bilens.pages.gallery:gallery_page",
+    }
+)
+
+_PACKAGES = ("attribute", "decompose", "draw", "layer", "model", "pages", "reproduce", "sae", "toy", "train", "vision")
 
 __all__ = [
     "AnnealConfig",

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.checks import check_sizes
-from bilens._core.display import Tabular
+from bilens._core.display import Paged, Tabular
 from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
 from bilens.attribute.tracing import KINDS, Numbering, Sweep, head_sums, sweep
@@ -35,8 +35,6 @@ from bilens.sae.loading import hook_of
 if TYPE_CHECKING:
     import networkx as nx
     import plotly.graph_objects as go
-
-    from bilens.draw.page import Page
 
 NODE_COLUMNS = (
     *("id", "kind", "layer", "point", "hook", "position", "token", "feature", "name"),
@@ -49,7 +47,7 @@ BIAS = KINDS.index("bias")
 
 
 @dataclass(frozen=True)
-class Circuit(Tabular):
+class Circuit(Paged, Tabular):
     """An attribution graph of one target on one text; made by `Circuit.trace`.
 
     Attributes:
@@ -228,18 +226,6 @@ class Circuit(Tabular):
         frame = self.to_frame()
         frame = frame[frame.kind != "target"].head(top)
         return bars(frame.name.tolist(), frame.influence.tolist(), f"influence on {self.target}")
-
-    def to_page(self, **more: Any) -> "Page":
-        """The interactive graph on a page of its own (`.save(path)` writes it); what else there is to show (features'
-        examples, tokens, checks) as for `bilens.pages.graph.graph_page`."""
-        from bilens.pages.graph import graph_page
-
-        return graph_page(self, **more)
-
-    def _repr_html_(self) -> str:
-        from bilens.pages.graph import GraphView
-
-        return GraphView(self)._repr_html_()
 
     def to_networkx(self) -> "nx.DiGraph":
         """A directed graph; a hyper-edge is a node of kind `pair` that its members point to. See `circuit_files`."""

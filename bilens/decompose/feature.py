@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.bare import require_bare
-from bilens._core.display import Tabular
+from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.results import Attribution, Eigencircuits
 from bilens.layer.bilinear import interaction_matrix
@@ -26,11 +26,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from bilens.draw.page import Page
-
 
 @dataclass(frozen=True)
-class FeatureCircuit:
+class FeatureCircuit(Paged):
     """One output feature on one text.
 
     Attributes:
@@ -78,17 +76,6 @@ class FeatureCircuit:
     def plot(self) -> "go.Figure":
         """The pairs of the attribution; see `Attribution.plot`."""
         return self.attribution.plot()
-
-    def to_page(self) -> "Page":
-        """The views of a report, for this feature alone."""
-        from bilens.pages.circuit import circuit_page
-
-        return circuit_page([self])
-
-    def _repr_html_(self) -> str:
-        from bilens.pages.circuit import circuit_page
-
-        return circuit_page([self])._repr_html_()
 
     def __str__(self) -> str:
         return f"{self.attribution}\n{self.to_frame().head(10).to_string(index=False)}"

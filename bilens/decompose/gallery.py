@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.display import Tabular
+from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.motifs import MOTIFS, classify, negated_first, typical_activations
 from bilens.decompose.results import name_of
@@ -45,8 +45,6 @@ from bilens.sae.features.examples import Example, FeatureActivations
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-    from bilens.draw.page import Page
 
 MIN_TOKENS = 30
 SAME_TOKENS = 0.5
@@ -126,7 +124,7 @@ def formula(kind: str, output: str, i: str, j: str) -> str:
 
 
 @dataclass(frozen=True)
-class MotifGallery(Tabular):
+class MotifGallery(Tabular, Paged):
     """The motifs of some layers that hold in weights and data, by kind and falling strength.
 
     Attributes:
@@ -163,12 +161,6 @@ class MotifGallery(Tabular):
 
         table = self.counts.pivot(index="layer", columns="kind", values="families")[list(MOTIFS)]
         return heatmap(table, [f"layer {layer}" for layer in table.index], list(MOTIFS), "families of motifs")
-
-    def to_page(self, title: str = "Motifs read from the weights", subtitle: str = "") -> "Page":
-        """All of it on one page."""
-        from bilens.pages.gallery import gallery_page
-
-        return gallery_page(self, title, subtitle)
 
     def __str__(self) -> str:
         columns = ["layer", "motif", "strength", "output_name", "i_name", "j_name", "part", "whole", "alike"]

@@ -17,7 +17,6 @@ from bilens.draw.markup import (
     NEGATIVE,
     POSITIVE,
     Numbers,
-    View,
     ViewError,
     full_scale,
     island,
@@ -26,6 +25,7 @@ from bilens.draw.markup import (
     spaced,
     to_json,
 )
+from bilens.draw.page import View
 
 WORD_JOINER = "\u2060"
 _OPENS_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=[A-Za-z0-9#])")

@@ -10,19 +10,15 @@ import html
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from bilens.errors import BilensError
-
-if TYPE_CHECKING:
-    from bilens.draw.page import Page
 
 Numbers: TypeAlias = ArrayLike | torch.Tensor
 
@@ -36,35 +32,6 @@ _JOINERS = "\u200c\u200d"  # invisible on purpose, in Persian and in emoji
 
 class ViewError(BilensError, ValueError):
     """Something that cannot be drawn: NaN, lengths that differ, an array of the wrong rank."""
-
-
-class View:
-    """Draws itself: on a page by `html()`, in a notebook by itself, into a file by `to_page().save(path)`."""
-
-    def html(self) -> str:
-        """A fragment for a page that embeds the scripts (`Page` does)."""
-        raise NotImplementedError
-
-    def _repr_html_(self) -> str:
-        fragment = self.html()
-        scripts = "".join(f"<script>{script}</script>" for script in scripts_for(fragment))
-        return f"<style>{asset('views.css')}</style>{fragment}{scripts}"
-
-    def to_page(self, title: str = "bilens") -> "Page":
-        """A page of this view alone."""
-        from bilens.draw.page import Page
-
-        return Page(title).add(self)
-
-
-@dataclass(frozen=True)
-class Html(View):
-    """Markup put on a page as it is. Everything else is escaped."""
-
-    markup: str
-
-    def html(self) -> str:
-        return self.markup
 
 
 def escape(text: object) -> str:

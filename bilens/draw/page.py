@@ -7,6 +7,7 @@ content security policy forbids the network and any script but those.
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from numbers import Integral, Real
 from os import PathLike
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_che
 import pandas as pd
 
 from bilens._core.files import to_path, write_atomically
-from bilens.draw.markup import Html, ViewError, asset, escape, island, scripts_for
+from bilens.draw.markup import ViewError, asset, escape, island, scripts_for
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -27,6 +28,33 @@ class Drawable(Protocol):
     """Anything with a fragment of its own: the views, `Html`."""
 
     def html(self) -> str: ...
+
+
+class View:
+    """Draws itself: on a page by `html()`, in a notebook by itself, into a file by `to_page().save(path)`."""
+
+    def html(self) -> str:
+        """A fragment for a page that embeds the scripts (`Page` does)."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        fragment = self.html()
+        scripts = "".join(f"<script>{script}</script>" for script in scripts_for(fragment))
+        return f"<style>{asset('views.css')}</style>{fragment}{scripts}"
+
+    def to_page(self, title: str = "bilens") -> "Page":
+        """A page of this view alone."""
+        return Page(title).add(self)
+
+
+@dataclass(frozen=True)
+class Html(View):
+    """Markup put on a page as it is. Everything else is escaped."""
+
+    markup: str
+
+    def html(self) -> str:
+        return self.markup
 
 
 Content: TypeAlias = "str | pd.DataFrame | Drawable | go.Figure"

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bilens.draw.markup import Numbers, View, ViewError, escape, full_scale, numbers, spaced
+from bilens.draw.markup import Numbers, ViewError, escape, full_scale, numbers, spaced
+from bilens.draw.page import View
 
 STRONGEST = 0.6  # opacity of the strongest colour: text stays legible on it, in light and in dark
 

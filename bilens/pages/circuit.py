@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from bilens.draw.circuits import AttentionPatterns, ColoredTokens, ColoredTokensMulti
-from bilens.draw.markup import Html
-from bilens.draw.page import Content, Page, captioned, columns, details, table
+from bilens.draw.page import Content, Html, Page, captioned, columns, details, table
 from bilens.draw.plots import bars, heatmap, spectrum
 from bilens.draw.tokens import TokenStrip
 from bilens.sae.features.examples import FeatureSummary
@@ -15,6 +14,11 @@ if TYPE_CHECKING:
 
 LONGEST_ATTENTION = 96  # tokens; the maps of longer texts are unreadable and large
 PAIRS_SHOWN = 12
+
+
+def feature_page(circuit: "FeatureCircuit") -> Page:
+    """The page of one feature."""
+    return circuit_page([circuit])
 
 
 def circuit_page(circuits: Sequence["FeatureCircuit"], title: str = "bilens", subtitle: str = "") -> Page:

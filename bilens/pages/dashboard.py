@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bilens.draw.markup import Html, View, ViewError, escape, numbers, visible
-from bilens.draw.page import Page
+from bilens.draw.markup import ViewError, escape, numbers, visible
+from bilens.draw.page import Html, Page, View
 from bilens.draw.tokens import STRONGEST, TokenStrip
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from bilens.decompose.gallery import CASES, FLOOR, GalleryEntry, formula
 from bilens.decompose.motifs import MOTIFS
-from bilens.draw.markup import NEGATIVE, POSITIVE, Html, View, escape, full_scale, numbers
-from bilens.draw.page import Page, columns, details, table
+from bilens.draw.markup import NEGATIVE, POSITIVE, escape, full_scale, numbers
+from bilens.draw.page import Html, Page, View, columns, details, table
 from bilens.draw.tokens import TokenStrip
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ WIDTH, HEIGHT, MARGIN, EDGE, RADIUS = 330, 250, 24, 6, 3  # of a plane; margins 
 MOST_ALIKE = 8
 
 
-def gallery_page(gallery: "MotifGallery", title: str, subtitle: str = "") -> Page:
+def gallery_page(gallery: "MotifGallery", title: str = "Motifs read from the weights", subtitle: str = "") -> Page:
     """The page.
 
     Args:

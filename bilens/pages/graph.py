@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from bilens.draw.markup import View, ViewError, island, spaced, to_json, visible
-from bilens.draw.page import Content, Page, captioned, columns, details, table
+from bilens.draw.markup import ViewError, island, spaced, to_json, visible
+from bilens.draw.page import Content, Page, View, captioned, columns, details, table
 from bilens.draw.plots import line, scatter, spectrum
 from bilens.pages.circuit import eigencircuits
 

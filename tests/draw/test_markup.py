@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from bilens.draw.markup import (
-    Html,
     ViewError,
     circuitsvis_bundle,
     escape,
@@ -20,6 +19,7 @@ from bilens.draw.markup import (
     to_json,
     visible,
 )
+from bilens.draw.page import Html
 from bilens.errors import BilensError
 
 

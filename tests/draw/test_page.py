@@ -9,8 +9,8 @@ import pytest
 
 from bilens.draw import plots
 from bilens.draw.circuits import AttentionPatterns, ColoredTokens, ColoredTokensMulti
-from bilens.draw.markup import Html, ViewError
-from bilens.draw.page import Page, captioned, columns, details, fragment, table
+from bilens.draw.markup import ViewError
+from bilens.draw.page import Html, Page, captioned, columns, details, fragment, table
 from bilens.draw.tokens import TokenStrip
 
 
