@@ -12,6 +12,7 @@ from torch import nn
 from bilens.errors import AlteredModelError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_COPIES = ("use_attn_in", "use_split_qkv_input")  # what ln1 shows is then of every head's own copy of the stream
 SHOWN = 3
 
 
@@ -22,17 +23,19 @@ def require_bare(*modules: nn.Module) -> None:
         modules: a model, and the SAEs that are read beside it.
 
     Raises:
-        AlteredModelError: SAEs are attached, or there are hooks: TransformerLens' or torch's own, temporary or not.
+        AlteredModelError: SAEs are attached, there are hooks (TransformerLens' or torch's own, temporary or not), or heads read
+            copies of their own.
     """
     for module in modules:
         attached: dict[str, Any] = getattr(module, "acts_to_saes", {})
         hooked = (name for name, part in module.named_modules() if any(getattr(part, kind) for kind in _HOOKS))
         found = [f"an SAE is attached at {name}" for name in attached]
         found += [f"a hook is on {name or 'it'}" for name in islice(hooked, SHOWN)]
+        found += [f"{switch} is on" for switch in _COPIES if getattr(getattr(module, "cfg", None), switch, False)]
         if found:
             raise AlteredModelError(
                 f"this measures {type(module).__name__} by itself, and {', '.join(found)}: the numbers would be of "
                 "something else. Detach SAEs with reset_saes(), and hooks with "
-                "reset_hooks(including_permanent=True), a torch hook with its handle's remove(); or leave the `with` "
-                "block they are for."
+                "reset_hooks(including_permanent=True), a torch hook with its handle's remove(), or leave the `with` "
+                "block they are for; switch off with model.set_use_...(False)."
             )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection
 from math import isfinite
+from operator import index
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bilens.errors import ArgumentError, CheckpointError, nearest
@@ -63,6 +64,21 @@ def check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ArgumentError(f"{name} is {value!r}, expected True or False.")
+
+
+def whole_number(value: object, what: str = "") -> int:
+    """A Python, numpy or 0-d tensor integer as an int (`ArgumentError` for others, and for flags, which Python counts).
+
+    Args:
+        value: what should be one.
+        what: for the message, such as `"layer 1.5 is no layer of the model"`.
+    """
+    try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+            raise TypeError("a flag")
+        return index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{value!r} is not an integer{': ' if what else ''}{what}.") from error
 
 
 def check_choice(choices: Collection[str], **values: object) -> None:

@@ -19,7 +19,7 @@ from bilens.errors import StaleError
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Where a thing is or came from, and which of its points are shown: not what it computes.
 _PLACES = ("device", "metadata", "published", "model_name", "dtype")
-_SHOWN = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
+_SHOWN = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in", "use_hook_tokens")
 
 
 def fingerprint(weights: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> str:

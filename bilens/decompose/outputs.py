@@ -4,7 +4,6 @@ One of either or several of them; as Python numbers, sequences, tensors, numpy a
 """
 
 from collections.abc import Sequence
-from operator import index
 from typing import Any, Protocol, SupportsIndex, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.checks import whole_number
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
 
 
@@ -74,10 +74,7 @@ def check_index(value: SupportsIndex, n: int, what: str, *, negative: bool = Fal
         ArgumentError: not an integer.
         OutOfRangeError: outside `0..n-1`.
     """
-    try:
-        at = index(value)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{value!r} is not an integer: {what.format(value, n)}.") from error
+    at = whole_number(value, what.format(value, n))
     if not (-n if negative else 0) <= at < n:
         raise OutOfRangeError(f"{what.format(at, n)}, 0 to {n - 1}.")
     return at % n

@@ -14,6 +14,7 @@ SAEs work token by token, so generation with a key-value cache gives what it giv
 *training* classes of batch-top-k, which choose among all tokens of a pass; what they are saved as (JumpReLU) does not.
 """
 
+import copyreg
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -253,6 +254,7 @@ class _Splice:
     """
 
     def __init__(self, sae: Any, reads: str, writes: str, use_error_term: bool, excluded: tuple[int, ...]):
+        make_picklable(sae)
         self.sae, self.reads, self.writes = sae, reads, writes
         self.use_error_term, self.excluded = use_error_term, excluded
         self.points = {name: HookPoint() for name in (*sae.hook_dict, "hook_sae_error", "hook_sae_output")}
@@ -317,6 +319,20 @@ class _Splice:
         if untouched is not None:
             out = torch.where(untouched, activation, out)
         return self.points["hook_sae_output"](out)
+
+
+def make_picklable(sae: Any) -> None:
+    """Let SAEs of this class be pickled, and with them what holds one.
+
+    SAELens' classes keep functions that are made in `__init__` and cannot be pickled: they are left out of the state,
+    and made again.
+    """
+    copyreg.pickle(type(sae), _reduced)  # type: ignore[arg-type]
+
+
+def _reduced(sae: Any) -> tuple[Any, ...]:
+    state = {name: value for name, value in vars(sae).items() if "<locals>" not in getattr(value, "__qualname__", "")}
+    return type(sae), (sae.cfg,), state
 
 
 # --- pure functions ---------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class HookedComponent(GeneralizedComponent):
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
         for name, child in original_component.named_children():
-            if isinstance(child, HookPoint):
+            if isinstance(child, HookPoint) and name != "hook_in":  # a component has its own
                 setattr(self, name, child)
 
 

@@ -56,6 +56,7 @@ class BilinearTransformerConfig(TransformerLensConfig):
         tokenizer_name: the published name of the tokenizer (`ts-4096`, `mistral`, `gpt2`) or a hub id.
         model_name: where the model came from; SAELens writes it into the SAEs it trains.
         init_range: standard deviation of new weights.
+        use_attn_in, use_hook_mlp_in, use_hook_tokens: TransformerLens' switches of hook points that cost memory.
         published: the `config.json` as it was read, keys that bilens does not use included.
     """
 
@@ -67,6 +68,9 @@ class BilinearTransformerConfig(TransformerLensConfig):
     tokenizer_name: str | None = None
     model_name: str = "bilinear"
     init_range: float = 0.02
+    use_attn_in: bool = False
+    use_hook_mlp_in: bool = False
+    use_hook_tokens: bool = False
     published: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -112,6 +112,31 @@ class TokenizationMixin:
         """How many tokens in front of a text are not of it: 1, or 0 where no `[BOS]` is prepended by default."""
         return int(self.cfg.default_prepend_bos if self.tokenizer is None else self._prepends_bos(None))
 
+    def set_tokenizer(self, tokenizer: Any, default_padding_side: PaddingSide | None = None) -> None:
+        """Give the model another tokenizer.
+
+        Args:
+            tokenizer: a transformers tokenizer; it is not changed but for its padding side.
+            default_padding_side: where it pads from now on; `None` leaves that as it is.
+
+        Raises:
+            ArgumentError: no transformers tokenizer, or no side.
+            TokenizationError: more tokens than the model has embeddings.
+        """
+        from transformers import PreTrainedTokenizerBase
+
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ArgumentError(f"{tokenizer!r} is no transformers tokenizer.")
+        if default_padding_side not in (None, "left", "right"):
+            raise ArgumentError(f"default_padding_side {default_padding_side!r} is not 'left' or 'right'.")
+        if len(tokenizer) > self.cfg.d_vocab:
+            raise TokenizationError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model embeddings for {self.cfg.d_vocab} (d_vocab)."
+            )
+        self.tokenizer = tokenizer
+        if default_padding_side is not None:
+            tokenizer.padding_side = default_padding_side
+
     @property
     def is_wordpiece(self) -> bool:
         """Whether tokens carry no spaces and `##` marks those that continue a word."""

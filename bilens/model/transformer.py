@@ -29,6 +29,7 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.hook_points import HookPoint
 
+from bilens._core.checks import check_flags, whole_number
 from bilens.errors import ArgumentError, NotBilinearError, OutOfRangeError
 from bilens.model.attached import SAEAttachmentMixin
 from bilens.model.config import BilinearTransformerConfig
@@ -50,7 +51,26 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
 }
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ReturnType = Literal["logits", "loss", "both"]
+# The switch in the config for each hook point of a block that is not computed otherwise.
+SWITCHES = {
+    "attn.hook_result": "use_attn_result",
+    "hook_attn_in": "use_attn_in",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_mlp_in": "use_hook_mlp_in",
+    "mlp.hook_in": "use_hook_mlp_in",
+}
+
+
+# What each head reads for its queries, keys and values.
+HeadInputs = tuple[
+    Float[Tensor, "batch pos head d_model"],
+    Float[Tensor, "batch pos head d_model"],
+    Float[Tensor, "batch pos head d_model"],
+]
 
 
 class RMSNorm(NamedWeightsMixin):
@@ -178,12 +198,12 @@ class Attention(NamedWeightsMixin):
 
     def forward(
         self,
-        x: Float[Tensor, "batch pos d_model"],
+        x: Float[Tensor, "batch pos d_model"] | HeadInputs,
         positions: Int[Tensor, "#batch pos"],
         mask: Int[Tensor, "batch key"] | None = None,
         kv_cache: TransformerLensKeyValueCache | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.cfg.n_heads, self.cfg.d_head)).unbind(2)
+        q, k, v = self._project(x)
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         q, k = self.hook_rot_q(self.rotary(q, positions)), self.hook_rot_k(self.rotary(k, positions))
         if kv_cache is not None:
@@ -192,6 +212,16 @@ class Attention(NamedWeightsMixin):
         if self.cfg.use_attn_result:
             return self.hook_result(einsum(z, self._scaled_o(), "b p h e, h e m -> b p h m")).sum(2)
         return self.o(z.flatten(2)) * self.cfg.residual_scale
+
+    def _project(self, x: Tensor | HeadInputs) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each `(batch, pos, head, d_head)`: of one input, or of every head's own three."""
+        shape = (3, self.cfg.n_heads, self.cfg.d_head)
+        if isinstance(x, Tensor):
+            return self.qkv(x).unflatten(-1, shape).unbind(2)
+        weights = self.qkv.weight.unflatten(0, shape)
+        biases = [0.0] * 3 if self.qkv.bias is None else self.qkv.bias.unflatten(0, shape)
+        heads = zip(x, weights, biases, strict=True)
+        return tuple(einsum(read, rows, "b p h m, h e m -> b p h e") + bias for read, rows, bias in heads)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Float[Tensor, "batch pos head d_head"]:
         """Attention proper. The fused kernel never forms scores, so it serves only while nobody looks at them."""
@@ -221,6 +251,7 @@ class MLP(NamedWeightsMixin):
         self.w = nn.Linear(cfg.d_model, (2 if cfg.bilinear else 1) * cfg.d_mlp, bias=cfg.bias)
         self.p = nn.Linear(cfg.d_mlp, cfg.d_model, bias=cfg.bias)
         self.act = ACTIVATIONS[cfg.gate]
+        self.hook_in = HookPoint()
         self.hook_pre = HookPoint()
         self.hook_post = HookPoint()
         if cfg.bilinear:
@@ -268,6 +299,8 @@ class MLP(NamedWeightsMixin):
         return self._bias(self.p, "b_out")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if self.cfg.use_hook_mlp_in:
+            x = self.hook_in(x)
         if not self.cfg.bilinear:
             return self.p(self.hook_post(self.act(self.hook_pre(self.w(x)))))
         left, right = self.w(x).chunk(2, dim=-1)
@@ -277,17 +310,33 @@ class MLP(NamedWeightsMixin):
 class Block(nn.Module):
     def __init__(self, cfg: BilinearTransformerConfig, layer: int):
         super().__init__()
+        self.cfg = cfg
         self.ln1, self.attn = RMSNorm(cfg), Attention(cfg, layer)
         self.ln2, self.mlp = RMSNorm(cfg), MLP(cfg)
         for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
+            setattr(self, f"hook_{name}", HookPoint())
+        for name in ("attn_in", "q_input", "k_input", "v_input", "mlp_in"):
             setattr(self, f"hook_{name}", HookPoint())
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], *attention_args: Any
     ) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
-        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self.ln1(x), *attention_args)))
-        return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(x))))
+        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(self._attention_input(x), *attention_args)))
+        mlp_in = self.hook_mlp_in(x.clone()) if self.cfg.use_hook_mlp_in else x
+        return self.hook_resid_post(x + self.hook_mlp_out(self.mlp(self.ln2(mlp_in))))
+
+    def _attention_input(self, x: Float[Tensor, "batch pos d_model"]) -> Tensor | HeadInputs:
+        """The normalised stream; on request a copy for every head, or one for each of its queries, keys and values."""
+
+        def copies(hook: HookPoint) -> Float[Tensor, "batch pos head d_model"]:
+            return self.ln1(hook(x[:, :, None].repeat(1, 1, self.cfg.n_heads, 1)))
+
+        if self.cfg.use_split_qkv_input:
+            return copies(self.hook_q_input), copies(self.hook_k_input), copies(self.hook_v_input)
+        if self.cfg.use_attn_in:
+            return (copies(self.hook_attn_in),) * 3
+        return self.ln1(x)
 
 
 class Embed(NamedWeightsMixin, nn.Embedding):
@@ -340,6 +389,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         super().__init__()
         self.cfg = cfg
         self.tokenizer = tokenizer
+        self.hook_tokens = HookPoint()
         self.hook_embed = HookPoint()
         self.embed = Embed(cfg)
         self.blocks = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)])
@@ -400,21 +450,12 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         """
         first, last = self._layer_bound(start_at_layer, 0), self._layer_bound(stop_at_layer, self.cfg.n_layers)
         if start_at_layer is None:
-            tokens = self.input_to_tokens(input, prepend_bos, padding_side)  # type: ignore[arg-type]
-            self._begin_splices(tokens)
-            residual = self.hook_embed(self.embed(tokens))
+            residual, tokens, mask = self._embed(input, prepend_bos, padding_side, attention_mask)  # type: ignore[arg-type]
         else:
             residual = input
             tokens = None if tokens is None else self.input_to_tokens(tokens)
             self._begin_splices(tokens)
-        if attention_mask is not None:
-            mask = self.checked_mask(attention_mask, residual)
-        elif isinstance(input, list):
-            mask = self.attention_mask(input, prepend_bos, padding_side)
-        elif isinstance(input, str) or tokens is None:
-            mask = torch.ones(residual.shape[:2], dtype=torch.long, device=residual.device)
-        else:
-            mask = self.get_attention_mask(tokens, prepend_bos, padding_side)
+            mask = self._mask(input, tokens, residual, prepend_bos, padding_side, attention_mask)
         past, n_new = 0, residual.shape[1]
         if past_kv_cache is not None:
             past = cached_positions(past_kv_cache, range(first, last))
@@ -446,6 +487,61 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         loss = self.loss_fn(logits, tokens, mask[:, past:], loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
+    def input_to_embed(
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"],
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        past_kv_cache: TransformerLensKeyValueCache | None = None,
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Int[Tensor, "batch pos"], None, Int[Tensor, "batch key"]]:
+        """The stream that enters the first block, and what else `forward(..., start_at_layer=0)` needs.
+
+        Arguments as in `forward`.
+
+        Returns:
+            `hook_embed`, the tokens, `None` (TransformerLens' shortformer positions), and the attention mask, with that
+            of the cache before it.
+
+        Raises:
+            ArgumentError, ContextLengthError, EmptyTextError, OutOfRangeError: as `forward`.
+        """
+        residual, tokens, mask = self._embed(input, prepend_bos, padding_side, attention_mask)
+        if past_kv_cache is not None:
+            past, n_new = cached_positions(past_kv_cache, range(self.cfg.n_layers)), residual.shape[1]
+            check_room(past, n_new, self.cfg.n_ctx)
+            mask = extended_mask(past_kv_cache, mask, past, n_new)
+        return residual, tokens, None, mask
+
+    def _embed(
+        self, input: Any, prepend_bos: bool | None, padding_side: PaddingSide | None, attention_mask: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream, the tokens and their mask."""
+        tokens = self.input_to_tokens(input, prepend_bos, padding_side)
+        mask = self._mask(input, tokens, tokens, prepend_bos, padding_side, attention_mask)
+        self._begin_splices(tokens)
+        if self.cfg.use_hook_tokens:
+            tokens = self.hook_tokens(tokens)
+        return self.hook_embed(self.embed(tokens)), tokens, mask
+
+    def _mask(
+        self,
+        input: Any,
+        tokens: Tensor | None,
+        residual: Tensor,
+        prepend_bos: bool | None,
+        padding_side: PaddingSide | None,
+        attention_mask: Any,
+    ) -> Int[Tensor, "batch pos"]:
+        """What is a token and what is padding: as given, or read off the texts or tokens."""
+        if attention_mask is not None:
+            return self.checked_mask(attention_mask, residual)
+        if isinstance(input, list):
+            return self.attention_mask(input, prepend_bos, padding_side)
+        if isinstance(input, str) or tokens is None:
+            return torch.ones(residual.shape[:2], dtype=torch.long, device=residual.device)
+        return self.get_attention_mask(tokens, prepend_bos, padding_side)
+
     def checked_mask(self, mask: Any, residual: Tensor) -> Int[Tensor, "batch pos"]:
         """A mask that was given, as ones and zeros on the model's device."""
         if not isinstance(mask, Tensor) or mask.ndim not in (1, 2):
@@ -460,6 +556,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         if layer is None:
             return default
         n_layers = self.cfg.n_layers
+        layer = whole_number(layer, "start_at_layer and stop_at_layer are given one")
         if not -n_layers <= layer <= n_layers:
             raise OutOfRangeError(f"layer {layer} is outside the model's {n_layers} layers.")
         return layer % n_layers if layer < 0 else layer
@@ -501,13 +598,52 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
     def _is_switched_off(self, name: str) -> str | None:
         if self._is_unused_error_hook(name):
             return "is computed only with use_error_term=True"
-        if name.endswith("hook_result") and not self.cfg.use_attn_result:
-            return "is computed only after model.set_use_attn_result(True)"
-        return None
+        if name == "hook_tokens":
+            return (
+                None if self.cfg.use_hook_tokens else "is shown the tokens only with model.cfg.use_hook_tokens = True"
+            )
+        switch = SWITCHES.get(name.split(".", 2)[-1]) if name.startswith("blocks.") else None
+        if switch is None or getattr(self.cfg, switch):
+            return None
+        return f"is computed only after model.set_{switch}(True)"
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Whether attention also forms what each head adds (`attn.hook_result`): `n_heads` times the memory."""
+        check_flags(use_attn_result=use_attn_result)
         self.cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Whether every head reads its own copies of the stream for queries, keys and values.
+
+        They are `hook_q_input`, `hook_k_input` and `hook_v_input` of a block, each `(batch, pos, head, d_model)`.
+        `ln1` normalises every copy, so its hook points are called once for each and have the axis of heads too.
+
+        Raises:
+            ArgumentError: `set_use_attn_in` is on: what its hook did would not be read.
+        """
+        self._switch("use_split_qkv_input", use_split_qkv_input, unless="use_attn_in")
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Whether every head reads its own copy of the stream, `hook_attn_in` of a block.
+
+        Raises:
+            ArgumentError: `set_use_split_qkv_input` is on.
+        """
+        self._switch("use_attn_in", use_attn_in, unless="use_split_qkv_input")
+
+    def _switch(self, name: str, on: bool, *, unless: str) -> None:
+        check_flags(**{name: on})
+        if on and getattr(self.cfg, unless):
+            raise ArgumentError(f"{name} and {unless} exclude each other: first model.set_{unless}(False).")
+        setattr(self.cfg, name, on)
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Whether the MLP's input has hook points: `hook_mlp_in` of a block, and normalised, `mlp.hook_in`.
+
+        What a hook makes of `hook_mlp_in` is read by `ln2`; the residual stream stays as it is.
+        """
+        check_flags(use_hook_mlp_in=use_hook_mlp_in)
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     # --- weights under TransformerLens' names -------------------------------------------------------------------------
 
@@ -613,6 +749,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, "d_model"]:
         """Sum of the output biases of the layers below (attention has none): what `ActivationCache` asks for."""
+        layer = whole_number(layer, "the layer up to which biases are added")
         biases = [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []
         return sum(biases, start=self.W_E.new_zeros(self.cfg.d_model))
 
@@ -622,12 +759,17 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         """The unembedding direction of each token: what the normalised residual stream is dotted with for its logit."""
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
-        if isinstance(tokens, Tensor) and tokens.numel() == 1:
-            tokens = int(tokens.item())
         ids = torch.as_tensor(tokens)
+        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+            raise ArgumentError(f"tokens {tokens!r} are no words or token ids.")
         if ids.numel() and not 0 <= ids.min() <= ids.max() < self.cfg.d_vocab:
             raise OutOfRangeError(f"tokens {tokens} are not all in the vocabulary, 0 to {self.cfg.d_vocab - 1}.")
-        return self.W_U.T[tokens]
+        return self.W_U.T[ids.squeeze() if ids.numel() == 1 else ids]
+
+    @property
+    def n_params_total(self) -> int:
+        """How many numbers the weights are, embeddings and biases included."""
+        return sum(weight.numel() for weight in self.parameters())
 
     def all_head_labels(self) -> list[str]:
         """`L0H0`, `L0H1`, ... in the order of the stacked head weights."""
@@ -635,8 +777,24 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
 
     # --- where the model lives ----------------------------------------------------------------------------------------
 
+    def to(self, *args: Any, **kwargs: Any) -> "HookedBilinearTransformer":
+        """To a device, a dtype, or both, as torch does.
+
+        Raises:
+            ArgumentError: a dtype without fractions, or a device that is none.
+        """
+        try:
+            _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        except (TypeError, RuntimeError) as error:
+            given = ", ".join(map(repr, (*args, *kwargs.values())))
+            raise ArgumentError(f"a model cannot go to {given}: {str(error).splitlines()[0]}") from error
+        if dtype is not None:
+            _check_dtype(dtype)
+        return super().to(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HookedBilinearTransformer":
         """Every `to`, `cuda`, `half`, ... comes through here: keeps `cfg.device` and `cfg.dtype` true."""
+        _check_dtype(fn(self.embed.weight.new_empty(0)).dtype)
         super()._apply(fn, recurse)
         weight = self.embed.W_E
         self.cfg.device, self.cfg.dtype = str(weight.device), weight.dtype
@@ -694,3 +852,8 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         from bilens.model.loading import load_model
 
         return load_model(source, **kwargs)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise ArgumentError(f"a model computes in {', '.join(map(str, DTYPES))}, not in {dtype}.")

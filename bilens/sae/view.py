@@ -23,6 +23,7 @@ from torch import Tensor
 from bilens._core.checks import check_finite
 from bilens._core.fingerprint import Snapshot
 from bilens.errors import ArgumentError, SAEMismatchError, nearest
+from bilens.model.attached import make_picklable
 
 LINEAR_ENCODERS = (
     "standard",
@@ -83,6 +84,7 @@ class SAEView:
         return self.sae if self.given is None else self.given
 
     def __post_init__(self) -> None:
+        make_picklable(self.sae)
         architecture = self.sae.cfg.architecture()
         if "transcoder" in architecture:
             raise SAEMismatchError(

@@ -34,16 +34,24 @@ def keep(value: Tensor, hook: Any) -> None:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
+SWITCHED = {
+    "set_use_attn_result": ["attn.hook_result"],
+    "set_use_split_qkv_input": ["hook_q_input", "hook_k_input", "hook_v_input"],
+    "set_use_attn_in": ["hook_attn_in"],
+    "set_use_hook_mlp_in": ["hook_mlp_in", "mlp.hook_in"],
+}
+
+
 @pytest.mark.parametrize("bilinear", [True, False])
 def test_the_named_points_of_the_design_and_no_others(bilinear: bool) -> None:
-    """The hook dictionary holds exactly the names of DESIGN section 2, for every layer."""
+    """The hook dictionary holds the names of DESIGN section 2, and those that TransformerLens' switches turn on."""
     per_layer = [f"hook_{name}" for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")]
     per_layer += [f"{norm}.hook_{name}" for norm in ("ln1", "ln2") for name in ("scale", "normalized")]
-    attention = ("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result")
-    per_layer += [f"attn.hook_{name}" for name in attention]
+    per_layer += [f"attn.hook_{name}" for name in ("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern")]
     per_layer += [f"mlp.hook_{name}" for name in (("pre", "pre_linear", "post") if bilinear else ("pre", "post"))]
+    per_layer += [name for names in SWITCHED.values() for name in names]
     names = {f"blocks.{layer}.{name}" for layer in range(2) for name in per_layer}
-    names |= {"hook_embed", "ln_final.hook_scale", "ln_final.hook_normalized"}
+    names |= {"hook_tokens", "hook_embed", "ln_final.hook_scale", "ln_final.hook_normalized"}
     model = make_model(bilinear=bilinear)
     assert isinstance(model, HookedRootModule)
     assert set(model.hook_dict) == names
@@ -86,13 +94,32 @@ def test_a_misspelt_hook_is_refused_with_the_nearest_name(way: Callable) -> None
 
 
 @pytest.mark.parametrize("way", ways_to_name_a_hook().values(), ids=ways_to_name_a_hook().keys())
-def test_hook_result_must_be_switched_on(way: Callable) -> None:
-    """hook_result switched off would never be called: refused, saying how to switch it on; then accepted."""
+@pytest.mark.parametrize("switch", SWITCHED)
+def test_what_is_computed_on_request_must_be_switched_on(switch: str, way: Callable) -> None:
+    """A hook that would never be called is refused, saying how to switch it on; then it is accepted, and off again."""
     model = make_model()
-    with pytest.raises(HookNameError, match=r"set_use_attn_result\(True\)"):
-        way(model, RESULT)
-    model.set_use_attn_result(True)
-    way(model, RESULT)
+    for name in SWITCHED[switch]:
+        for _ in range(2):
+            with pytest.raises(HookNameError, match=rf"blocks.1.{name}.*model.{switch}\(True\)"):
+                way(model, f"blocks.1.{name}")
+            getattr(model, switch)(True)
+            way(model, f"blocks.1.{name}")
+            model.reset_hooks(including_permanent=True)
+            getattr(model, switch)(False)
+
+
+def test_hook_tokens_must_be_switched_on() -> None:
+    """As in TransformerLens by the config; a hook on it may change what is read, and is shown the tokens."""
+    model = make_model()
+    with pytest.raises(HookNameError, match="use_hook_tokens = True"):
+        model.add_hook("hook_tokens", keep)
+    model.cfg.use_hook_tokens = True
+    _, cache = model.run_with_cache(TOKENS)
+    assert torch.equal(cache["hook_tokens"], TOKENS)
+    flipped = model.run_with_hooks(TOKENS, fwd_hooks=[("hook_tokens", lambda tokens, hook: tokens.flip(1))])
+    close(flipped, model(TOKENS.flip(1)))
+    _, last = model.run_with_cache(TOKENS, pos_slice=-1)
+    assert torch.equal(last["hook_tokens"], TOKENS[:, -1:])
 
 
 def test_a_module_that_is_no_hook_is_refused() -> None:
@@ -154,6 +181,68 @@ def test_patching_one_heads_result() -> None:
     close(cache["blocks.0.hook_attn_out"], clean["blocks.0.hook_attn_out"] + clean[RESULT][:, :, 0])
 
 
+@pytest.mark.parametrize("published", [{}, {"normalization": False}, {"attention_bias": True}], ids=str)
+def test_what_a_head_reads_can_be_changed_alone(published: dict) -> None:
+    """Copies for every head give the same logits; a hook on one head's query, key or value moves that one alone."""
+    model = make_model(**published)
+    model.set_use_attn_result(True)
+    expected, clean = model.run_with_cache(TOKENS)
+
+    def silence(stream: Tensor, hook: Any) -> None:
+        assert stream.shape == (2, 7, 2, 16)
+        stream[:, :, 1] = 0
+
+    model.set_use_split_qkv_input(True)
+    output, cache = model.run_with_cache(TOKENS)
+    close(output, expected)
+    for kind in "qkv":
+        close(cache[f"blocks.1.hook_{kind}_input"][:, :, 1], clean["blocks.1.hook_resid_pre"])
+        with model.hooks(fwd_hooks=[(f"blocks.1.hook_{kind}_input", silence)]):
+            _, changed = model.run_with_cache(TOKENS)
+        silent = getattr(model.blocks[1].attn, f"b_{kind.upper()}")[1].expand(2, 7, 8)
+        close(changed[f"blocks.1.attn.hook_{kind}"][:, :, 1], silent)
+        close(changed[f"blocks.1.attn.hook_{kind}"][:, :, 0], clean[f"blocks.1.attn.hook_{kind}"][:, :, 0])
+        for other in set("qkv") - {kind}:
+            close(changed[f"blocks.1.attn.hook_{other}"], clean[f"blocks.1.attn.hook_{other}"])
+        close(changed["blocks.1.hook_resid_pre"], clean["blocks.1.hook_resid_pre"])
+        close(changed["blocks.1.attn.hook_result"][:, :, 0], clean["blocks.1.attn.hook_result"][:, :, 0])
+    with pytest.raises(ArgumentError, match=r"exclude each other: first model.set_use_split_qkv_input\(False\)"):
+        model.set_use_attn_in(True)
+    model.set_use_split_qkv_input(False)
+    model.set_use_attn_in(True)
+    close(model(TOKENS), expected)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_attn_in", silence)]):
+        _, changed = model.run_with_cache(TOKENS)
+    for kind in "qkv":
+        silent = getattr(model.blocks[1].attn, f"b_{kind.upper()}")[1].expand(2, 7, 8)
+        close(changed[f"blocks.1.attn.hook_{kind}"][:, :, 1], silent)
+    close(changed["blocks.1.attn.hook_z"][:, :, 0], clean["blocks.1.attn.hook_z"][:, :, 0])
+    with pytest.raises(ArgumentError, match="exclude each other"):
+        model.set_use_split_qkv_input(True)
+
+
+def test_what_the_mlp_reads_can_be_changed_alone() -> None:
+    """`hook_mlp_in` is the stream before ln2, `mlp.hook_in` after it; zeroing the first leaves the stream as it was."""
+    model = make_model()
+    model.set_use_hook_mlp_in(True)
+    expected, clean = model.run_with_cache(TOKENS)
+    close(expected, make_model()(TOKENS))
+    assert torch.equal(clean["blocks.1.hook_mlp_in"], clean["blocks.1.hook_resid_mid"])
+    assert torch.equal(clean["blocks.1.mlp.hook_in"], clean["blocks.1.ln2.hook_normalized"])
+    for name in ("hook_mlp_in", "mlp.hook_in"):
+        with model.hooks(fwd_hooks=[(f"blocks.1.{name}", lambda x, hook: x.zero_())]):
+            _, changed = model.run_with_cache(TOKENS)
+        assert not changed["blocks.1.hook_mlp_out"].any()
+        close(changed["blocks.1.hook_resid_post"], clean["blocks.1.hook_resid_mid"])
+
+
+@pytest.mark.parametrize("switch", SWITCHED)
+def test_a_switch_is_true_or_false(switch: str) -> None:
+    """The text "false" would switch it on."""
+    with pytest.raises(ArgumentError, match="expected True or False"):
+        getattr(make_model(), switch)("false")
+
+
 def test_a_frozen_scale_is_used() -> None:
     """Patching hook_scale changes what is read: normalized = x / scale."""
     model = make_model()
@@ -213,14 +302,19 @@ def test_backward_hooks_see_the_gradients() -> None:
 
 
 def test_the_cache_holds_everything_that_is_computed() -> None:
-    """Without a filter: every hook but hook_result; with results switched on, every hook."""
+    """Without a filter: every hook but those that are switched off; of the two ways to give heads copies only one."""
     model = make_model()
     output, cache = model.run_with_cache(TOKENS)
     close(output, model(TOKENS))
     assert isinstance(cache, ActivationCache)
-    assert set(model.hook_dict) - set(cache) == {RESULT, RESULT.replace("0", "1")}
+    switched = {f"blocks.{layer}.{name}" for layer in range(2) for names in SWITCHED.values() for name in names}
+    assert set(model.hook_dict) - set(cache) == switched | {"hook_tokens"}
     model.set_use_attn_result(True)
-    assert set(model.run_with_cache(TOKENS)[1]) == set(model.hook_dict)
+    model.set_use_split_qkv_input(True)
+    model.set_use_hook_mlp_in(True)
+    model.cfg.use_hook_tokens = True
+    off = {f"blocks.{layer}.hook_attn_in" for layer in range(2)}
+    assert set(model.run_with_cache(TOKENS)[1]) == set(model.hook_dict) - off
 
 
 @pytest.mark.parametrize("activation", ["pattern", "resid_pre", "scale", "pre_linear", "normalized"])
@@ -279,6 +373,8 @@ def test_pos_slice(pos_slice: Any, remove_batch_dim: bool) -> None:
     """Of every activation and gradient, inside attached SAEs too, the positions asked for: not heads, not features."""
     model, tokens = make_model(), TOKENS[:1]
     model.set_use_attn_result(True)
+    model.set_use_split_qkv_input(True)
+    model.set_use_hook_mlp_in(True)
     for hook in ("blocks.0.attn.hook_z", "blocks.1.hook_mlp_out"):
         sae = make_sae(hook=hook, reshape_activations="hook_z" if hook.endswith("z") else "none")
         model.add_sae(sae, use_error_term=True)
@@ -286,7 +382,7 @@ def test_pos_slice(pos_slice: Any, remove_batch_dim: bool) -> None:
     _, whole = model.run_with_cache(tokens, **every)
     _, cut = model.run_with_cache(tokens, pos_slice=pos_slice, **every)
     kept = torch.arange(7)[Slice.unwrap(pos_slice).slice]
-    assert set(cut) == set(whole) > set(model.hook_dict)
+    assert set(cut) == set(whole) > {name for name in model.hook_dict if model._is_switched_off(name) is None}
     for name, activation in whole.items():
         axis = (2 if "attn_scores" in name or "pattern" in name else 1) - remove_batch_dim
         assert torch.equal(cut[name], activation.index_select(axis, kept)), name
@@ -321,7 +417,7 @@ def test_a_compiled_model_obeys_hooks() -> None:
     run = torch.compile(model, backend="eager")  # has the guards and needs no compiler
     before = run(TOKENS)
     close(before, plain(TOKENS))
-    for name in set(model.hook_dict) - {RESULT}:
+    for name in model.run_with_cache(TOKENS)[1]:
         for factor in (0.5, 2.0):
             hook = (name, lambda x, hook, factor=factor: x * factor)
             with model.hooks(fwd_hooks=[hook]):

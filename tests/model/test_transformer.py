@@ -1,6 +1,11 @@
 """The forward pass, against the authors' numbers and against a numpy oracle; weights under TransformerLens' names."""
 
+import copy
+import io
+import pickle
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +16,19 @@ from torch import Tensor
 from transformer_lens import FactoredMatrix
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from bilens.errors import ArgumentError, ContextLengthError, EmptyTextError, NotBilinearError, OutOfRangeError
+from bilens.errors import (
+    ArgumentError,
+    ContextLengthError,
+    EmptyTextError,
+    NotBilinearError,
+    OutOfRangeError,
+    TokenizationError,
+)
 from bilens.model.loading import published_tensors
 from bilens.model.transformer import HookedBilinearTransformer, RMSNorm
 from tests.conftest import SMALL, Reference, make_model
 from tests.oracle import oracle
+from tests.random_saes import make_sae
 
 # Two orders of summing the same float32 products, through two layers, on activations of size 1 to 100.
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -125,7 +138,7 @@ def compare_with_oracle(model: HookedBilinearTransformer, published: dict, token
     batch = torch.tensor([tokens])
     model.set_use_attn_result(True)
     (logits, loss), cache = model.run_with_cache(batch, return_type="both")
-    assert set(cache) == set(model.hook_dict) == set(expected) - {"logits", "loss"}
+    assert set(cache) == set(expected) - {"logits", "loss"}
     # Without norms the stream may grow to size 1000: what is compared is relative to the largest entry.
     for name, array in expected.items():
         actual = logits[0] if name == "logits" else loss if name == "loss" else cache[name][0]
@@ -232,6 +245,24 @@ def test_half_precision_norm_does_not_overflow() -> None:
     normalized = RMSNorm(cfg)(x)
     assert normalized.dtype == torch.float16
     close(normalized, x / 300, atol=1e-3)
+
+
+def test_a_norm_adds_eps_to_the_mean_square() -> None:
+    """Of a stream as small as eps: x / sqrt(mean(x^2) + 1e-8), which is a third of it less; and zero stays zero."""
+    x = torch.linspace(-2e-5, 2e-5, 16)[None, None]
+    close(RMSNorm(make_model().cfg)(x), x / (x.pow(2).mean() + 1e-8).sqrt(), atol=1e-7)
+    assert torch.equal(RMSNorm(make_model().cfg)(torch.zeros(1, 1, 16)), torch.zeros(1, 1, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rotary_angles_are_exact_in_any_dtype(dtype: torch.dtype) -> None:
+    """At positions past 256, which bfloat16 cannot count: the float32 rotation of the same entries, rounded once."""
+    rotary = make_model().to(dtype).blocks[0].attn.rotary
+    x = torch.randn(1, 600, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    positions = torch.arange(600)[None]
+    # cos, sin and three operations, each rounded to 8 bits (bfloat16)
+    close(rotary(x, positions).float(), rotary(x.float(), positions), atol=0.05, rtol=0)
+    assert (rotary(x[:, :1], torch.tensor([[300]])) - rotary(x[:, :1], torch.tensor([[301]]))).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -654,3 +685,129 @@ def test_a_full_cache_refuses_more() -> None:
     with pytest.raises(ContextLengthError, match="3 tokens after the 6 in the cache"):
         model(torch.tensor([TOKENS[:3]]), past_kv_cache=cache)
     close(model(torch.tensor([TOKENS[6:8]]), past_kv_cache=cache), model(torch.tensor([TOKENS[:8]]))[:, 6:])
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_a_model_has_a_dtype_with_fractions(dtype: torch.dtype) -> None:
+    """Integers, flags, complex numbers and 8-bit floats, by every way to cast and at construction; nothing changes."""
+    model = make_model()
+    casts = [lambda: model.to(dtype), lambda: model.to(dtype=dtype), lambda: model.type(dtype)]
+    casts.append(lambda: HookedBilinearTransformer(replace(model.cfg, dtype=dtype)))
+    for cast in casts:
+        with pytest.raises(ArgumentError, match=str(dtype)):
+            cast()
+    assert model.W_E.dtype == model.cfg.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:x", {}, [0]])
+def test_a_device_that_is_none_is_refused(device: object) -> None:
+    """Named in the message."""
+    with pytest.raises(ArgumentError, match="cannot go to"):
+        make_model().to(device)
+
+
+@pytest.mark.parametrize("layer", [True, "1", 1.0, None, torch.tensor(True), np.bool_(True)])
+def test_a_flag_or_text_is_no_layer(layer: object) -> None:
+    """`True` would be layer 1, silently; numpy's and torch's integers are what they are."""
+    model, tokens = make_model(), torch.tensor([TOKENS])
+    calls = [lambda: model.accumulated_bias(layer)]
+    if layer is not None:
+        calls += [lambda: model(tokens, stop_at_layer=layer)]
+        calls += [lambda: model(model(tokens, stop_at_layer=1), start_at_layer=layer)]
+    for call in calls:
+        with pytest.raises(ArgumentError, match="is not an integer"):
+            call()
+    for one in (np.int64(1), torch.tensor(1)):
+        assert torch.equal(model(tokens, stop_at_layer=one), model(tokens, stop_at_layer=1))
+
+
+@pytest.mark.parametrize("tokens", [True, 1.0, torch.tensor([True, False]), torch.tensor([1.0])])
+def test_a_flag_is_no_token(tokens: object) -> None:
+    """A mask would pick other directions than ids."""
+    with pytest.raises(ArgumentError, match="no words or token ids"):
+        make_model().tokens_to_residual_directions(tokens)  # type: ignore[arg-type]
+
+
+# --- TransformerLens' other names -------------------------------------------------------------------------------------
+
+
+def test_number_of_parameters() -> None:
+    """Counted by hand: embedding and unembedding, then per layer qkv, o, both branches and the output matrix."""
+    assert make_model().n_params_total == 2 * 50 * 16 + 2 * (3 * 16 * 16 + 16 * 16 + 2 * 16 * 24 + 24 * 16)
+    assert make_model(bias=True).n_params_total - make_model().n_params_total == 2 * (2 * 24 + 16)
+
+
+def test_input_to_embed_is_what_enters_the_first_block(text_model: HookedBilinearTransformer) -> None:
+    """Text, texts and tokens: the stream, tokens and mask from which `start_at_layer=0` goes on to the same logits."""
+    for side in ("left", "right"):
+        for words in ("the little fox", ["the little fox", "Mira found a red kite."], torch.tensor(TOKENS)):
+            residual, tokens, shortformer, mask = text_model.input_to_embed(words, padding_side=side)
+            assert torch.equal(residual, text_model.W_E[tokens])
+            assert shortformer is None
+            assert mask.shape == tokens.shape
+            again = text_model(residual, start_at_layer=0, tokens=tokens, attention_mask=mask, return_type="both")
+            expected = text_model(words, return_type="both", padding_side=side)
+            for found, part in zip(again, expected, strict=True):
+                close(found, part)
+
+
+def test_input_to_embed_with_a_cache(text_model: HookedBilinearTransformer) -> None:
+    """The mask is that of all positions, the cache keeps it, and going on with both gives the logits of the whole."""
+    texts = ["the little fox", "Mira found a red kite."]
+    whole = text_model(texts, padding_side="left")
+    tokens = text_model.to_tokens(texts, padding_side="left")
+    mask = text_model.attention_mask(texts, padding_side="left")
+    cache = TransformerLensKeyValueCache.init_cache(text_model.cfg, "cpu", 2)
+    text_model(tokens[:, :-1], attention_mask=mask[:, :-1], past_kv_cache=cache)
+    residual, _, _, full = text_model.input_to_embed(tokens[:, -1:], past_kv_cache=cache)
+    assert torch.equal(full, mask)
+    assert torch.equal(cache.previous_attention_mask, mask)
+    last = text_model(residual, start_at_layer=0, attention_mask=full, past_kv_cache=cache)
+    close(last[:, 0], whole[:, -1])
+
+
+def test_set_tokenizer(tokenizer: Any) -> None:
+    """It reads the texts from then on; its padding side may be set; one that does not fit is refused."""
+    model, ready = make_model(d_vocab=len(tokenizer)), make_model(tokenizer=tokenizer)
+    side = tokenizer.padding_side
+    try:
+        model.set_tokenizer(tokenizer, default_padding_side="left")
+        assert torch.equal(model("the little fox"), ready("the little fox"))
+        assert model.to_tokens(["a", "a red kite"])[0, 0] == tokenizer.pad_token_id
+    finally:
+        tokenizer.padding_side = side
+    with pytest.raises(TokenizationError, match=r"tokens, the model embeddings for 50"):
+        make_model().set_tokenizer(tokenizer)
+    with pytest.raises(ArgumentError, match="no transformers tokenizer"):
+        model.set_tokenizer("gpt2")
+    with pytest.raises(ArgumentError, match="'up' is not"):
+        model.set_tokenizer(tokenizer, default_padding_side="up")  # type: ignore[arg-type]
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [{}, {"gate": "silu"}, {"bilinear": False}, {"bilinear": False, "gate": "relu"}])
+def test_a_model_can_be_pickled(variant: dict) -> None:
+    """By pickle, torch.save and deepcopy, with an SAE attached or without: the same logits, and weights of its own."""
+    model, tokens = make_model(**variant), torch.tensor([TOKENS])
+    sae = make_sae(hook="blocks.1.hook_mlp_out")
+    for attached in (False, True):
+        if attached:
+            model.add_sae(sae, use_error_term=False)
+        expected, file = model(tokens), io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copies = [pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False), copy.deepcopy(model)]
+        for again in copies:
+            assert torch.equal(again(tokens), expected)
+            assert list(again.acts_to_saes) == list(model.acts_to_saes)
+            with torch.no_grad():
+                again.W_U.zero_()
+            assert not torch.equal(again(tokens), expected)
+            again.reset_saes()
+            assert set(again.hook_dict) == set(make_model(**variant).hook_dict)
+        assert torch.equal(model(tokens), expected)
