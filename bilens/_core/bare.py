@@ -23,8 +23,8 @@ def require_bare(*modules: nn.Module) -> None:
         modules: a model, and the SAEs that are read beside it.
 
     Raises:
-        AlteredModelError: SAEs are attached, there are hooks (TransformerLens' or torch's own, temporary or not), or heads read
-            copies of their own.
+        AlteredModelError: SAEs are attached, there are hooks (TransformerLens' or torch's own, temporary or not), or
+            heads read copies of their own.
     """
     for module in modules:
         attached: dict[str, Any] = getattr(module, "acts_to_saes", {})

@@ -94,6 +94,15 @@ def permanent(module: Any, name: str) -> Iterator[None]:
         module.reset_hooks(including_permanent=True)
 
 
+@contextmanager
+def copies(model: HookedBilinearTransformer) -> Iterator[None]:
+    model.set_use_split_qkv_input(True)
+    try:
+        yield
+    finally:
+        model.set_use_split_qkv_input(False)
+
+
 ALTERED: dict[str, Callable[[Setting], Any]] = {
     "an SAE attached": lambda s: s.model.saes(make_sae(hook=MLP_OUT, seed=2)),
     "a temporary hook": lambda s: s.model.hooks([("blocks.0.hook_mlp_out", lambda value, hook: value * 0)]),
@@ -101,6 +110,7 @@ ALTERED: dict[str, Callable[[Setting], Any]] = {
     "a torch hook": lambda s: torch_hook(s.model, "register_forward_hook"),
     "a torch pre-hook": lambda s: torch_hook(s.model, "register_forward_pre_hook"),
     "a backward hook": lambda s: torch_hook(s.model, "register_full_backward_hook"),
+    "heads with copies": lambda s: copies(s.model),
 }
 
 
@@ -108,7 +118,10 @@ ALTERED: dict[str, Callable[[Setting], Any]] = {
 def test_what_is_attached_or_hooked_enters_no_measurement(setting: Setting, alteration: str) -> None:
     """One sentence from all of them, and nothing is written."""
     for measure in MEASUREMENTS.values():
-        with ALTERED[alteration](setting), pytest.raises(AlteredModelError, match=r"by itself, and an? (SAE|hook)"):
+        with (
+            ALTERED[alteration](setting),
+            pytest.raises(AlteredModelError, match=r"by itself, and (an SAE|a hook|use_split)"),
+        ):
             measure(setting)
     assert not list(setting.folder.rglob("*.safetensors"))
     require_bare(setting.model)
