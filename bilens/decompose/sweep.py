@@ -8,12 +8,12 @@
 The same blocks are computed the same way by however many processes, so N of them write the file that one writes.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -21,9 +21,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core import parallel
+from bilens._core.checks import check_choice, check_flags, check_sizes
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, read_json, to_path, write_atomically
 from bilens._core.fingerprint import fingerprint, model_fingerprint, sae_fingerprint
+from bilens._core.folders import alone_in, differing, other_work, write_json
 from bilens.decompose.decomposer import Decomposer, Side
 from bilens.decompose.spectra import Spectra, spectra
 from bilens.errors import CheckpointError, MissingSAEError, OutOfRangeError
@@ -136,6 +138,7 @@ def sweep(
     full: bool = False,
     method: Method = "auto",
     memory: int = 2**30,
+    overwrite: bool = False,
 ) -> Sweep:
     """Spectra of all output features of several layers, into a folder; run again, it goes on where it stopped.
 
@@ -147,17 +150,24 @@ def sweep(
         full: also effective ranks; see `spectra`.
         method: see `top_eigenpairs`; what `"auto"` chooses for the first layer holds for all.
         memory: bytes to use besides the layer and the result.
+        overwrite: remove another sweep that is in the folder, instead of refusing.
 
     Raises:
+        ArgumentError: a `k`, side, method or memory that is none.
         MissingSAEError: a layer without an output SAE.
-        CheckpointError: the folder holds the sweep of another model, other SAEs or settings.
+        OverwriteError: the folder holds the sweep of another model, other SAEs or settings.
+        WriteError: another process is at work in the folder, or the disk is full.
     """
     if not decomposers:
         raise MissingSAEError("there are no layers to sweep; give the Decomposer of at least one.")
-    folder = to_path(out, "out")
+    check_sizes(k=k, memory=memory)
+    check_flags(full=full)
+    check_choice(get_args(Side), side=side)
+    check_choice(get_args(Method), method=method)
+    folder = destination_folder(out)
     blocks = {d.layer: torch.arange(d.output_view.d_sae).split(BLOCK) for d in decomposers}
-    with parallel.processes():
-        facts = _agree(decomposers, folder, {"k": k, "side": side, "full": full}, method, memory)
+    with parallel.processes(), alone_in(folder) if parallel.is_main() else nullcontext():
+        facts = _agree(decomposers, folder, {"k": k, "side": side, "full": full}, method, memory, overwrite)
         todo = [
             (decomposer, number, block)
             for decomposer in decomposers
@@ -196,7 +206,12 @@ def _fingerprint(decomposer: Decomposer) -> str:
 
 
 def _agree(
-    decomposers: Sequence[Decomposer], folder: Path, settings: dict[str, Any], method: Method, memory: int
+    decomposers: Sequence[Decomposer],
+    folder: Path,
+    settings: dict[str, Any],
+    method: Method,
+    memory: int,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """The manifest: written by process 0, or found there and compared."""
     identity = {
@@ -204,23 +219,29 @@ def _agree(
         "model": decomposers[0].model.cfg.model_name,
         "layers": [d.layer for d in decomposers],
     } | settings
+    identity |= {} if method == "auto" else {"solver": method}
     path = folder / MANIFEST
+    found = _read_manifest(path) if path.is_file() else None
+    results = [*folder.glob("layer-*.safetensors"), *folder.glob(".layer-*.safetensors")]
+    if found is None:
+        differ = f"it has {results[0].name}, and no {MANIFEST}" if results else ""
+    else:
+        differ = differing({key: found.get(key) for key in identity}, identity)
+    if differ and results and not overwrite:
+        raise other_work(folder, f"another sweep, {differ}")
+    parallel.barrier()  # nobody removes before everybody has looked
+    if differ and parallel.is_main():
+        for file in [path, *results]:
+            file.unlink(missing_ok=True)
     if parallel.is_main() and not path.is_file():
-        destination_folder(folder)
         # What "auto" chooses is measured, so it may differ between processes and days: it is chosen once.
         decomposer = decomposers[0]
         u = decomposer.directions(torch.arange(decomposer.output_view.d_sae), settings["side"])
         solver = method if method != "auto" else choose_method(decomposer.weights, u, settings["k"], memory=memory)
         facts = identity | {"solver": solver}
-        write_atomically(path, lambda beside: beside.write_text(json.dumps(facts, indent=1)))
+        write_json(path, facts)
     parallel.barrier()
-    found = _read_manifest(path)
-    differ = {key: (found.get(key), here) for key, here in identity.items() if found.get(key) != here}
-    if differ:
-        raise CheckpointError(
-            f"{folder} holds another sweep; (there, here): {differ}. Use another folder, or delete it."
-        )
-    return found
+    return _read_manifest(path)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

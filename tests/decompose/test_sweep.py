@@ -9,11 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bilens._core.folders import alone_in
 from bilens.decompose import Decomposer
 from bilens.decompose import sweep as module
 from bilens.decompose.spectra import spectra
 from bilens.decompose.sweep import Sweep, sweep
-from bilens.errors import CheckpointError, MissingSAEError, OutOfRangeError
+from bilens.errors import (
+    ArgumentError,
+    CheckpointError,
+    MissingSAEError,
+    OutOfRangeError,
+    OverwriteError,
+    WriteError,
+)
 from tests.conftest import make_model
 from tests.random_saes import D_SAE, make_sae
 
@@ -92,16 +100,47 @@ def test_a_stopped_sweep_goes_on(models, tmp_path, monkeypatch):
 def test_another_sweep_is_refused(models, tmp_path):
     decomposers = make(models(False, True))
     sweep(decomposers, tmp_path)
-    with pytest.raises(CheckpointError, match=r"another sweep.*'k': \(2, 3\)"):
+    with pytest.raises(OverwriteError, match=r"another sweep, k \(2 there, 3 here\)"):
         sweep(decomposers, tmp_path, k=3)
-    with pytest.raises(CheckpointError, match="fingerprint"):
+    with pytest.raises(OverwriteError, match="another sweep, "):
         sweep(make(models(False, True), seed=5), tmp_path)
-    with pytest.raises(CheckpointError, match="fingerprint"):
+    with pytest.raises(OverwriteError, match="another sweep, "):
         sweep(make(make_model(seed=9)), tmp_path)
     found = Sweep.load(tmp_path)
     assert len(found.of(decomposers[1]).outputs) == D_SAE
     with pytest.raises(CheckpointError, match=r"another model than .* or of other SAEs on layer 1"):
         found.of(make(models(False, True), seed=5)[1])
+
+
+def test_another_sweep_is_overwritten_by_the_word(models, tmp_path):
+    """Then, and where nothing was found yet; files that no manifest speaks of are refused too."""
+    here = tmp_path / "here"
+    decomposers = make(models(False, True))
+    sweep(decomposers, tmp_path / "other", k=3)
+    sweep(decomposers, here)
+    sweep(decomposers, here, k=3, overwrite=True)
+    assert same_files(tmp_path / "other", here)
+    (here / "sweep.json").unlink()
+    with pytest.raises(OverwriteError, match=r"layer-.*safetensors, and no sweep.json"):
+        sweep(decomposers, here, k=3)
+    for path in here.glob("layer-*"):
+        path.unlink()
+    (here / "sweep.json").write_text((tmp_path / "other" / "sweep.json").read_text())
+    assert sweep(decomposers, here, k=2).facts["k"] == 2
+    with alone_in(here), pytest.raises(WriteError, match="another process is writing to"):
+        sweep(decomposers, here)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [*({"k": k} for k in (0, -1, 1.5, True)), {"memory": 0}, {"memory": 1.5}, {"side": "in"}, {"method": "best"}],
+    ids=str,
+)
+def test_settings_that_are_none(models, tmp_path, wrong):
+    """Nothing is written that would refuse the corrected call."""
+    with pytest.raises(ArgumentError, match=rf"^{next(iter(wrong))} "):
+        sweep(make(models(False, True)), tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_refused(models, tmp_path):

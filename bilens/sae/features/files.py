@@ -8,7 +8,6 @@
 Everything is written and read in blocks of features; one feature is read without the others.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -253,11 +252,6 @@ def _columns(best: BestPlaces, feature: Array, place: Array) -> dict[str, Any]:
         "tokens": pa.ListArray.from_arrays(offsets, tokens[inside]),
         "values": pa.ListArray.from_arrays(offsets, values[inside]),
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON, whole or not at all."""
-    write_atomically(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
 
 
 def vocabulary_strings(tokenizer: Any, d_vocab: int) -> Sequence[str]:

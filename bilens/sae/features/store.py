@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,16 +25,25 @@ from sae_lens import SAE
 
 from bilens._core import parallel
 from bilens._core.bare import require_bare
+from bilens._core.checks import check_file_name
 from bilens._core.display import Tabular
-from bilens._core.files import read_json, to_path
+from bilens._core.files import destination_folder, read_json, to_path
 from bilens._core.fingerprint import check_same, fingerprint, model_fingerprint, sae_fingerprint
+from bilens._core.folders import alone_in, other_work, write_json
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, OutOfRangeError, nearest
 from bilens.model.attached import splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.collecting import FeaturePass, PassState
 from bilens.sae.features.corpus import open_corpus
 from bilens.sae.features.examples import Example, FeatureSummary
-from bilens.sae.features.files import TOP, FeatureFiles, vocabulary_strings, write_features, write_json
+from bilens.sae.features.files import (
+    CONTEXTS_FILE,
+    STATISTICS_FILE,
+    TOP,
+    FeatureFiles,
+    vocabulary_strings,
+    write_features,
+)
 from bilens.sae.features.statistics import OVERSAMPLED, FeatureStatistics, Window, histogram_edges
 from bilens.sae.train.evaluation import DENSE
 
@@ -95,6 +105,7 @@ def build_feature_store(
     split: str = "train",
     column: str = "text",
     checkpoint_seconds: float = 60.0,
+    overwrite: bool = False,
 ) -> "FeatureStore":
     """Run a corpus through the model once and store what every feature of every SAE fires on.
 
@@ -110,21 +121,26 @@ def build_feature_store(
         config: what is kept; `None` takes the defaults.
         split, column: of a dataset.
         checkpoint_seconds: between checkpoints.
+        overwrite: remove another store that is in the folder, instead of refusing.
 
     Raises:
         AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
-        ArgumentError: no SAEs, or not by name.
+        ArgumentError: no SAEs, or not by name, or by a name that is none of a folder.
         HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.model.attached`), or
             whose activations are not finite.
         EmptyTextError: no texts, or one with nothing in it.
         TrainingError: a source that cannot be read.
-        CheckpointError: the folder holds a store of another model, other SAEs, another corpus or configuration.
+        OverwriteError: the folder holds a store of another model, other SAEs, another corpus or configuration.
+        CheckpointError: the folder holds a damaged store.
+        WriteError: another process is at work in the folder, or the disk is full.
     """
-    config, folder = config or FeatureStoreConfig(), to_path(folder, "folder")
+    config, folder = config or FeatureStoreConfig(), destination_folder(folder)
     if not isinstance(config, FeatureStoreConfig):
         raise ArgumentError(f"config is {config!r:.80}; expected a FeatureStoreConfig.")
     if not isinstance(saes, Mapping) or not saes:
         raise ArgumentError(f'saes is {saes!r:.80}; expected SAEs by name: {{"mine": sae}}.')
+    for name in saes:
+        _folder_name(name)
     hooks = {name: splice_hooks(model, sae, f"the SAE {name!r}") for name, sae in saes.items()}
     require_bare(model, *saes.values())
     tokenizer = model._require_tokenizer()
@@ -157,8 +173,8 @@ def build_feature_store(
         }
         return PassState(np.zeros(model.cfg.d_vocab, np.int64), statistics)
 
-    with parallel.processes():
-        if _claim(folder, identity):
+    with parallel.processes(), alone_in(folder) if parallel.is_main() else nullcontext():
+        if _claim(folder, identity, overwrite):
             return FeatureStore.load(folder)
         checkpoint = folder / CHECKPOINT_FOLDER
         state = FeaturePass(
@@ -174,7 +190,7 @@ def build_feature_store(
         if parallel.is_main():
             for name, sae in saes.items():
                 write_features(
-                    folder / quote(name, safe=""),
+                    folder / _folder_name(name),
                     model,
                     sae,
                     state.saes[name],
@@ -325,7 +341,7 @@ class StoredFeatures(Tabular):
 
     @cached_property
     def _files(self) -> FeatureFiles:
-        return FeatureFiles(self.store.folder / quote(self.name, safe=""))
+        return FeatureFiles(self.store.folder / _folder_name(self.name))
 
     def __len__(self) -> int:
         return self.d_sae
@@ -523,11 +539,30 @@ class FeatureStore(Tabular):
 # --- pure functions ---------------------------------------------------------------------------------------------------
 
 
-def _claim(folder: Path, identity: Mapping[str, Any]) -> bool:
+def _folder_name(name: str) -> str:
+    """The name of an SAE's folder in a store: what no file can be called is written as in a URL.
+
+    Raises:
+        ArgumentError: a name that leads elsewhere, or is that of the store's own files.
+    """
+    if not isinstance(name, str):
+        raise ArgumentError(f"saes has {name!r:.80} for a name, expected text.")
+    try:
+        quoted = quote(name, safe="")
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"saes has {name!r:.80} for a name, which cannot be written as UTF-8.") from error
+    if quoted.startswith(".") or quoted.casefold() in (CHECKPOINT_FOLDER, MANIFEST_FILE, VOCABULARY_FILE):
+        raise ArgumentError(f"saes has {name!r:.80} for a name, which is taken in the store's folder; give another.")
+    check_file_name(quoted, "the name of an SAE")
+    return quoted
+
+
+def _claim(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
     """Whether the folder holds this very store, finished; otherwise it is made ready for it.
 
     Raises:
-        CheckpointError: it holds another one.
+        OverwriteError: it holds another one.
+        CheckpointError: what it holds is damaged.
     """
     manifest, plan = folder / MANIFEST_FILE, folder / CHECKPOINT_FOLDER / PLAN_FILE
     identity = json.loads(json.dumps(identity))
@@ -545,16 +580,32 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> bool:
             if (there.get(key) or {}) != identity[key]
             and (inner is None or (there.get(key) or {}).get(inner) != identity[key][inner])
         ]
-        raise CheckpointError(
-            f"{folder} holds a feature store that differs in {', '.join(differ) or 'its SAEs'}. Use another folder, or "
-            "delete this one."
-        )
-    parallel.barrier()  # nobody writes before everybody has looked
+        # A pass that was stopped before its first checkpoint has come to nothing.
+        if not overwrite and (finished or any(plan.parent.glob("*.safetensors"))):
+            raise other_work(folder, f"a feature store that differs in {', '.join(differ) or 'its SAEs'}")
+        parallel.barrier()  # nobody removes before everybody has looked
+        if parallel.is_main():
+            _remove(folder, there)
+        finished = False
+    parallel.barrier()
     if not finished and parallel.is_main():
         plan.parent.mkdir(parents=True, exist_ok=True)
         write_json(plan, identity)
     parallel.barrier()
     return finished
+
+
+def _remove(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Remove the files of a store, the manifest first, and the folders that they leave empty."""
+    for file in (MANIFEST_FILE, VOCABULARY_FILE):
+        (folder / file).unlink(missing_ok=True)
+    for name in identity.get("saes") or ():
+        place = folder / _folder_name(name)
+        for file in (STATISTICS_FILE, CONTEXTS_FILE):
+            (place / file).unlink(missing_ok=True)
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+    shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)
 
 
 def _naming(tokens: Sequence[tuple[str, float]]) -> tuple[str, ...]:

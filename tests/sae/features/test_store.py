@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from bilens import cli
+from bilens._core.folders import alone_in
 from bilens.errors import (
     ArgumentError,
     CheckpointError,
@@ -24,12 +25,15 @@ from bilens.errors import (
     HookNameError,
     ModelNotFoundError,
     OutOfRangeError,
+    OverwriteError,
     SAEMismatchError,
     TokenizationError,
     TrainingError,
+    WriteError,
 )
 from bilens.sae.features import collecting as feature_pass
 from bilens.sae.features import store as store_module
+from bilens.sae.features.collecting import FeaturePass
 from bilens.sae.features.corpus import batches, open_corpus
 from bilens.sae.features.examples import feature_activations
 from bilens.sae.features.statistics import (
@@ -478,11 +482,50 @@ def test_another_store_is_refused(text_model, saes, sample, tmp_path, tokenizer)
         ({"model": make_model(seed=5, tokenizer=tokenizer)}, "model"),
     ]:
         arguments = {"model": text_model, "saes": saes, "source": sample, "config": SMALL} | kwargs
-        with pytest.raises(CheckpointError, match=f"differs in .*{what}"):
+        with pytest.raises(OverwriteError, match=f"differs in .*{what}"):
             build_feature_store(folder=tmp_path, **arguments)
     fewer = {name: sae for name, sae in saes.items() if name != "in"}
-    with pytest.raises(CheckpointError, match="differs in"):
+    with pytest.raises(OverwriteError, match="differs in"):
         build_feature_store(text_model, fewer, sample, tmp_path, config=SMALL)
+    # By the word it is replaced, and nothing of the other is left; somebody's own file in an SAE's folder stays.
+    (tmp_path / "in" / "notes.txt").write_text("mine")
+    store = build_feature_store(text_model, fewer, sample, tmp_path, config=SMALL, overwrite=True)
+    assert store.names == tuple(fewer)
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["notes.txt"]
+
+
+def test_a_pass_that_came_to_nothing_is_in_nobodys_way(text_model, saes, sample, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(FeaturePass, "run", lambda self: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            build_feature_store(text_model, saes, sample, tmp_path, config=FeatureStoreConfig(seed=1))
+    assert build_feature_store(text_model, saes, sample, tmp_path, config=SMALL).config == SMALL
+
+
+def test_two_passes_in_one_folder(text_model, saes, sample, tmp_path):
+    """The second is told so, instead of dying when the first removes the checkpoints."""
+    with alone_in(tmp_path), pytest.raises(WriteError, match="another process is writing to"):
+        build_feature_store(text_model, saes, sample, tmp_path, config=SMALL)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", ".x", "checkpoint", "Checkpoint", "manifest.json", "a" * 300, "\udc80", 3],
+)
+def test_names_that_are_none_of_a_folder(text_model, saes, sample, tmp_path, name):
+    """They would lead out of the folder, or be its own files; nothing is written."""
+    with pytest.raises(ArgumentError, match="name"):
+        build_feature_store(text_model, {name: saes["in"]}, sample, tmp_path / "out", config=SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_other_characters(text_model, saes, sample, tmp_path):
+    """They are written as in a URL, all in the store's folder, and found again by their name."""
+    names = ["a/b", "x/..", "\0", "ä b", "C:\\x"]
+    build_feature_store(text_model, dict.fromkeys(names, saes["in"]), sample, tmp_path / "out", config=SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    store = FeatureStore.load(tmp_path / "out")
+    assert [store[name].feature(0).sae for name in names] == names
 
 
 def test_bad_input(text_model, saes, sample, tmp_path):
