@@ -33,13 +33,17 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from bilens.model.config import HF_ARCHITECTURE
 
 
+# Of the first two a bridge has its own; the others it can switch on for TransformerLens' attention classes only.
+NOT_SHARED = ("hook_in", "hook_mlp_in", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
+
+
 class HookedComponent(GeneralizedComponent):
     """A component whose hook points are those of the module it wraps."""
 
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
         for name, child in original_component.named_children():
-            if isinstance(child, HookPoint) and name != "hook_in":  # a component has its own
+            if isinstance(child, HookPoint) and name not in NOT_SHARED:
                 setattr(self, name, child)
 
 

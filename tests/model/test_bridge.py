@@ -87,12 +87,34 @@ def test_hooks_act_on_the_stream_itself(pair: tuple) -> None:
         return x * torch.linspace(0.5, 1.5, x.shape[-1])  # not one factor for all: a norm would undo it
 
     for name in model.hook_dict:
-        if name.endswith("hook_result"):  # off unless asked for
+        if model._is_switched_off(name):
             continue
         expected = model.run_with_hooks(tokens, fwd_hooks=[(name, scaled)])
         assert (expected - before).abs().max() > 1e-4, name
         torch.testing.assert_close(bridge.run_with_hooks(tokens, fwd_hooks=[(name, scaled)]), expected, **CLOSE)
     assert torch.equal(bridge(tokens), before)
+
+
+@torch.no_grad()
+def test_the_input_of_an_mlp_is_shown_on_request(pair: tuple) -> None:
+    """`set_use_hook_mlp_in` shows the stream before ln2; to edit it leaves the stream as it is; `mlp.hook_in` is after."""
+    bridge, model, tokens = pair
+    name = "blocks.1.hook_mlp_in"
+    bridge.set_use_hook_mlp_in(True)
+    try:
+        _, cache = bridge.run_with_cache(tokens)
+        assert torch.equal(cache[name], cache["blocks.1.hook_resid_mid"])
+        assert torch.equal(cache["blocks.1.mlp.hook_in"], cache["blocks.1.ln2.hook_normalized"])
+        with bridge.hooks(fwd_hooks=[(name, lambda x, hook: x * torch.linspace(0.5, 1.5, 16))]):
+            _, changed = bridge.run_with_cache(tokens)
+        assert torch.equal(changed["blocks.1.hook_resid_mid"], cache["blocks.1.hook_resid_mid"])
+        assert not torch.equal(changed["blocks.1.hook_mlp_out"], cache["blocks.1.hook_mlp_out"])
+    finally:
+        bridge.set_use_hook_mlp_in(False)
+    for absent in ("hook_attn_in", "hook_q_input"):
+        assert f"blocks.1.{absent}" not in bridge.hook_dict
+        with pytest.raises(NotImplementedError):
+            bridge.set_use_attn_in(True)
 
 
 @torch.no_grad()
