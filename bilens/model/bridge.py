@@ -32,7 +32,6 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from bilens.model.config import HF_ARCHITECTURE
 
-
 # Of the first two a bridge has its own; the others it can switch on for TransformerLens' attention classes only.
 NOT_SHARED = ("hook_in", "hook_mlp_in", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
 

@@ -97,8 +97,8 @@ def test_hooks_act_on_the_stream_itself(pair: tuple) -> None:
 
 @torch.no_grad()
 def test_the_input_of_an_mlp_is_shown_on_request(pair: tuple) -> None:
-    """`set_use_hook_mlp_in` shows the stream before ln2; to edit it leaves the stream as it is; `mlp.hook_in` is after."""
-    bridge, model, tokens = pair
+    """`set_use_hook_mlp_in` shows what ln2 reads, and to edit it leaves the stream as it is; `mlp.hook_in` is after."""
+    bridge, _, tokens = pair
     name = "blocks.1.hook_mlp_in"
     bridge.set_use_hook_mlp_in(True)
     try:
