@@ -44,6 +44,7 @@ EDGE_COLUMNS = ("source", "target", "weight", "influence", "via", "via_weight")
 HYPEREDGE_COLUMNS = ("i", "j", "target", "weight", "influence")
 HEAD_COLUMNS = ("source", "target", "layer", "head", "weight")
 BIAS = KINDS.index("bias")
+ROUNDING = 16  # steps of the type, of a node's absolute parts: random and trained models have at most three
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Circuit(Paged, Tabular):
         n_found: how many nodes had any influence.
         probabilities: by the id of each target that is a logit (`target`, or `target 1`, ...), its token's; of a
             difference of logits, that of the first token.
+        dtype: of the model's activations; empty where that is not known.
+        fingerprints: of the model (`model`) and of the SAEs by hook that it was made from.
         pinned, supernodes: the ids of the nodes that a reader pinned in a viewer, and those put together there, each
             group with its label first (see `circuit_files`).
     """
@@ -85,6 +88,8 @@ class Circuit(Paged, Tabular):
     kept_share: float
     n_found: int
     probabilities: dict[str, float] = field(default_factory=dict)
+    dtype: str = ""
+    fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
     pinned: list[str] = field(default_factory=list)
     supernodes: list[list[str]] = field(default_factory=list)
 
@@ -157,8 +162,8 @@ class Circuit(Paged, Tabular):
 
     @property
     def completeness_error(self) -> float:
-        """The largest gap between any expanded node's value and the sum of what goes into it: rounding, and nothing
-        else, because what was pruned is summed in the `other` nodes."""
+        """The largest gap between any expanded node's value and the sum of what goes into it, what was pruned (the
+        `other` nodes) included; see `is_rounding`."""
         frame = self.completeness
         return float((frame["sum"].fillna(0.0) - frame.value).abs().max()) if len(frame) else 0.0
 
@@ -172,7 +177,13 @@ class Circuit(Paged, Tabular):
         """The completeness in words."""
         if not self.nodes.expanded.any():
             return "completeness not checked: no node of this graph was taken apart here"
-        return f"completeness of every node within {self.relative_error:.1e} of its absolute parts"
+        said = f"completeness of every node within {self.relative_error:.1e} of its absolute parts"
+        return said if self.is_rounding else f"{said}, MORE than rounding explains: something else is missing"
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the gaps are no larger than rounding of the model's activations makes them."""
+        return self.relative_error <= ROUNDING * torch.finfo(getattr(torch, self.dtype or "float32")).eps
 
     def folded_edges(self) -> pd.DataFrame:
         """All edges between two nodes, hyper-edges folded half to each member (their Shapley value):
@@ -342,6 +353,8 @@ def trace_circuit(
         shares={},
         kept_share=kept_share,
         n_found=n_found,
+        dtype=str(frozen.logits.dtype).removeprefix("torch."),
+        fingerprints=frozen.fingerprints,
         probabilities={
             ids[number]: p for number, p in zip(found.nodes.targets, probabilities, strict=True) if p is not None
         },

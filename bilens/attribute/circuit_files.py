@@ -50,7 +50,8 @@ COLUMNS = {"nodes": NODE_COLUMNS, "edges": EDGE_COLUMNS, "hyperedges": HYPEREDGE
 FRAMES = tuple(COLUMNS)
 FORMAT = "bilens circuit 1"
 # Fields that GraphML has no type for.
-AS_JSON = {"tokens": list, "shares": dict, "probabilities": dict, "pinned": list, "supernodes": list}
+AS_JSON = {"tokens": list, "shares": dict, "probabilities": dict, "fingerprints": dict}
+AS_JSON |= {"pinned": list, "supernodes": list}
 
 
 # --- our own ----------------------------------------------------------------------------------------------------------
@@ -112,6 +113,7 @@ def to_networkx(circuit: Circuit) -> Any:
     import networkx as nx
 
     graph = nx.DiGraph(model=circuit.model_name, target=circuit.target, position=circuit.position)
+    graph.graph["dtype"] = circuit.dtype
     graph.graph |= {"text": " ".join(circuit.tokens), "kept_share": circuit.kept_share, "n_found": circuit.n_found}
     graph.graph |= {name: json.dumps(getattr(circuit, name)) for name in AS_JSON}
     for row in circuit.nodes.to_dict("records"):
@@ -169,6 +171,7 @@ def from_networkx(graph: Any) -> Circuit:
             target=about["target"],
             position=about["position"],
             **{name: parse_json(about[name], name, kind) for name, kind in AS_JSON.items()},
+            dtype=about.get("dtype", ""),
             kept_share=about["kept_share"],
             n_found=about["n_found"],
             **{name: pd.DataFrame(rows[name], columns=list(COLUMNS[name])) for name in FRAMES},

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
+from bilens._core.fingerprint import check_same
 from bilens.attribute.algebra import mlp_branches, pair_products
 from bilens.attribute.circuit import Circuit, trace_circuit
 from bilens.attribute.frozen import FrozenPass, SAEPass, SAEs, check_saes, freeze
@@ -148,6 +149,7 @@ def check_circuit(
 
     Raises:
         ArgumentError: a merged circuit, or one of another text or target.
+        StaleError: a circuit of another model or other SAEs.
     """
     frame = _members(frozen, circuit)
     reads = read_targets(frozen, target)
@@ -207,6 +209,7 @@ def check_edges(
 
     Raises:
         ArgumentError: a merged circuit, one of another text or other targets, or another attention.
+        StaleError: a circuit of another model or other SAEs.
     """
     if attention not in MODES:
         raise ArgumentError(f"attention is {attention!r}, expected 'frozen' or 'real'.")
@@ -328,12 +331,16 @@ def _members(frozen: FrozenPass, circuit: Circuit) -> pd.DataFrame:
 
     Raises:
         ArgumentError: a merged circuit, or one of another text.
+        StaleError: one of another model or other SAEs.
     """
     if circuit.tokens != frozen.strings:
         raise ArgumentError(
             f"the circuit is of another text: {' '.join(circuit.tokens[:8])!r}... ({len(circuit.tokens)} tokens), "
             f"this forward pass of {' '.join(frozen.strings[:8])!r}..."
         )
+    for name, known in circuit.fingerprints.items():
+        thing = "model" if name == "model" else f"SAE on {name}"
+        check_same(known, frozen.fingerprints.get(name, ""), "this circuit", thing)
     frame = circuit.nodes[circuit.nodes.kind.isin(["feature", "error"])]
     if (circuit.nodes[circuit.nodes.kind.isin(["feature", "error", "embedding"])].position < 0).any():
         raise ArgumentError("this circuit was merged over positions; check the one that it was merged from.")

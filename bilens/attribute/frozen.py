@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bilens._core.bare import require_bare
 from bilens._core.checks import check_finite
-from bilens._core.fingerprint import Snapshot
+from bilens._core.fingerprint import Snapshot, model_fingerprint, sae_fingerprint
 from bilens.attribute.algebra import padded_nonzero
 from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, SAEMismatchError, nearest
 from bilens.layer.bilinear import BilinearLayer
@@ -153,6 +153,12 @@ class FrozenPass:
     @cached_property
     def _pre_activations(self) -> dict[str, Tensor]:
         return {}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the model (`model`) and of the SAEs by hook: what is made from this pass is known by them."""
+        saes = {hook: sae_fingerprint(sae.view.original) for hook, sae in self.saes.items()}
+        return {"model": model_fingerprint(self.model)} | saes
 
     def pre_activations(self, sae: SAEPass) -> Float[Tensor, "p d_sae"]:
         """What an SAE's activation function is given at every position, by its own forward pass."""

@@ -84,7 +84,7 @@ class Split(Tabular):
 
     @property
     def completeness_error(self) -> float:
-        """`total - actual`: rounding, and nothing else."""
+        """`total - actual`: rounding, where nothing is missing."""
         return self.total - self.actual
 
     @property

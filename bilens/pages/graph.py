@@ -252,8 +252,9 @@ def _heads(circuit: "Circuit", index: Mapping[str, int]) -> dict[str, list[tuple
 
 def _facts(circuit: "Circuit") -> list[tuple[str, str]]:
     ends = sorted(circuit.shares.items(), key=lambda item: -item[1])
+    gap = f"{circuit.relative_error:.1e}" + ("" if circuit.is_rounding else ", more than rounding")
     return [
-        ("largest completeness error", f"{circuit.relative_error:.1e}"),
+        ("largest completeness error", gap if circuit.nodes.expanded.any() else "not checked"),
         ("nodes with any influence", f"{circuit.n_found:,}"),
         ("influence kept", f"{circuit.kept_share:.1%}"),
         *((f"ends in {kind}", f"{share:.1%}") for kind, share in ends if share >= 0.0005),
@@ -315,11 +316,15 @@ def _token_views(tokens: "TokenAttribution") -> list[Content]:
 
 def _completeness(circuit: "Circuit") -> list[Content]:
     frame = circuit.completeness.sort_values("relative_error", ascending=False)
+    if frame.empty:
+        return ["That was not checked: this graph comes from elsewhere, and no node of it was taken apart here."]
     kept = int((~circuit.nodes.kind.isin(["target", "bias", "other"])).sum())
+    cause = f"rounding of the model's forward pass in {circuit.dtype or 'float32'}"
+    verdict = cause if circuit.is_rounding else f"MORE than {cause} explains, so something is missing from this graph"
     return [
         f"{len(frame)} nodes were taken apart. The parts of each, what was pruned included, add up to its value; the "
         f"largest gap is {circuit.relative_error:.1e} of the node's absolute parts (the median "
-        f"{frame.relative_error.median():.1e}): rounding of the model's forward pass. Of the influence of all "
+        f"{frame.relative_error.median():.1e}): {verdict}. Of the influence of all "
         f"{circuit.n_found:,} nodes with any, the {kept} kept ones have {circuit.kept_share:.1%}.",
         details(
             "The nodes with the largest gaps",

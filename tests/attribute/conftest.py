@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -47,8 +48,8 @@ def frozen_kinds() -> dict[tuple[bool, bool], FrozenPass]:
 
 def same(one: Circuit, other: Circuit) -> None:
     """Two circuits with the same numbers and names."""
-    for name in ("nodes", "edges", "hyperedges", "heads"):
+    frames = ("nodes", "edges", "hyperedges", "heads")
+    for name in frames:
         pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name), check_dtype=False)
-    for name in ("model_name", "target", "position", "tokens", "shares", "kept_share", "n_found", "probabilities",
-                 "pinned", "supernodes"):  # fmt: skip
+    for name in (field.name for field in fields(Circuit) if field.name not in frames):
         assert getattr(one, name) == getattr(other, name)

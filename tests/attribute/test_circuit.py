@@ -24,7 +24,7 @@ from bilens.attribute import (
 )
 from bilens.attribute.targets import read_targets
 from bilens.attribute.tracing import linear_rows, sweep
-from bilens.errors import ArgumentError, CheckpointError, EmptyTextError, MissingSAEError, NotBilinearError
+from bilens.errors import ArgumentError, CheckpointError, EmptyTextError, MissingSAEError, NotBilinearError, StaleError
 from bilens.sae.features.store import build_feature_store
 from tests.attribute.conftest import MODEL_KINDS, N_LAYERS, TOKENS, model_of, saes_of, same
 from tests.conftest import make_model
@@ -165,6 +165,35 @@ def test_no_sae_on_an_output_or_an_input():
 
 
 # --- several targets --------------------------------------------------------------------------------------------------
+
+
+def test_circuits_of_another_model_or_sae_are_refused(frozen_small, circuit):
+    """Told apart by fingerprints: names, tokens and widths are the same."""
+    for model, saes, what in (
+        (make_model(bias=True, normalization=True, n_layer=N_LAYERS, seed=4), saes_of(**SMALL), "model"),
+        (model_of(True, True), saes_of(kind="topk", k=4), "SAE on"),
+    ):
+        other = freeze(model, TOKENS, saes)
+        for check in (check_circuit, check_edges):
+            with pytest.raises(StaleError, match=f"this circuit was made from another {what}"):
+                check(other, circuit, TARGETS[0])
+    assert circuit.fingerprints.keys() == {"model", *frozen_small.saes}
+
+
+def test_a_gap_that_rounding_does_not_explain_is_not_called_rounding(circuit):
+    assert circuit.dtype == "float32"
+    assert circuit.is_rounding
+    assert "MORE than rounding" not in str(circuit)
+    for gap, dtype, is_rounding in ((0.05, "float32", False), (0.05, "bfloat16", True), (0.2, "bfloat16", False)):
+        nodes = circuit.nodes.assign(
+            relative_error=circuit.nodes.relative_error.where(circuit.nodes.id != "target", gap)
+        )
+        found = replace(circuit, nodes=nodes, dtype=dtype)
+        assert found.is_rounding == is_rounding
+        assert ("MORE than rounding" in str(found)) != is_rounding
+        page = found.to_page().to_html()
+        assert ("more than rounding" in page) != is_rounding
+        assert ("): MORE than rounding of the model" in page) != is_rounding
 
 
 def test_several_targets_share_one_graph(frozen_small):
