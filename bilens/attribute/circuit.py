@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.checks import check_sizes
+from bilens._core.completeness import is_rounding
 from bilens._core.display import Paged, Tabular
 from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
@@ -44,7 +45,6 @@ EDGE_COLUMNS = ("source", "target", "weight", "influence", "via", "via_weight")
 HYPEREDGE_COLUMNS = ("i", "j", "target", "weight", "influence")
 HEAD_COLUMNS = ("source", "target", "layer", "head", "weight")
 BIAS = KINDS.index("bias")
-ROUNDING = 16  # steps of the type, of a node's absolute parts: random and trained models have at most three
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Circuit(Paged, Tabular):
     @property
     def is_rounding(self) -> bool:
         """Whether the gaps are no larger than rounding of the model's activations makes them."""
-        return self.relative_error <= ROUNDING * torch.finfo(getattr(torch, self.dtype or "float32")).eps
+        return is_rounding(self.relative_error, getattr(torch, self.dtype or "float32"))
 
     def folded_edges(self) -> pd.DataFrame:
         """All edges between two nodes, hyper-edges folded half to each member (their Shapley value):

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.completeness import Complete
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
 from bilens.attribute.algebra import attention_back, head_parts, mlp_branches, pair_products
@@ -48,7 +49,7 @@ PAIRS_AT_ONCE = 32  # positions whose pairs are formed together
 
 
 @dataclass(frozen=True)
-class Split(Tabular):
+class Split(Complete, Tabular):
     """The parts of one target; together they are its value.
 
     Attributes:
@@ -61,6 +62,7 @@ class Split(Tabular):
         actual: what the model (and the target's SAE) computed.
         input_points: where the SAE on each MLP's input is, `mlp-in` or `resid-mid`, by layer.
         names: labels of features by hook.
+        dtype: of the model's forward pass.
     """
 
     target: str
@@ -71,6 +73,7 @@ class Split(Tabular):
     actual: float
     input_points: dict[int, str] = field(default_factory=dict, repr=False)
     names: dict[str, Sequence[str]] = field(default_factory=dict, repr=False)
+    dtype: torch.dtype = field(default=torch.float32, repr=False)
 
     @property
     def total(self) -> float:
@@ -81,16 +84,6 @@ class Split(Tabular):
     def absolute_sum(self) -> float:
         """Sum of the parts' absolute values: what `completeness_error` is measured against."""
         return self.values.abs().sum().item()
-
-    @property
-    def completeness_error(self) -> float:
-        """`total - actual`: rounding, where nothing is missing."""
-        return self.total - self.actual
-
-    @property
-    def relative_error(self) -> float:
-        """`|completeness_error|` over the sum of absolute parts (the value itself may be near zero)."""
-        return abs(self.completeness_error) / max(self.absolute_sum, torch.finfo(torch.float32).tiny)
 
     @property
     def groups(self) -> dict[str, float]:
@@ -180,8 +173,7 @@ class Split(Tabular):
     def __str__(self) -> str:
         lines = [
             f"{self.target} at position {self.position} ({self.tokens[self.position]!r})",
-            f"  value {self.actual:+.5f}, {len(self.values)} parts {self.total:+.5f}, completeness error"
-            f" {self.completeness_error:+.1e} ({self.relative_error:.1e} of the absolute parts)",
+            f"  value {self.actual:+.5f}, {len(self.values)} parts {self.total:+.5f}, {self._gap}",
             *(f"  {value:+10.4f}  {kind}" for kind, value in self.groups.items()),
         ]
         return "\n".join(lines)
@@ -272,6 +264,7 @@ def split(
         actual=reads.actual.item(),
         input_points={layer: sae.point for layer in range(n_layers) if (sae := frozen.input_sae(layer)) is not None},
         names=dict(names_by_hook(frozen.model, frozen.saes, names)),
+        dtype=frozen.model.cfg.dtype,
     )
 
 

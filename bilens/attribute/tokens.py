@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.completeness import Complete
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
 from bilens.attribute.algebra import attention_forward, head_parts, mlp_shares
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TokenAttribution(Tabular):
+class TokenAttribution(Complete, Tabular):
     """What each token contributed to one target.
 
     Attributes:
@@ -64,6 +65,7 @@ class TokenAttribution(Tabular):
     heads: Float[Tensor, "layer head p"] = field(repr=False)
     pairs: Float[Tensor, "p+1 p+1"] | None = field(default=None, repr=False)
     wordpiece: bool = field(default=False, repr=False)
+    dtype: torch.dtype = field(default=torch.float32, repr=False)
 
     @property
     def total(self) -> float:
@@ -73,16 +75,6 @@ class TokenAttribution(Tabular):
     @property
     def absolute_sum(self) -> float:
         return self.values.abs().sum().item() + abs(self.bias)
-
-    @property
-    def completeness_error(self) -> float:
-        """`total - actual`: rounding, where nothing is missing."""
-        return self.total - self.actual
-
-    @property
-    def relative_error(self) -> float:
-        """`|completeness_error|` over the sum of absolute contributions."""
-        return abs(self.completeness_error) / max(self.absolute_sum, torch.finfo(torch.float32).tiny)
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per token, and one for biases: `position, token, value`."""
@@ -143,8 +135,7 @@ class TokenAttribution(Tabular):
         frame = self.to_frame()
         head = (
             f"{self.target} at position {self.position} ({self.tokens[self.position]!r}): value {self.actual:+.5f}, "
-            f"tokens and biases {self.total:+.5f}, completeness error {self.completeness_error:+.1e} "
-            f"({self.relative_error:.1e} of the absolute parts)"
+            f"tokens and biases {self.total:+.5f}, {self._gap}"
         )
         return f"{head}\n{frame.sort_values('value', key=abs, ascending=False).head(12).to_string(index=False)}"
 
@@ -186,6 +177,7 @@ def attribute_tokens(
                 heads=heads,
                 pairs=None if matrices is None else matrices[row],
                 wordpiece=frozen.model.tokenizer is not None and frozen.model.is_wordpiece,
+                dtype=frozen.model.cfg.dtype,
             )
         )
     return found[0] if single else found

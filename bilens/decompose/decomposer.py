@@ -187,7 +187,8 @@ class Decomposer:
         """
         matrix = self.interaction(output, side=side)
         values, vectors = sorted_eigenpairs(matrix, k, order)
-        norms = torch.linalg.matrix_norm(matrix)
+        sizes = matrix.abs().amax((-2, -1)).clamp_min(torch.finfo(matrix.dtype).tiny)
+        norms = sizes * torch.linalg.matrix_norm(matrix / sizes[..., None, None])
         decoder = None if self._input is None else self.input_view.decoder.to(vectors)
         return Eigencircuits(values, vectors, norms, self.output_indices(output), decoder, self.input_names)
 
@@ -617,6 +618,7 @@ class Decomposer:
             active=bool(view_out.activations(y[None])[0, feature] != 0),
             input_names=self.input_names,
             output_name="" if self.output_names is None else self.output_names[feature],
+            dtype=self.model.cfg.dtype,
         )
 
     # --- directions ---------------------------------------------------------------------------------------------------

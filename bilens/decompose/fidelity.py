@@ -92,9 +92,14 @@ class Fidelity(Tabular):
         )
 
     def shares(self, thresholds: Sequence[float] = (0.5, 0.75, 0.9), *, min_active: int = 20) -> "pd.DataFrame":
-        """Share of features whose correlation over active tokens is above each threshold: one row per k."""
+        """Share of features whose correlation over active tokens is above each threshold: one row per k.
+
+        Raises:
+            ArgumentError: no feature is active on so many tokens.
+        """
         import pandas as pd
 
+        self._check_eligible(min_active)
         eligible = self.correlation[self.eligible(min_active)]
         columns = [column[column.isfinite()] for column in eligible.T]
         rows = [
@@ -112,12 +117,8 @@ class Fidelity(Tabular):
         """
         from bilens.draw.plots import line
 
+        self._check_eligible(min_active)
         kept = self.correlation[self.eligible(min_active)]
-        if not kept.isfinite().any():
-            raise ArgumentError(
-                f"none of the {len(self.features)} features is active on {min_active} or more of the {self.n_tokens} "
-                "tokens, and not alike on all: give fidelity more texts, or plot a smaller min_active."
-            )
         quantiles = {"upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25}
         curves = {name: kept.nanquantile(q, dim=0).tolist() for name, q in quantiles.items()}
         return line(
@@ -132,6 +133,7 @@ class Fidelity(Tabular):
         """How many features have which correlation, with `k` eigenpairs."""
         from bilens.draw.plots import histogram
 
+        self._check_eligible(min_active)
         values = self.correlation[self.eligible(min_active), self._column(k)]
         return histogram(values[values.isfinite()].tolist(), x_title=f"correlation with {k} eigenpairs")
 
@@ -139,6 +141,7 @@ class Fidelity(Tabular):
         """Correlation against how many tokens each feature is active on."""
         from bilens.draw.plots import scatter
 
+        self._check_eligible(min_active)
         frame = self.to_frame(k)[self.eligible(min_active).numpy()].dropna()
         labels = [f"{row.feature} {row.name_}" for row in frame.rename(columns={"name": "name_"}).itertuples()]
         figure = scatter(
@@ -150,16 +153,23 @@ class Fidelity(Tabular):
         )
         return figure.update_xaxes(type="log")
 
+    def _check_eligible(self, min_active: int) -> None:
+        if not self.eligible(min_active).any():
+            raise ArgumentError(
+                f"none of the {len(self.features)} features is active on {min_active} or more of the {self.n_tokens} "
+                "tokens, and not alike on all: give fidelity more texts, or ask for a smaller min_active."
+            )
+
     def _column(self, k: int) -> int:
         if not 1 <= k <= self.k:
             raise OutOfRangeError(f"k is {k}, expected 1 to {self.k}, the eigenpairs measured.")
         return k - 1
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.features)} features on {self.n_tokens} tokens, those active on at least 20:\n"
-            f"{self.shares().round(3).to_string(index=False)}"
-        )
+        head = f"{len(self.features)} features on {self.n_tokens} tokens, those active on at least 20:"
+        if not self.eligible().any():
+            return f"{head} none. Give more texts, or ask for shares(min_active=...) of fewer."
+        return f"{head}\n{self.shares().round(3).to_string(index=False)}"
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.completeness import Complete
 from bilens._core.display import Tabular
 from bilens.errors import MissingSAEError
 
@@ -42,8 +43,8 @@ class Eigencircuits(Tabular):
     @property
     def shares(self) -> Float[Tensor, "*n k"]:
         """`lambda^2 / ||Q||_F^2`: how much of its interaction matrix each eigenpair is; 0 for a zero matrix."""
-        squares = self.norms[..., None] ** 2
-        return torch.where(squares > 0, self.values**2 / squares, 0.0)
+        norms = self.norms[..., None]  # divided by before squaring: float32 has no room for squares of large weights
+        return torch.where(norms > 0, (self.values / norms) ** 2, 0.0)
 
     def activations(self, x: Float[Tensor, "*p d_model"]) -> Float[Tensor, "*p k"] | Float[Tensor, "*p n k"]:
         """`lambda (v . x)^2` of every eigencircuit on every input; they add up to the quadratic part of the output."""
@@ -177,7 +178,7 @@ BIAS_SOURCES = ("b_dec", "error", "mlp bias")
 
 
 @dataclass(frozen=True)
-class Attribution(Tabular):
+class Attribution(Complete, Tabular):
     """The exact expansion of one output feature's pre-activation at one token (DESIGN section 4).
 
     The layer's input is split into sources that add up to it: each active input feature `f_i d_i`, then the input SAE's
@@ -195,6 +196,7 @@ class Attribution(Tabular):
         output_bias: what does not come from the layer.
         actual: the pre-activation the output SAE computes from the model's own `hook_mlp_out`, before its top-k.
         active: whether the feature is among those the output SAE lets through.
+        dtype: of the model's forward pass.
     """
 
     layer: int
@@ -210,6 +212,7 @@ class Attribution(Tabular):
     active: bool
     input_names: Sequence[str] | None = field(default=None, repr=False)
     output_name: str = ""
+    dtype: torch.dtype = field(default=torch.float32, repr=False)
 
     @property
     def total(self) -> float:
@@ -221,16 +224,6 @@ class Attribution(Tabular):
         """Sum of the absolute values of the parts: what `completeness_error` is measured against."""
         pairs = self.contributions.tril(-1) * 2 + self.contributions.diag().diag()
         return pairs.abs().sum().item() + abs(self.output_bias)
-
-    @property
-    def completeness_error(self) -> float:
-        """`total - actual`: rounding, and nothing else."""
-        return self.total - self.actual
-
-    @property
-    def relative_error(self) -> float:
-        """`|completeness_error|` over the sum of absolute parts (the pre-activation itself may be near zero)."""
-        return abs(self.completeness_error) / max(self.absolute_sum, torch.finfo(torch.float32).tiny)
 
     @property
     def groups(self) -> dict[str, float]:
@@ -295,8 +288,7 @@ class Attribution(Tabular):
         lines = [
             f"output feature {name} at position {self.position} ({self.tokens[self.position]!r})",
             f"  pre-activation {self.actual:+.5f} ({'active' if self.active else 'not active'}),"
-            f" parts {self.total:+.5f}, completeness error {self.completeness_error:+.1e}"
-            f" ({self.relative_error:.1e} of the absolute parts)",
+            f" parts {self.total:+.5f}, {self._gap}",
             *(f"  {value:+10.4f}  {group}" for group, value in self.groups.items() if value),
         ]
         return "\n".join(lines)

@@ -14,6 +14,7 @@ feature interactions and attributions, is these three and inner products with th
 """
 
 from dataclasses import dataclass, replace
+from math import floor, log2, prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +63,19 @@ class BilinearLayer:
 
     def to(self, dtype: torch.dtype) -> "BilinearLayer":
         return BilinearLayer(*(t.to(dtype) for t in vars(self).values()))
+
+    def of_moderate_size(self) -> tuple["BilinearLayer", float]:
+        """Weights with a largest entry between 1 and 2 in every matrix, and what interaction matrices are then to be
+        multiplied by. Products and squares of them have room in float32; the factors are powers of two, so nothing is
+        rounded. Biases are left as they are: interaction matrices have none."""
+        sizes = {name: _power_of_two(getattr(self, name)) for name in ("W_gate", "W_in", "W_out")}
+        return replace(self, **{name: getattr(self, name) / size for name, size in sizes.items()}), prod(sizes.values())
+
+
+def _power_of_two(weight: Tensor) -> float:
+    """The largest one that is no larger than the largest entry; 1 where all are zero."""
+    largest = weight.abs().amax().item() if weight.numel() else 0.0
+    return 2.0 ** floor(log2(largest)) if largest else 1.0
 
 
 def hidden_coefficients(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_mlp"]:

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from bilens.decompose import Decomposer
 from bilens.decompose.spectra import cross_shares, effective_ranks, spectra
 from bilens.errors import ArgumentError, MissingSAEError
+from tests.conftest import make_model
 from tests.random_saes import D_SAE, make_sae
 
 D = 16
@@ -85,3 +86,21 @@ def test_ranked_and_drawn(models):
         spectra(make(models(False, True)), progress=False).ranked("effective_rank")
     with pytest.raises(MissingSAEError):
         spectra(Decomposer(models(False, True), 0))
+
+
+@pytest.mark.parametrize("size", [1e9, 1e-12])
+def test_weights_of_any_size_have_the_same_shares(size: float) -> None:
+    """Interaction matrices at 1e27 and 1e-36 of the usual, whose squares float32 has no room for."""
+    model, sae = make_model(), make_sae(hook="blocks.1.hook_mlp_out")
+    before = Decomposer(model, 1, output_sae=sae)
+    eigen, sweep = before.eigen(3), before.spectra([3, 4], k=2, progress=False).eigen
+    for weight in (model.blocks[1].mlp.w.weight, model.blocks[1].mlp.p.weight):
+        weight.data *= size
+    after, scale = Decomposer(model, 1, output_sae=sae), size**3
+    assert_close(after.eigen(3).shares, eigen.shares, atol=1e-5, rtol=0)
+    assert_close(after.eigen(3).norms.double() / scale, eigen.norms.double(), atol=0, rtol=1e-5)
+    again = after.spectra([3, 4], k=2, progress=False).eigen
+    assert_close(again.shares, sweep.shares, atol=1e-5, rtol=0)
+    for name in ("norms", "traces", "missed_bound"):
+        found, expected = getattr(again, name).double() / scale, getattr(sweep, name).double()
+        assert_close(found, expected, atol=1e-5, rtol=1e-5)

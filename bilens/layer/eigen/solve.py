@@ -76,14 +76,16 @@ class EigenSweep(Tabular):
     @property
     def shares(self) -> Float[Tensor, "n"]:
         """`sum of l^2 / ||Q||_F^2` of the pairs found: 1 says that they are all of the interaction matrix."""
-        squares = (self.values**2).sum(-1)
-        return torch.where(self.norms > 0, squares / self.norms.clamp_min(1e-38) ** 2, 1.0).clamp(max=1.0)
+        # Divided before they are squared: squares of large or small weights have no room in float32.
+        ratios = self.values / self.norms.clamp_min(torch.finfo(self.norms.dtype).tiny)[..., None]
+        return torch.where(self.norms > 0, (ratios**2).sum(-1), 1.0).clamp(max=1.0)
 
     @property
     def missed_bound(self) -> Float[Tensor, "n"]:
         """No eigenvalue that is not listed is larger than this in absolute value."""
-        left = self.norms**2 * (1 + NORM_ROUNDING) - (self.values**2).sum(-1)
-        return left.clamp_min(0).sqrt()
+        ratios = self.values / torch.where(self.norms > 0, self.norms, 1.0)[..., None]
+        left = 1 + NORM_ROUNDING - (ratios**2).sum(-1)
+        return self.norms * left.clamp_min(0).sqrt()
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per output: `output, eigenvalue_1, ..., eigenvalue_k, error, share, norm, trace, status, steps`."""
@@ -151,7 +153,7 @@ def top_eigenpairs(
     """
     d_model, d_mlp = layer.W_gate.shape
     _check_arguments(outputs, d_model, k, tolerance, method)
-    layer = layer.to(torch.promote_types(layer.W_out.dtype, torch.float32))
+    layer, size_of_all = layer.to(torch.promote_types(layer.W_out.dtype, torch.float32)).of_moderate_size()
     u = outputs.to(layer.W_out)
     cost = estimate(d_model, d_mlp, k, u.dtype, u.device)
     possible = _possible(layer, k, cost.search_dtype, memory)
@@ -201,12 +203,12 @@ def top_eigenpairs(
     milliseconds = ", ".join(f"{1e3 * s:.2g} ms {name}" for name, s in estimates if name in possible)
     converged, dense = (torch.tensor(STATUSES.index(name), device=u.device) for name in ("converged", "dense"))
     sweep = EigenSweep(
-        values=result.values,
+        values=result.values * size_of_all,
         vectors=result.vectors,
-        errors=result.errors,
-        residuals=result.residuals,
-        norms=norms,
-        traces=traces,
+        errors=result.errors * size_of_all,
+        residuals=result.residuals * size_of_all,
+        norms=norms * size_of_all,
+        traces=traces * size_of_all,
         status=torch.where(searched, converged, dense),
         steps=result.steps,
         method=f"{how}; estimated per output {milliseconds}, searching in {str(search.dtype).removeprefix('torch.')}",
@@ -234,7 +236,7 @@ def choose_method(
     chosen = _cheapest(cost.per_output(len(outputs)), possible)
     if not _undecided(cost, len(outputs), chosen, possible):
         return chosen
-    layer = layer.to(torch.promote_types(layer.W_out.dtype, torch.float32))
+    layer, _ = layer.to(torch.promote_types(layer.W_out.dtype, torch.float32)).of_moderate_size()
     u = outputs[:PILOT].to(layer.W_out)
     c = hidden_coefficients(layer, _scaled(u, frobenius_norms(layer, u)))
     operator = InteractionOperator.of(layer.W_gate.T, layer.W_in.T)
