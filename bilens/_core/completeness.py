@@ -8,7 +8,7 @@ WIDE, HALF = 84, 8
 
 
 def is_rounding(relative_error: float, dtype: torch.dtype) -> bool:
-    """Whether a gap this large, relative to the sum of absolute parts, is what a forward pass in `dtype` rounds away."""
+    """Whether a gap of this share of the absolute parts is what a forward pass in `dtype` rounds away."""
     half = torch.finfo(dtype).bits < 32
     eps = torch.finfo(dtype if half else torch.float32).eps  # of a float64 model: results are in float32
     return relative_error <= (HALF if half else WIDE) * eps

@@ -35,7 +35,7 @@ def read_output(output: Any, d_model: int) -> Int[Tensor, "*n"] | Float[Tensor, 
     if isinstance(output, Tensor):
         tensor = output
     elif isinstance(output, SupportsIndex) and not isinstance(output, np.ndarray):
-        tensor = torch.tensor(index(output))
+        tensor = torch.tensor(whole_number(output, "an output is a feature's number, or a direction"))
     else:
         try:
             tensor = torch.as_tensor(np.array(output))  # a copy: torch warns of arrays it may not write to
