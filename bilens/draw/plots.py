@@ -5,7 +5,6 @@ Labels are text: markup in them is shown, not obeyed.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,6 @@ FAINT = "rgba(127, 135, 144, 0.22)"
 COLORS = [POSITIVE, "#e08a2c", "#2f9e77", NEGATIVE, "#8a6fc9", "#a0765b"]
 # Opaque to transparent to opaque: zero is the page's own colour, whichever that is.
 DIVERGING = [[0, NEGATIVE], [0.5, "rgba(214, 69, 93, 0)"], [0.5, "rgba(43, 123, 186, 0)"], [1, POSITIVE]]
-SYMBOLS = ["circle", "diamond", "square", "cross", "triangle-up", "x"]
 LONGEST_LABEL = 28
 LONGEST_BAR_LABEL = 52  # a bar's label has a line to itself
 MOST_TICKS = 48
@@ -207,65 +205,6 @@ def scatter(
         line_style = {"color": GREY, "dash": "dot", "width": 1}
         figure.add_trace(go.Scatter(x=ends, y=ends, mode="lines", line=line_style, hoverinfo="skip", showlegend=False))
     figure.add_trace(points)
-    return figure
-
-
-def gate(
-    x: Numbers,
-    y: Numbers,
-    values: Numbers,
-    kinds: Sequence[str],
-    labels: Sequence[str] | None = None,
-    title: str = "",
-    *,
-    x_title: str = "",
-    y_title: str = "",
-    value_title: str = "",
-) -> "go.Figure":
-    """Points of several kinds in a plane, coloured by a third number: which corner an output fires in.
-
-    Args:
-        x, y, values: one number per point each.
-        kinds: one per point; each kind has a symbol of its own, in the order they come.
-        labels: one per point, for hovering; indices by default.
-        title: over the figure.
-        x_title, y_title: of the axes.
-        value_title: of the colours.
-    """
-    import plotly.graph_objects as go
-
-    across = numbers(x, "x", None)
-    up = numbers(y, "y (one per x)", len(across))
-    shown = numbers(values, "values (one per x)", len(across))
-    of = np.array(names(kinds, len(across), "kinds"))
-    hover = np.array([plotly_text(label) for label in names(labels, len(across), "labels")])
-    limit = full_scale(shown)
-    figure = _figure(title, x_title, y_title, height=460)
-    for kind, symbol in zip(dict.fromkeys(of.tolist()), cycle(SYMBOLS), strict=False):
-        at = of == kind
-        figure.add_trace(
-            go.Scatter(
-                x=across[at],
-                y=up[at],
-                name=plotly_text(kind),
-                mode="markers",
-                customdata=np.stack([hover[at], shown[at]], -1),
-                marker={
-                    "symbol": symbol,
-                    "size": 8,
-                    "color": shown[at],
-                    "coloraxis": "coloraxis",
-                    "line": {"width": 0.8, "color": GREY},
-                },
-                hovertemplate="%{customdata[0]}<br><b>%{customdata[1]:.4g}</b><extra>%{fullData.name}</extra>",
-            )
-        )
-    bar = {"thickness": 10, "outlinewidth": 0, "len": 0.9, "title": {"text": plotly_text(value_title), "side": "right"}}
-    figure.update_layout(
-        coloraxis={"colorscale": DIVERGING, "cmin": -limit, "cmax": limit, "colorbar": bar},
-        margin_t=72,
-        legend_font_color=GREY,
-    )
     return figure
 
 

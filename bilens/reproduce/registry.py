@@ -47,13 +47,6 @@ _RECIPES: list[tuple[str, str, str, Kind, str]] = [
         "attacks:masks",
     ),
     (
-        "negation",
-        "figure 8 (section 5.1)",
-        "whether features or layers turn a word's sentiment round under negation",
-        "language",
-        "negation:negation",
-    ),
-    (
         "low-rank",
         "figure 9 (section 5.2)",
         "how well the leading eigenvectors of an output feature reproduce its activation on text",

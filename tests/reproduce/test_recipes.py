@@ -30,7 +30,7 @@ def small(tmp_path_factory, tokenizer, texts):
     return Settings(model=str(folder / "model"), saes=str(folder / "saes"), texts=texts, reduced=True)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "negation"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_gives_rows_and_figures(name, small, tmp_path):
     one = recipe(name)
     made = one.run(small if one.kind == "language" else Settings(reduced=True))

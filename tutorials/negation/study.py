@@ -1,9 +1,9 @@
 """Does "not" turn a word's sentiment round? The paper's sentiment-negation circuit, looked for in another model.
 
-Sentences of four kinds (positive, negative, not positive, not negative: `negation_probes`) are run once; everything is
+Sentences of four kinds (positive, negative, not positive, not negative: `probes`) are run once; everything is
 read at the adjective and at the full stop.
 
-1. screen (`negation_auc`): does any output feature of any layer tell "not positive" from each of the other three kinds,
+1. screen (`auc`): does any output feature of any layer tell "not positive" from each of the other three kinds,
    or follow the clause ("good" and "not bad" against "bad" and "not good")? A feature's score is the least AUC of its
    comparisons, of pre-activations; of equal ones that which separates by more standard deviations is taken. The best of
    all features that fire here is picked on one half of the adjectives and tested on the other; so is the best under
@@ -12,7 +12,7 @@ read at the adjective and at the full stop.
 2. readout: the direction from negative to positive in plain sentences, learned on one half, on the other half's plain
    and negated sentences. AUC 1 follows the word, 0 the clause, 1/2 neither; the last site is the next token's
    distribution (square roots of probabilities)
-3. the layers' own algebra (`negation_algebra`): with the four means of a layer's input `mu = m + a n + b s + a b d`,
+3. the layers' own algebra (`algebra`): with the four means of a layer's input `mu = m + a n + b s + a b d`,
    `a, b = +-1/2` for negated and positive, and `mlp(x) = B(x, x)`, the difference of differences of its output is
    exactly
 
@@ -22,7 +22,7 @@ read at the adjective and at the full stop.
    comes of variation around the means. `fade` is minus the projection on the plain valence `v = P - N` of the output,
    over `|v|^2`: 0 if the word's valence is untouched under negation, 1 if it is gone, 2 if it is turned round. Null:
    valences permuted over adjectives, and feature directions as long as `s` in place of it
-4. gates (`negation_gates`): the picked features' two leading eigenvectors, and which families of input features their
+4. gates (`gates`): the picked features' two leading eigenvectors, and which families of input features their
    pre-activation comes from, exactly
 
 Source: Pearce et al. 2025 (arXiv 2410.08417), section 5.1, the sentiment-negation circuit; DESIGN section 4.
@@ -44,8 +44,9 @@ from bilens.errors import ArgumentError
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.pages.report import layer_decomposers
-from bilens.reproduce.negation_algebra import bilinear_form, split_difference
-from bilens.reproduce.negation_auc import (
+from bilens.reproduce.reproduction import Made, Settings
+from tutorials.negation.algebra import bilinear_form, split_difference
+from tutorials.negation.auc import (
     TARGETS,
     cell_aucs,
     cell_margins,
@@ -55,8 +56,8 @@ from bilens.reproduce.negation_auc import (
     positive_minus_negative,
     win_rates,
 )
-from bilens.reproduce.negation_gates import Gate, gate_of
-from bilens.reproduce.negation_probes import (
+from tutorials.negation.gates import Gate, gate_of
+from tutorials.negation.probes import (
     CELL_NAMES,
     CELLS,
     NEGATIONS,
@@ -67,8 +68,7 @@ from bilens.reproduce.negation_probes import (
     tokens_of,
     valences,
 )
-from bilens.reproduce.negation_verdict import verdict
-from bilens.reproduce.reproduction import Made, Settings
+from tutorials.negation.verdict import verdict
 
 if TYPE_CHECKING:
     import pandas as pd

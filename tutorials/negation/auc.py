@@ -1,6 +1,6 @@
 """Kinds of sentences told apart: AUCs that are quick to relabel, and what they are compared with.
 
-Everything is of values (word, negated or not, rendering, ...), as the sentences of `negation_probes` give them, the
+Everything is of values (word, negated or not, rendering, ...), as the sentences of `probes` give them, the
 positive words first; nothing here knows of a model.
 
 1. `win_rates` compares every two (word, negated) once; AUCs between kinds of sentences are means of those
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bilens.reproduce.negation_probes import CELLS, Cell
+from tutorials.negation.probes import CELLS, Cell
 
 Pairs = tuple[tuple[Cell, Cell], ...]
 TARGETS: dict[str, Pairs] = {

@@ -10,17 +10,16 @@ from torch.testing import assert_close
 from bilens.errors import ArgumentError, TokenizationError
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 from bilens.model.loading import load_model
-from bilens.reproduce.negation import negation_study
-from bilens.reproduce.negation_algebra import bilinear_form, split_difference
-from bilens.reproduce.negation_auc import (
+from tutorials.negation.algebra import bilinear_form, split_difference
+from tutorials.negation.auc import (
     TARGETS,
     cell_aucs,
     least_auc,
     negated_interval,
     win_rates,
 )
-from bilens.reproduce.negation_gates import FAMILIES, families, family_contributions
-from bilens.reproduce.negation_probes import (
+from tutorials.negation.gates import FAMILIES, families, family_contributions
+from tutorials.negation.probes import (
     ADJECTIVES,
     CELLS,
     NEGATIONS,
@@ -31,6 +30,7 @@ from bilens.reproduce.negation_probes import (
     tokens_of,
     valences,
 )
+from tutorials.negation.study import negation_study
 
 
 def random_layer(seed: int, biases: bool, d: int = 6, hidden: int = 9) -> BilinearLayer:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bilens._core.display import Tabular
 from bilens.decompose import Decomposer
-from bilens.reproduce.negation_auc import cell_means
-from bilens.reproduce.negation_probes import CELL_NAMES, sentences
+from tutorials.negation.auc import cell_means
+from tutorials.negation.probes import CELL_NAMES, sentences
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,22 +71,35 @@ class Gate(Tabular):
 
     def plot(self) -> "go.Figure":
         """The sentences in the plane, coloured by the pre-activation, marked by their kind."""
-        from bilens.draw.plots import gate
+        import pandas as pd
+        import plotly.express as px
+
+        from bilens.draw.plots import DIVERGING, template
 
         probes = sentences()
         first, second = (f"{value:+.2f}" for value in self.eigenvalues)
         plane = ("√λ₊ v₊·x − √|λ₋| v₋·x", "√λ₊ v₊·x + √|λ₋| v₋·x") if self.product else ("√|λ₁| v₁·x", "√|λ₂| v₂·x")
-        return gate(
-            self.x,
-            self.y,
-            self.values,
-            [CELL_NAMES[probe.cell] for probe in probes],
-            [probe.text for probe in probes],
-            f"layer {self.layer}, output feature {self.feature} (λ = {first}, {second})",
-            x_title=plane[0],
-            y_title=plane[1],
-            value_title="pre-activation",
+        points = pd.DataFrame(
+            {
+                plane[0]: self.x.tolist(),
+                plane[1]: self.y.tolist(),
+                "pre-activation": self.values.tolist(),
+                "kind": [CELL_NAMES[probe.cell] for probe in probes],
+                "sentence": [probe.text for probe in probes],
+            }
         )
+        figure = px.scatter(
+            points,
+            *plane,
+            color="pre-activation",
+            symbol="kind",
+            hover_name="sentence",
+            color_continuous_scale=DIVERGING,
+            color_continuous_midpoint=0,
+            template=template(),
+            title=f"layer {self.layer}, output feature {self.feature} (λ = {first}, {second})",
+        )
+        return figure.update_layout(legend={"orientation": "h", "y": 1.1})
 
     def __str__(self) -> str:
         return f"{self.target}: {self.layer}/{self.feature}\n{self.to_frame().head(8).to_string(index=False)}"

@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from bilens.reproduce.negation_auc import TARGETS
-from bilens.reproduce.negation_gates import Gate
-from bilens.reproduce.negation_probes import POSITIONS
+from tutorials.negation.auc import TARGETS
+from tutorials.negation.gates import Gate
+from tutorials.negation.probes import POSITIONS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from bilens.reproduce.negation import NegationStudy
+    from tutorials.negation.study import NegationStudy
 
 SENTIMENT_BY_NEGATION = ("not positive", "not negative", "positive clause", "negative clause")
 SIGNIFICANT = 0.05 / len(TARGETS)  # of several targets one would pass 0.05 by chance
