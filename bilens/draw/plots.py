@@ -222,7 +222,8 @@ def scatter_grid(
     from plotly.subplots import make_subplots
 
     rows = -(-len(panels) // columns) or 1
-    figure = make_subplots(rows, columns, subplot_titles=[plotly_text(name) for name in panels])
+    titles = [plotly_text(name) for name in panels]
+    figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.2 / rows)
     figure.update_layout(template=template(), height=rows * 220 + 60)
     for place, (x, y) in enumerate(panels.values()):
         across = numbers(x, "x", None)

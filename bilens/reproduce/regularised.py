@@ -50,15 +50,22 @@ def noise(settings: Settings) -> Made:
     found = regularisation_study(data, noises, config, progress=False)
     rms = data.train_images.flatten(1).square().mean(1).sqrt().mean().item()
     rows = [("root mean square of an image's pixels, the mean over images", "about 0.3 (MNIST)", f"{rms:.2f}")]
+    frame = found.to_frame()
     rows += [
         (f"test accuracy with noise of standard deviation {row.noise:g}", PICTURE, f"{row.test_accuracy:.1%}")
-        for row in found.to_frame().itertuples()
+        for row in frame.itertuples()
     ]
+    best = frame.loc[frame.test_accuracy.idxmax()]
     figures = {
         f"Eigenfeatures of {data.class_names[c]} against input noise": found.plot(c)
         for c in (0, min(5, data.n_classes - 1))
     }
-    return Made(ran_on(data, config, noise=_listed(noises)), rows, figures)
+    words = [
+        f"Accuracy is highest, {best.test_accuracy:.1%}, with noise {best.noise:g}, and "
+        f"{frame.test_accuracy.iloc[-1]:.1%} with the most. That eigenvectors lose single pixels and become like "
+        "digits is to be seen, not measured."
+    ]
+    return Made(ran_on(data, config, noise=_listed(noises)), rows, figures, words)
 
 
 def augmentation(settings: Settings) -> Made:

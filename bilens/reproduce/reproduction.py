@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, write_atomically
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Rows: TypeAlias = Sequence[tuple[str, str, str]]
 Figures: TypeAlias = "Mapping[str, go.Figure]"
-Kind: TypeAlias = Literal["images", "language"]
 
 PEARCE_2025 = "Pearce et al. 2025 (arXiv 2410.08417)"
 PICTURE = "shown as a picture, no number given"
@@ -136,14 +135,14 @@ class Recipe:
         name: Its name on the command line.
         where: The figure, table or section of the paper.
         about: What is seen, in a line.
-        kind: Whether it reads `Settings.images`, or `model`, `saes`, `layer` and `texts`.
+        reads: The settings it takes notice of, besides `reduced` and `seed`.
         make: The module and the function that makes it, imported when it is run.
     """
 
     name: str
     where: str
     about: str
-    kind: Kind
+    reads: tuple[str, ...]
     make: str = field(repr=False)
 
     @property
@@ -161,16 +160,14 @@ class Recipe:
 
 
 def check_settings(recipes: Sequence[Recipe], settings: Settings) -> None:
-    """Refuse a setting that none of the recipes reads.
+    """Refuse a setting that none of the recipes takes notice of.
 
     Raises:
-        ArgumentError: such a setting; it names the recipes' kind and what they do read.
+        ArgumentError: such a setting; it names what the recipes do read.
     """
-    kinds = {one.kind for one in recipes}
-    names = ", ".join(one.name for one in recipes)
-    given = {name: getattr(settings, name) for name in ("model", "saes", "layer", "expansion", "k", "texts")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and "language" not in kinds:
-        raise ArgumentError(f"{names} trains image classifiers and reads none of {', '.join(given)}; it reads images.")
-    if settings.images != Settings.images and "images" not in kinds:
-        raise ArgumentError(f"{names} measures a language model and reads no images; it reads model, saes and layer.")
+    read = [name for name in vars(settings) if any(name in one.reads for one in recipes)]
+    default = vars(Settings())
+    for name, value in vars(settings).items():
+        if value != default[name] and name not in (*read, "reduced", "seed"):
+            names = ", ".join(one.name for one in recipes)
+            raise ArgumentError(f"{name} is {value!r:.60}, but {names} would not read it; expected {', '.join(read)}.")

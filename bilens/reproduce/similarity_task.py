@@ -108,8 +108,11 @@ def similarity_task(settings: Settings) -> Made:
         ).plot_spectrum(top=2),
     }
     words = [
-        "Eigenvectors in the table are of the part that is quadratic in the image; what the biases add is linear and "
-        "constant, and is shown beside it. The last figure has both in one matrix, as the paper's appendix L."
+        f"The first positive eigenvector alone is right on {right.double().mean():.1%} of the test images, the model "
+        f"on {accuracies[0]:.1%}. Positive eigenvalues are {_values(found, positive)}; the largest negative one is "
+        f"{_values(found, negative)}, where the paper has one high eigenvalue and the rest close to zero.",
+        "Eigenvectors here are of the part that is quadratic in the image; what the biases add is linear and "
+        "constant, and is shown beside it. The last figure has both in one matrix, as the paper's appendix L.",
     ]
     return Made(ran_on(data, config), rows, figures, words)
 

@@ -52,8 +52,11 @@ def structure(settings: Settings) -> Made:
             deep.model, [0, min(3, data.n_classes - 1)], k=3
         ).plot(),
     }
+    likes = hosvd.to_frame().query("mode == 'output'").like
     words = [
+        f"The first two of {len(share)} output directions hold {share[:2].sum():.0%} of the squared norm: "
+        f"{likes.iloc[0]} and {likes.iloc[1]}, by their classes.",
         "The sign of an output direction is free. The paper's directions come from the matrices over the embedding, "
-        f"ours from those over the pixels, so singular values do not compare ({PICTURE.split(',')[0]} there)."
+        f"ours from those over the pixels, so singular values do not compare ({PICTURE.split(',')[0]} there).",
     ]
     return Made(ran_on(data, config), rows, figures, words)

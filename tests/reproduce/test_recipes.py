@@ -33,7 +33,7 @@ def small(tmp_path_factory, tokenizer, texts):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_gives_rows_and_figures(name, small, tmp_path):
     one = recipe(name)
-    made = one.run(small if one.kind == "language" else Settings(reduced=True))
+    made = one.run(Settings(reduced=True) if "images" in one.reads else small)
     frame = made.to_frame()
     assert list(frame.columns) == ["what", "paper", "here"]
     assert (frame["here"].str.len() > 0).all()
@@ -45,7 +45,7 @@ def test_a_recipe_gives_rows_and_figures(name, small, tmp_path):
     text = page.read_text().replace("&#x27;", "'")
     assert made.facts in text
     assert one.where in text
-    if one.kind == "images":
+    if "images" in one.reads:
         assert "256" not in made.facts  # hidden units of the whole run
         assert "5 epochs" in made.facts
     assert pd.read_csv(tmp_path / f"{name}.csv", keep_default_na=False).equals(frame)
@@ -79,12 +79,19 @@ def test_every_recipe_is_where_the_list_says():
         assert callable(getattr(import_module(f"bilens.reproduce.{module}"), function))
 
 
-def test_settings_that_no_recipe_reads_are_refused():
-    check_settings([recipe("masks"), recipe("low-rank")], Settings(model="ts-tiny", images="mnist"))
-    with pytest.raises(ArgumentError, match=r"masks .*reads none of model, layer; it reads images"):
-        check_settings([recipe("masks")], Settings(model="ts-tiny", layer=0))
-    with pytest.raises(ArgumentError, match=r"low-rank .*reads no images"):
-        check_settings([recipe("low-rank")], Settings(images="mnist"))
+@pytest.mark.parametrize(
+    ("names", "given", "message"),
+    [
+        (["masks"], {"layer": 1}, "layer is 1, but masks would not read it; expected images."),
+        (["masks", "sizes"], {"texts": ["a"]}, r"texts is \['a'\], but masks, sizes would not read it"),
+        (["low-rank"], {"images": "mnist"}, "images is 'mnist', but low-rank would not read it; expected model, saes,"),
+        (["training-time"], {"saes": "mine"}, "saes is 'mine', .* expected model, layer, texts."),
+    ],
+)
+def test_settings_that_no_recipe_reads_are_refused(names, given, message):
+    with pytest.raises(ArgumentError, match=message):
+        check_settings([recipe(name) for name in names], Settings(**given))
+    check_settings([recipe(name) for name in (*names, "low-rank", "masks")], Settings(**given))
 
 
 def test_the_command_writes_a_users_own_model_and_refuses(small, tmp_path):
