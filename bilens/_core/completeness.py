@@ -23,10 +23,18 @@ def gap_in_words(relative_error: float, dtype: torch.dtype) -> str:
 class Complete:
     """What is known of parts and their value: for results that have both."""
 
-    total: float
-    absolute_sum: float
     actual: float
     dtype: torch.dtype
+
+    @property
+    def total(self) -> float:
+        """The sum of every part."""
+        raise NotImplementedError
+
+    @property
+    def absolute_sum(self) -> float:
+        """Sum of the parts' absolute values."""
+        raise NotImplementedError
 
     @property
     def completeness_error(self) -> float:

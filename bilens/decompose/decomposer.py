@@ -25,7 +25,7 @@ from bilens._core.typing import typed
 from bilens.decompose.between import PairInteractions, top_pairs
 from bilens.decompose.motifs import Motifs, find_motifs
 from bilens.decompose.outputs import Output, check_index, read_output
-from bilens.decompose.results import Attribution, Eigencircuits, TopInteractions
+from bilens.decompose.results import Attribution, Eigencircuits, TopInteractions, unequal_rows
 from bilens.decompose.similarity import (
     FeatureClusters,
     FeatureCosines,
@@ -193,13 +193,24 @@ class Decomposer:
         return Eigencircuits(values, vectors, norms, self.output_indices(output), decoder, self.input_names)
 
     @typed
-    def top_interactions(self, output: Output, k: int = 50, side: Side = "encoder") -> TopInteractions:
+    def top_interactions(
+        self,
+        output: Output,
+        k: int = 50,
+        side: Side = "encoder",
+        *,
+        activations: Float[Tensor, "d_sae"] | None = None,
+    ) -> TopInteractions:
         """The `k` largest interactions of each output between input features, self and cross together.
 
         Args:
             output: as for `interaction`.
             k: at most `d_sae (d_sae + 1) / 2`.
             side: as for `interaction`.
+            activations: typical activation of each input feature, such as `typical_activations` of `motifs`: ranks by
+                `|coefficient * f_i * f_j|`. Without, by `|coefficient|`, which is per unit of activation; where the
+                decoder rows are not of one length, that says more of the SAE's units than of the layer, and the result
+                says so.
         """
         matrix = self.interaction(output, basis="features", side=side)
         batch = matrix if matrix.ndim == 3 else matrix[None]
@@ -208,7 +219,9 @@ class Decomposer:
         if not 1 <= k <= len(rows):
             raise OutOfRangeError(f"k is {k}, expected 1 to {len(rows)}, the number of pairs of {d_sae} features.")
         coefficients = batch[:, rows, columns] * torch.where(rows == columns, 1.0, 2.0)
-        top = coefficients.abs().topk(k, dim=-1).indices
+        fires = None if activations is None else activations.to(batch)[rows] * activations.to(batch)[columns]
+        scores = coefficients if fires is None else coefficients * fires
+        top = scores.abs().topk(k, dim=-1).indices
         i, j = columns[top], rows[top]
         features = torch.cat([i.flatten(), j.flatten()]).unique()
         return TopInteractions(
@@ -220,6 +233,8 @@ class Decomposer:
             submatrix=matrix[..., features, :][..., :, features],
             input_names=self.input_names,
             output_names=self.output_names_of(output),
+            typical=None if fires is None else scores.gather(-1, top),
+            note=unequal_rows(self.input_directions()) if fires is None else "",
         )
 
     @typed

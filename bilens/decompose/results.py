@@ -115,6 +115,9 @@ class Eigencircuits(Tabular):
         return f"Eigencircuits({tuple(self.values.shape)})\n{self.to_frame().head(10).to_string(index=False)}"
 
 
+ONE_LENGTH = 1.01  # decoder rows whose lengths differ by less are of one length
+
+
 @dataclass(frozen=True)
 class TopInteractions(Tabular):
     """The largest interactions of each output, self and cross together.
@@ -128,6 +131,8 @@ class TopInteractions(Tabular):
         coefficients: by falling absolute value.
         features: all input features that occur, ascending.
         submatrix: the interaction matrices restricted to `features`: the smallest that hold every listed pair.
+        typical: `coefficient * f_i * f_j` at typical activations, which they are ranked by where those are given.
+        note: what to know of the ranking.
     """
 
     outputs: Int[Tensor, "n"]
@@ -138,9 +143,12 @@ class TopInteractions(Tabular):
     submatrix: Float[Tensor, "*n m m"] = field(repr=False)
     input_names: Sequence[str] | None = field(default=None, repr=False)
     output_names: Sequence[str] | None = field(default=None, repr=False)
+    typical: Float[Tensor, "n k"] | None = field(default=None, repr=False)
+    note: str = field(default="", repr=False)
 
     def to_frame(self) -> "pd.DataFrame":
-        """One row per interaction: `output, i, j, kind, coefficient, output_name, i_name, j_name`."""
+        """One row per interaction: `output, i, j, kind, coefficient, output_name, i_name, j_name`, and `typical` where
+        activations were given."""
         import pandas as pd
 
         rows = []
@@ -160,7 +168,13 @@ class TopInteractions(Tabular):
                         "j_name": name_of(self.input_names, j),
                     }
                 )
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows)
+        if self.typical is not None:
+            frame.insert(5, "typical", self.typical.flatten().tolist())
+        return frame
+
+    def _repr_html_(self) -> str:
+        return f"{super()._repr_html_()}<p>{self.note}</p>" if self.note else super()._repr_html_()
 
     def plot(self) -> "go.Figure":
         """Heat map of the sub-matrix (of the first output, where there are several)."""
@@ -171,7 +185,24 @@ class TopInteractions(Tabular):
         return heatmap(matrix.tolist(), names, names, "interactions")
 
     def __str__(self) -> str:
-        return self.to_frame().head(20).to_string(index=False)
+        table = self.to_frame().head(20).to_string(index=False)
+        return f"{table}\n{self.note}" if self.note else table
+
+
+def unequal_rows(directions: Float[Tensor, "d_sae d_model"]) -> str:
+    """What to know of coefficients per unit of activation, where the features' decoder rows are not of one length.
+
+    An SAE whose rows are longer and activations smaller by the same factor is the same SAE with other coefficients.
+    """
+    lengths = directions.norm(dim=-1)
+    lengths = lengths[lengths > 0]
+    if not len(lengths) or lengths.max() <= ONE_LENGTH * lengths.min():
+        return ""
+    return (
+        f"Coefficients are per unit of activation, and the input SAE's decoder rows are {lengths.min():.3g} to "
+        f"{lengths.max():.3g} long: features with long rows lead, however weakly they fire. Give typical activations "
+        "to rank by what pairs contribute."
+    )
 
 
 BIAS_SOURCES = ("b_dec", "error", "mlp bias")

@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.display import Tabular
-from bilens.decompose.results import name_of
+from bilens.decompose.results import name_of, unequal_rows
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer
 from bilens.layer.eigen.cost import seconds
@@ -86,6 +86,7 @@ class StrongestInteractions(Tabular):
         weights: of the pairs, where there are some.
         input_names, output_names: by layer.
         method: how they were found.
+        note: what to know of the ranking.
     """
 
     layers: Int[Tensor, "n"]
@@ -97,6 +98,7 @@ class StrongestInteractions(Tabular):
     method: str
     input_names: dict[int, Sequence[str] | None] = field(default_factory=dict, repr=False)
     output_names: dict[int, Sequence[str] | None] = field(default_factory=dict, repr=False)
+    note: str = field(default="", repr=False)
 
     @property
     def scores(self) -> Float[Tensor, "n"]:
@@ -139,7 +141,11 @@ class StrongestInteractions(Tabular):
         return f"StrongestInteractions({len(self.i)} of layers {layers or 'none'}; {self.method})"
 
     def __str__(self) -> str:
-        return f"{self!r}\n{self.to_frame().head(20).to_string(index=False)}"
+        table = f"{self!r}\n{self.to_frame().head(20).to_string(index=False)}"
+        return f"{table}\n{self.note}" if self.note else table
+
+    def _repr_html_(self) -> str:
+        return f"{super()._repr_html_()}<p>{self.note}</p>" if self.note else super()._repr_html_()
 
 
 def strongest_interactions(
@@ -224,6 +230,7 @@ def strongest_interactions(
         output_names={
             decomposer.layer: decomposer.output_names_of(decomposer.every_output(output)) for decomposer in decomposers
         },
+        note="" if weights is not None else unequal_rows(torch.cat([d.input_directions().cpu() for d in decomposers])),
     )
 
 

@@ -47,12 +47,7 @@ class BilinearLayer:
             CheckpointError: weights that are not finite.
             NotBilinearError: a gated or one-branch model: its output is not a quadratic form of its input.
         """
-        if not model.cfg.is_bilinear:
-            kind = f"gated by {model.cfg.gate!r}" if model.cfg.bilinear else "a one-branch MLP"
-            raise NotBilinearError(
-                f"the model {model.cfg.model_name!r} is {kind}: its output is not a quadratic form of its input, so it "
-                "has no interaction matrices. A bilinear model has config bilinear true and gate null."
-            )
+        check_bilinear(model)
         mlp = model.blocks[layer].mlp
         names = ("W_gate", "W_in", "W_out", "b_gate", "b_in", "b_out")
         dtype = torch.promote_types(model.cfg.dtype, torch.float32)
@@ -70,6 +65,20 @@ class BilinearLayer:
         rounded. Biases are left as they are: interaction matrices have none."""
         sizes = {name: _power_of_two(getattr(self, name)) for name in ("W_gate", "W_in", "W_out")}
         return replace(self, **{name: getattr(self, name) / size for name, size in sizes.items()}), prod(sizes.values())
+
+
+def check_bilinear(model: "HookedBilinearTransformer") -> None:
+    """Refuse a model whose MLPs are no quadratic forms.
+
+    Raises:
+        NotBilinearError: a gated or one-branch model.
+    """
+    if not model.cfg.is_bilinear:
+        kind = f"gated by {model.cfg.gate!r}" if model.cfg.bilinear else "a one-branch MLP"
+        raise NotBilinearError(
+            f"the model {model.cfg.model_name!r} is {kind}: its output is not a quadratic form of its input, so it "
+            "has no interaction matrices. A bilinear model has config bilinear true and gate null."
+        )
 
 
 def _power_of_two(weight: Tensor) -> float:

@@ -34,16 +34,18 @@ class FeatureDashboard(View):
         title: of the page; by default what the features are of.
     """
 
-    records: "FeatureRecord | Sequence[FeatureRecord]"
+    records: "FeatureRecord | Iterable[FeatureRecord]"
     title: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.records, Iterable):  # read once: a generator has nothing to give a second time
+            object.__setattr__(self, "records", list(self.records))
         if not self._records:
             raise ViewError("there is no feature to show: give a FeatureRecord, or several.")
 
     @property
     def _records(self) -> "list[FeatureRecord]":
-        return list(self.records) if isinstance(self.records, Iterable) else [self.records]
+        return self.records if isinstance(self.records, list) else [self.records]
 
     def html(self) -> str:
         return "".join(f"{_heading(record)}{_body(record)}" for record in self._records)

@@ -19,6 +19,7 @@ import torch
 from sae_lens import SAE
 
 from bilens._core.bare import require_bare
+from bilens._core.checks import check_sizes
 from bilens._core.files import destination, write_atomically
 from bilens.attribute import (
     Circuit,
@@ -38,6 +39,7 @@ from bilens.decompose.gallery import MotifGallery, motif_gallery
 from bilens.decompose.outputs import check_index
 from bilens.decompose.sweep import Sweep
 from bilens.errors import ArgumentError, ModelNotFoundError, OutOfRangeError
+from bilens.layer.bilinear import check_bilinear
 from bilens.layer.eigen.solve import EigenSweep
 from bilens.model.generation import sample_texts
 from bilens.model.loading import DEFAULT_MODEL, PRETRAINED, list_models, load_model
@@ -144,6 +146,7 @@ def layer_decomposers(
         saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
         expansion, k: which SAEs, where there are several.
     """
+    check_bilinear(model)  # no SAEs would help
     place = saes if saes is not None else sae_source(model.cfg.model_name)
     return [
         Decomposer(model, layer, *(load_sae(place, point, layer, expansion, k) for point in ("mlp-in", "mlp-out")))
@@ -213,10 +216,12 @@ def report(
     Returns:
         The circuits on the page.
     """
+    check_sizes(n=n)
     out = destination(out)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
     layer = (model.cfg.n_layers - 1) // 2 if layer is None else layer
     say(f"model {model.cfg.model_name}, layer {layer}")
+    check_bilinear(model)  # no SAEs would help
     place = saes if saes is not None else sae_source(model.cfg.model_name)
     pair = (load_sae(place, "mlp-in", layer, expansion, k), load_sae(place, "mlp-out", layer, expansion, k))
     texts = list(examples) if examples is not None else example_texts(model)
@@ -305,6 +310,7 @@ def trace(
     """
     out = destination(out)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
+    check_bilinear(model)  # no SAEs would help
     place = saes if saes is not None else sae_source(model.cfg.model_name)
     pairs = {
         layer: (load_sae(place, "mlp-in", layer, expansion, k), load_sae(place, "mlp-out", layer, expansion, k))

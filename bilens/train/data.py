@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bilens._core.files import to_path
-from bilens.errors import EmptyTextError, TrainingError
+from bilens.errors import ArgumentError, EmptyTextError, TrainingError
 from bilens.model.tokenization import encode
 
 if TYPE_CHECKING:
@@ -106,7 +107,21 @@ def open_dataset(source: str | os.PathLike[str], split: str = "train", *, stream
         raise TrainingError(f"no file {path} (in {Path.cwd()}).")
     if path.exists():
         raise TrainingError(f"{path}: a data file must end in .jsonl, .json, .txt or .parquet (.gz may follow).")
+    check_dataset_name(source)
     return load_dataset(str(source), split=split, streaming=streaming)
+
+
+def check_dataset_name(source: str | os.PathLike[str]) -> None:
+    """Refuse to ask the hub for something that can be no dataset there, such as a text.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", str(source)):
+        raise ArgumentError(
+            f"{str(source)!r:.80} is neither a file nor the name of a dataset (owner/name). A text is given in a list: "
+            "[text]."
+        )
 
 
 def stream_texts(source: str | os.PathLike[str], split: str = "train", column: str = "text") -> Iterator[str]:

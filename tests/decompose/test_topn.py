@@ -280,3 +280,26 @@ def test_bad_arguments(decomposers, models):
         top_triples(layer, draw(3, 7), draw(3, 8), 1)
     with pytest.raises(ArgumentError, match="the inputs hold NaN"):
         top_triples(layer, draw(3, 8), torch.full((3, 8), torch.inf), 1)
+
+
+def test_decoder_rows_of_unequal_length_are_said_or_ranked_away(models):
+    """A row ten times as long with activations a tenth as large is the same SAE; by the coefficient alone it leads."""
+    model, sae = models(False, True), make_sae("topk", "blocks.1.ln2.hook_normalized", seed=1)
+    with torch.no_grad():
+        sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
+    out, fires = make_sae("topk", "blocks.1.hook_mlp_out", seed=2), torch.rand(D_SAE) + 0.5
+    d = Decomposer(model, 1, sae, out)
+    plain, ranked = d.top_interactions(3, k=20), d.top_interactions(3, k=20, activations=fires)
+    assert plain.note == d.strongest_interactions(20, progress=False).note == ""
+    stretch = torch.rand(D_SAE) * 10 + 1
+    with torch.no_grad():
+        sae.W_dec.mul_(stretch[:, None])
+    for found in (d.top_interactions(3, k=20), d.strongest_interactions(20, progress=False)):
+        assert "per unit of activation" in found.note
+        assert found.note in str(found)
+        assert found.note in found._repr_html_()
+    again = d.top_interactions(3, k=20, activations=fires / stretch)
+    assert again.i.tolist() == ranked.i.tolist()
+    assert again.j.tolist() == ranked.j.tolist()
+    assert_close(again.typical, ranked.typical)
+    assert again.to_frame()["typical"].tolist() == again.typical.flatten().tolist()

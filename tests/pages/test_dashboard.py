@@ -110,3 +110,12 @@ def test_estimated_counts_are_said_to_be(read):
 def test_nothing_to_show():
     with pytest.raises(ViewError, match="no feature to show"):
         FeatureDashboard([])
+
+
+def test_features_may_come_from_a_generator():
+    """They are read once and shown as often as asked."""
+    view = FeatureDashboard(record([token]) for token in ("cat", "dog"))
+    for _ in range(2):
+        assert len(read(view._repr_html_()).tags("h3")) == 2
+    with pytest.raises(ViewError, match="no feature to show"):
+        FeatureDashboard(record([token]) for token in ())

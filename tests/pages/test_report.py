@@ -7,9 +7,25 @@ from typer.testing import CliRunner
 import bilens.pages.report
 from bilens import cli
 from bilens.decompose.feature import feature_circuit, rank_features
-from bilens.errors import ArgumentError, ContextLengthError, EmptyTextError, ModelNotFoundError, OutOfRangeError
+from bilens.errors import (
+    ArgumentError,
+    ContextLengthError,
+    EmptyTextError,
+    ModelNotFoundError,
+    NotBilinearError,
+    OutOfRangeError,
+)
 from bilens.model.loading import DEFAULT_MODEL
-from bilens.pages.report import active_features, example_texts, interesting_circuits, label_layers, sae_source, trace
+from bilens.pages.report import (
+    active_features,
+    example_texts,
+    interesting_circuits,
+    label_layers,
+    report,
+    sae_source,
+    trace,
+)
+from tests.conftest import make_model
 
 LAYER = 1
 TEXT = "Once upon a time, there was a little dog. He did not want to share his toy."
@@ -179,3 +195,15 @@ def test_misspelt_model_is_one_line_with_the_nearest_name(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         cli.main()
     assert "Did you mean 'ts-tiny'?" in capsys.readouterr().err
+
+
+def test_a_gated_model_is_told_that_it_is_not_bilinear(tmp_path):
+    """No SAEs would help, so it is not told that none are known."""
+    gated = make_model(gate="relu")
+    for page in (report, trace):
+        with pytest.raises(NotBilinearError, match="is gated by 'relu'"):
+            page(gated, text="a b", out=tmp_path / "page.html")
+    for n in (0, -1, True, 10.0):
+        with pytest.raises(ArgumentError, match="n is"):
+            report(gated, n=n, out=tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())

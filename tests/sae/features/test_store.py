@@ -589,3 +589,11 @@ def test_the_commands(tmp_path):
     assert "2 features" in page.read_text()
     wrong = CliRunner().invoke(cli.app, ["features", "ts-tiny", str(path), str(tmp_path / "x"), "--sae", "nope"])
     assert isinstance(wrong.exception, ArgumentError)
+
+
+def test_one_text_is_no_dataset(text_model, saes, tmp_path):
+    """It is not sent to the hub as a dataset's name; neither is a file's name with a typing error."""
+    for text in ("the little fox found a red kite", "no such/folder/of texts", "a\nb"):
+        with pytest.raises(ArgumentError, match=r"neither a file nor the name of a dataset .* in a list: \[text\]"):
+            build_feature_store(text_model, saes, text, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
