@@ -222,6 +222,7 @@ class FrozenPass:
         return f"FrozenPass of {self.n_positions} tokens, {self.n_layers} layers; {names}"
 
 
+@torch.inference_mode(False)  # what is kept may be asked for gradients later
 @torch.no_grad()
 def freeze(
     model: HookedBilinearTransformer,
@@ -254,7 +255,7 @@ def freeze(
     if not isinstance(text_or_tokens, str | Tensor):
         are_texts = any(isinstance(each, str) for each in text_or_tokens)
         text_or_tokens = list(text_or_tokens) if are_texts else torch.tensor(text_or_tokens, dtype=torch.long)
-    tokens = model.input_to_tokens(text_or_tokens)  # type: ignore[arg-type]
+    tokens = model.input_to_tokens(text_or_tokens).clone()  # type: ignore[arg-type]
     if len(tokens) != 1:
         raise ArgumentError(f"{len(tokens)} texts were given; attribution takes one at a time.")
     views = check_saes(model, saes)

@@ -7,7 +7,7 @@ zero embedding) are complete, and with attention and norms frozen the integrand 
 any number of nodes is an approximation: norms make the value jump at the baseline, where all directions are undefined.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -151,10 +151,10 @@ def _gradients(
 ) -> tuple[Float[Tensor, "n p d_model"], Float[Tensor, "n"]]:
     """The target's gradient by the embeddings, and its value, with the embeddings multiplied by each factor."""
     reads = read_targets(frozen, target)
-    clean = frozen.cache["hook_embed"]
-    embeds = torch.stack([clean * factor for factor in factors])
     hooks = frozen_hooks(frozen) if attention == "frozen" else []
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        reads = replace(reads, directions=reads.directions.clone())  # those of inference mode have no gradients
+        embeds = torch.stack([frozen.cache["hook_embed"] * factor for factor in factors])
         embeds.requires_grad_()
         seen = rerun(frozen, len(factors), [("hook_embed", lambda value, hook: embeds), *hooks], reads.hooks)
         values = read_values(reads, seen)[:, 0]

@@ -73,6 +73,8 @@ class CheckedHooks(HookedRootModule):
         Raises:
             ArgumentError, HookNameError, OutOfRangeError: as `get_caching_hooks`.
         """
+        if kwargs.get("incl_bwd") and not torch.is_grad_enabled():
+            raise ArgumentError("incl_bwd needs gradients, which torch.no_grad() or torch.inference_mode() turned off.")
         kwargs |= {"remove_batch_dim": remove_batch_dim, "pos_slice": _positions(pos_slice)}
         output, cache = super().run_with_cache(*args, **kwargs)
         if not return_cache_object:

@@ -184,3 +184,19 @@ def test_bad_input(frozen_kinds):
         attribute_tokens(freeze(model_of(True, True, gate="relu"), TOKENS), Target.logit(3))
     with pytest.raises(ArgumentError, match="pairs=True"):
         attribute_tokens(frozen, TARGETS[0]).plot_pairs()
+
+
+@pytest.mark.parametrize("attention", ["frozen", "real"])
+def test_gradients_in_inference_mode(attention: str) -> None:
+    """`torch.inference_mode()` around all of it, or around a part, changes no number."""
+    model, direction = model_of(True, True), torch.randn(16, generator=torch.Generator().manual_seed(1))
+    target = Target.direction(direction, "blocks.2.hook_resid_post")
+    frozen = freeze(model, TOKENS)
+    expected = gradient_times_input(frozen, target, attention=attention).values
+    with torch.inference_mode():
+        inside = freeze(model, TOKENS + 0)
+        target = Target.direction(direction + 0, "blocks.2.hook_resid_post")
+        found = [gradient_times_input(each, target, attention=attention).values for each in (frozen, inside)]
+    found.append(gradient_times_input(inside, target, attention=attention).values)
+    for values in found:
+        assert torch.equal(values, expected)

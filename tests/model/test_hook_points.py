@@ -298,6 +298,15 @@ def test_backward_hooks_see_the_gradients() -> None:
     assert gradient.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_turned_off_are_refused(mode: Callable) -> None:
+    """`incl_bwd` without gradients is said in a sentence, and leaves no hook behind."""
+    model = make_model()
+    with mode(), pytest.raises(ArgumentError, match="incl_bwd needs gradients"):
+        model.run_with_cache(TOKENS, return_type="loss", incl_bwd=True)
+    assert not model._is_hooked()
+
+
 # --- run_with_cache ---------------------------------------------------------------------------------------------------
 
 
