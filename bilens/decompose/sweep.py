@@ -77,7 +77,10 @@ class Sweep(Tabular):
         """One layer's spectra."""
         if layer not in self.layers:
             raise OutOfRangeError(f"layer {layer} is not in {self.folder}; there are {self.layers}.")
-        tensors = read_tensors(_layer_file(self.folder, layer))
+        path = _layer_file(self.folder, layer)
+        tensors = read_tensors(path)
+        if missing := set(TENSORS) - tensors.keys():
+            raise CheckpointError(f"{path} has no {min(missing)!r}. Delete it and run the sweep again.")
         eigen = EigenSweep(**{name: tensors[name] for name in TENSORS}, method=self.facts["solver"])
         return Spectra(
             outputs=torch.arange(len(eigen.values)),

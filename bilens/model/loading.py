@@ -279,7 +279,10 @@ def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None
         options = folder / "tokenizer_config.json"
         read = read_json(options) if options.exists() else special
         # Older files hold {"content": "[BOS]", ...} where newer ones hold "[BOS]".
-        found = {key: token["content"] if isinstance(token := read.get(key), dict) else token for key in special}
+        found = {key: token.get("content") if isinstance(token := read.get(key), dict) else token for key in special}
+        wrong = {key: token for key, token in found.items() if not isinstance(token, str | None)}
+        if wrong:
+            raise CheckpointError(f"{options}: the special tokens {wrong!r:.100} are no text.")
         regular_file(folder / "tokenizer.json", MAX_JSON_BYTES)
         try:
             backend = Tokenizer.from_file(str(folder / "tokenizer.json"))

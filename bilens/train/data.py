@@ -45,7 +45,10 @@ def load_texts(source: Texts, split: str = "train", column: str = "text") -> lis
         if column not in data.column_names:
             raise TrainingError(f"{name} has no column {column!r}; it has {data.column_names}.")
         data, where = data[column], f"{name}: column {column!r}"
-    data = list(data)
+    try:
+        data = list(data)
+    except UnicodeDecodeError as error:  # datasets reads the rows only now
+        raise TrainingError(f"{name} is not UTF-8: {error}.") from error
     other = next((text for text in data if not isinstance(text, str | None)), None)
     if other is not None:
         raise TrainingError(f"{where} holds {other!r}, expected text.")

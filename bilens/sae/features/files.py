@@ -9,6 +9,7 @@ Everything is written and read in blocks of features; one feature is read withou
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from bilens._core.files import write_atomically
+from bilens._core.files import regular_file, write_atomically
+from bilens.errors import BilensError, CheckpointError
 from bilens.model.attached import splice_hooks
 from bilens.sae.features.statistics import LAST, Array, BestPlaces, FeatureStatistics, blocks, first_of_groups
 
@@ -91,32 +93,49 @@ class FeatureFiles:
 
     @cached_property
     def _statistics(self) -> Any:
-        return safe_open(self.folder / STATISTICS_FILE, framework="np")
+        with self._damage():
+            return safe_open(regular_file(self.folder / STATISTICS_FILE), framework="np")
 
     @cached_property
     def _contexts(self) -> Any:
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(self.folder / CONTEXTS_FILE, memory_map=True)
+        with self._damage():
+            return pq.ParquetFile(regular_file(self.folder / CONTEXTS_FILE), memory_map=True)
 
     def column(self, name: str) -> Array:
         """One number (or row of numbers) for each feature."""
-        return self._statistics.get_tensor(name)
+        with self._damage():
+            return self._statistics.get_tensor(name)
 
     def row(self, feature: int) -> dict[str, Array]:
         """Every number of one feature."""
-        names = self._statistics.keys()
-        return {name: self._statistics.get_slice(name)[feature : feature + 1][0] for name in names}
+        with self._damage():
+            names = self._statistics.keys()
+            return {name: self._statistics.get_slice(name)[feature : feature + 1][0] for name in names}
 
     def contexts(self, feature: int) -> list[dict[str, Any]]:
         """The contexts of one feature: only their row group is read."""
         import pyarrow.compute as pc
 
         number = feature // FEATURES_PER_GROUP
-        if self._last[0] != number:  # features are often looked at one after another
-            self._last = (number, self._contexts.read_row_group(number))
-        group = self._last[1]
-        return group.filter(pc.equal(group["feature"], feature)).to_pylist()
+        with self._damage():
+            if self._last[0] != number:  # features are often looked at one after another
+                self._last = (number, self._contexts.read_row_group(number))
+            group = self._last[1]
+            return group.filter(pc.equal(group["feature"], feature)).to_pylist()
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """What reading raises, in our words."""
+        try:
+            yield
+        except BilensError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"the files in {self.folder} are damaged: {error}. Delete the store and build it again."
+            ) from error
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------

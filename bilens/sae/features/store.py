@@ -360,7 +360,7 @@ class StoredFeatures(Tabular):
         row = self._files.row(feature)
         fired, total = int(row["fired"]), float(row["sum"])
         tokens = tuple(
-            FiringToken(strings[token], int(count), float(share), float(pmi))
+            FiringToken(_string(strings, token), int(count), float(share), float(pmi))
             for token, count, share, pmi in zip(
                 row["tokens"], row["token_counts"], row["token_share"], row["token_pmi"], strict=True
             )
@@ -370,7 +370,7 @@ class StoredFeatures(Tabular):
         random: list[list[Context]] = [[] for _ in range(store.config.bands)]
         for found in self._files.contexts(feature):
             context = Context(
-                [strings[token] for token in found["tokens"]],
+                [_string(strings, token) for token in found["tokens"]],
                 found["values"],
                 found["focus"],
                 found["text"],
@@ -407,7 +407,7 @@ class StoredFeatures(Tabular):
         tokens, share = self._files.column("tokens").tolist(), self._files.column("token_share").tolist()
         strings = self.store.vocabulary
         return [
-            _label(feature, [(strings[t], s) for t, s in zip(*row, strict=True) if t >= 0])
+            _label(feature, [(_string(strings, t), s) for t, s in zip(*row, strict=True) if t >= 0])
             for feature, row in enumerate(zip(tokens, share, strict=True))
         ]
 
@@ -512,8 +512,15 @@ class FeatureStore(Tabular):
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """The token strings."""
-        return read_json(self.folder / VOCABULARY_FILE, list, BUILD_ANEW)
+        """The token strings.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another tokenizer than the store.
+        """
+        vocabulary = read_json(self.folder / VOCABULARY_FILE, list, BUILD_ANEW)
+        if fingerprint({}, {"vocabulary": vocabulary}) != self.identity["tokenizer"]:
+            raise CheckpointError(f"{self.folder / VOCABULARY_FILE} is not what the store was made with. {BUILD_ANEW}")
+        return vocabulary
 
     def __getitem__(self, name: str) -> StoredFeatures:
         if name not in self.saes:
@@ -613,6 +620,12 @@ def _naming(tokens: Sequence[tuple[str, float]]) -> tuple[str, ...]:
     return tuple(token for token, share in tokens if share > NAMING_SHARE) or tuple(token for token, _ in tokens[:1])
 
 
+def _string(strings: Sequence[str], token: int) -> str:
+    if not 0 <= token < len(strings):
+        raise CheckpointError(f"a file of the store names token {token} of {len(strings)}: it is damaged. {BUILD_ANEW}")
+    return strings[token]
+
+
 def _label(feature: int, tokens: Sequence[tuple[str, float]]) -> str:
     return FeatureSummary(feature, 0.0, _naming(tokens), ()).label
 
@@ -622,7 +635,7 @@ def _effects(
 ) -> tuple[tuple[str, float], ...] | None:
     if tokens not in row:
         return None
-    return tuple((strings[t], v) for t, v in zip(row[tokens].tolist(), row[values].tolist(), strict=True))
+    return tuple((_string(strings, t), v) for t, v in zip(row[tokens].tolist(), row[values].tolist(), strict=True))
 
 
 def _line(context: Context, wordpiece: bool) -> str:
