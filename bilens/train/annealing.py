@@ -331,11 +331,11 @@ class AnnealedGate(nn.Module):
 
     def __init__(self, gate: str, scale: Float[Tensor, "d_mlp"]):
         super().__init__()
-        self.share, self.scale, self.t = SHARES[gate], nn.Parameter(scale), 0.0
+        self.gate, self.scale, self.t = gate, nn.Parameter(scale), 0.0
 
     def forward(self, z: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
         factor = 1 - self.t + self.t * self.scale.to(z.dtype)
-        return factor * z * self.share(z, 1 - self.t)
+        return factor * z * SHARES[self.gate](z, 1 - self.t)
 
 
 class AnnealedNorm(RMSNorm):

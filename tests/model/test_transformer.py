@@ -254,6 +254,13 @@ def test_a_norm_adds_eps_to_the_mean_square() -> None:
     assert torch.equal(RMSNorm(make_model().cfg)(torch.zeros(1, 1, 16)), torch.zeros(1, 1, 16))
 
 
+def test_a_float64_norm_is_a_float64_norm() -> None:
+    """Nothing is rounded to float32 on the way (which would be seen at 6e-8)."""
+    x = torch.randn(1, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.rms_norm(x, (16,), eps=1e-8)
+    close(RMSNorm(make_model().cfg)(x), expected, atol=1e-14, rtol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rotary_angles_are_exact_in_any_dtype(dtype: torch.dtype) -> None:
     """At positions past 256, which bfloat16 cannot count: the float32 rotation of the same entries, rounded once."""
