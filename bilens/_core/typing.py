@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import numpy as np
@@ -23,10 +24,17 @@ def typed(function: F) -> F:
     Raises:
         ArgumentError: an argument of another type or shape; it names the argument, its value and what was expected.
     """
+    numbers = {n for n, hint in function.__annotations__.items() if {int, float} & {hint, *get_args(hint)}}
+    flags = {n for n, hint in function.__annotations__.items() if bool in (hint, *get_args(hint))}
+    arguments = signature(function)
     checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(hint_overrides=NUMBERS)))(function)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, bool) for value in (*args, *kwargs.values())):
+            for name, value in arguments.bind_partial(*args, **kwargs).arguments.items():
+                if isinstance(value, bool) and name in numbers - flags:  # which Python counts among its integers
+                    raise ArgumentError(f"{function.__name__}: {name} is {value}, expected a number.")
         try:
             return checked(*args, **kwargs)
         except TypeCheckError as error:

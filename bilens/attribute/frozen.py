@@ -25,7 +25,7 @@ from bilens._core.checks import check_finite
 from bilens._core.fingerprint import Snapshot, model_fingerprint, sae_fingerprint
 from bilens.attribute.algebra import padded_nonzero
 from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, SAEMismatchError, nearest
-from bilens.layer.bilinear import BilinearLayer
+from bilens.layer.bilinear import BilinearLayer, check_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.store import FeatureStore
 from bilens.sae.loading import HOOK_TO_POINT, hook_of, point_of
@@ -250,6 +250,7 @@ def freeze(
     """
     if dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"dtype is {dtype}, expected torch.float32 or torch.float64.")
+    check_model(model)
     if model.cfg.attention_bias:
         raise NotBilinearError("this model has biases in attention (attn.qkv.bias), which attribution does not split.")
     if not isinstance(text_or_tokens, str | Tensor):

@@ -11,7 +11,7 @@
 Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; DESIGN section 4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
@@ -40,6 +40,7 @@ from bilens.decompose.topn import StrongestInteractions, strongest_interactions
 from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError, SAEMismatchError
 from bilens.layer.bilinear import (
     BilinearLayer,
+    check_bilinear,
     constant_term,
     in_basis,
     interaction_matrix,
@@ -83,7 +84,7 @@ class Decomposer:
     from then on. What a call returns is of the weights at that time.
 
     Raises:
-        ArgumentError: as many names as features are needed, and an integer for the layer.
+        ArgumentError: no model of bilens; as many names as features are needed, and an integer for the layer.
         CheckpointError: weights that are not finite.
         NotBilinearError: a gated or one-branch model.
         SAEMismatchError: an SAE of another width, hook or layer.
@@ -100,6 +101,7 @@ class Decomposer:
         input_names: Sequence[str] | None = None,
         output_names: Sequence[str] | None = None,
     ):
+        check_bilinear(model)
         n_layers = model.cfg.n_layers
         self.model = model
         self.layer = check_index(layer, n_layers, "layer {} is outside the model's {} layers", negative=True)
@@ -295,6 +297,7 @@ class Decomposer:
             output_names=self.output_names_of(output),
         )
 
+    @typed
     def spectra(
         self,
         output: Output | None = None,
@@ -764,7 +767,14 @@ class Decomposer:
     @staticmethod
     def _check_names(names: Sequence[str] | None, view: SAEView | None, which: str) -> Sequence[str] | None:
         n = view.d_sae if view else 0
-        if names is not None and len(names) != n:
+        if names is None:
+            return None
+        if isinstance(names, str | Mapping) or not hasattr(names, "__len__"):
+            raise ArgumentError(f"{which}_names is {names!r:.80}, expected a list of {n} labels, one for each feature.")
+        other = next((name for name in names if not isinstance(name, str)), None)
+        if other is not None:
+            raise ArgumentError(f"{which}_names holds {other!r}, expected strings.")
+        if len(names) != n:
             raise ArgumentError(
                 f"{len(names)} {which}_names for {n} {which} features"
                 + (f": there is no {which}_sae." if not n else ".")

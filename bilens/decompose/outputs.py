@@ -37,6 +37,8 @@ def read_output(output: Any, d_model: int) -> Int[Tensor, "*n"] | Float[Tensor, 
     elif isinstance(output, SupportsIndex) and not isinstance(output, np.ndarray):
         tensor = torch.tensor(whole_number(output, "an output is a feature's number, or a direction"))
     else:
+        if isinstance(output, list | tuple) and any(isinstance(each, bool) for each in output):
+            raise ArgumentError(f"output {output!r} holds a flag: expected features, or directions as floats.")
         try:
             tensor = torch.as_tensor(np.array(output))  # a copy: torch warns of arrays it may not write to
         except (TypeError, ValueError) as error:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Criterion = Literal["share", "norm", "trace", "cross_share", "effective_rank", "eigenvalue_1"]
-BLOCK = 2**26  # numbers held at a time where every Q is formed, or every diagonal
 
 
 @dataclass(frozen=True)
@@ -127,15 +126,18 @@ def spectra(
     return Spectra(
         outputs=decomposer.output_indices(output),
         eigen=eigen,
-        cross_share=None if inputs is None else cross_shares(decomposer.weights, u, inputs),
-        effective_rank=effective_ranks(decomposer.weights, u) if full else None,
+        cross_share=None if inputs is None else cross_shares(decomposer.weights, u, inputs, memory),
+        effective_rank=effective_ranks(decomposer.weights, u, memory) if full else None,
         names=decomposer.output_names_of(output),
     )
 
 
 @torch.no_grad()
 def cross_shares(
-    layer: BilinearLayer, u: Float[Tensor, "n d_model"], directions: Float[Tensor, "d_sae d_model"]
+    layer: BilinearLayer,
+    u: Float[Tensor, "n d_model"],
+    directions: Float[Tensor, "d_sae d_model"],
+    memory: int = 2**30,
 ) -> Float[Tensor, "n"]:
     """Share of `||D Q_u D^T||_F^2` off the diagonal, in float64; 0 where there is nothing.
 
@@ -146,17 +148,20 @@ def cross_shares(
     whole = norms(layer, u, wide.T @ wide) ** 2
     c = double(hidden_coefficients(layer, u))
     own = torch.zeros_like(whole)
-    for rows in wide.split(max(1, BLOCK // max(c.shape))):
+    at_once = memory // (8 * (3 * c.shape[1] + 2 * c.shape[0]))  # two products and theirs, and what outputs read
+    for rows in wide.split(max(1, at_once)):
         products = (rows @ double(layer.W_gate)) * (rows @ double(layer.W_in))
         own += (c @ products.T).square().sum(-1)
     return torch.where(whole > 0, 1 - own / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0.0).clamp(0, 1)
 
 
 @torch.no_grad()
-def effective_ranks(layer: BilinearLayer, u: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
+def effective_ranks(layer: BilinearLayer, u: Float[Tensor, "n d_model"], memory: int = 2**30) -> Float[Tensor, "n"]:
     """`(sum |l|)^2 / sum l^2` of every `Q_u`, from all its eigenvalues; 0 for a zero matrix."""
     parts = []
-    for rows in u.split(max(1, BLOCK // u.shape[1] ** 2)):
+    # Branches times coefficients, the raw matrix, Q, and what the solver works in.
+    d_model, d_mlp = layer.W_gate.shape
+    for rows in u.split(max(1, memory // (u.element_size() * d_model * (d_mlp + 4 * d_model)))):
         values = torch.linalg.eigvalsh(interaction_matrix(layer, rows)).double()
         squares = (values**2).sum(-1)
         ranks = values.abs().sum(-1) ** 2 / squares.clamp_min(torch.finfo(squares.dtype).tiny)

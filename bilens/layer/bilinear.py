@@ -15,14 +15,14 @@ feature interactions and attributions, is these three and inner products with th
 
 from dataclasses import dataclass, replace
 from math import floor, log2, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bilens._core.checks import check_finite
-from bilens.errors import NotBilinearError
+from bilens.errors import ArgumentError, NotBilinearError
 
 if TYPE_CHECKING:
     from bilens.model.transformer import HookedBilinearTransformer
@@ -67,12 +67,23 @@ class BilinearLayer:
         return replace(self, **{name: getattr(self, name) / size for name, size in sizes.items()}), prod(sizes.values())
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no `HookedBilinearTransformer`, and name the one inside where there is one (`ArgumentError`)."""
+    if hasattr(model, "blocks") and hasattr(getattr(model, "cfg", None), "is_bilinear"):
+        return
+    inside = {"BilinearForCausalLM": ".hooked", "TransformerBridge": ".original_model.hooked"}.get(type(model).__name__)
+    way_out = f"the one inside it, {inside}" if inside else "such as bilens.load_model() gives"
+    raise ArgumentError(f"model is a {type(model).__name__}, expected a HookedBilinearTransformer: {way_out}.")
+
+
 def check_bilinear(model: "HookedBilinearTransformer") -> None:
     """Refuse a model whose MLPs are no quadratic forms.
 
     Raises:
+        ArgumentError: no model of bilens.
         NotBilinearError: a gated or one-branch model.
     """
+    check_model(model)
     if not model.cfg.is_bilinear:
         kind = f"gated by {model.cfg.gate!r}" if model.cfg.bilinear else "a one-branch MLP"
         raise NotBilinearError(

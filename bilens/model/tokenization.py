@@ -262,7 +262,7 @@ class TokenizationMixin:
         if tokens.shape[-1] > self.cfg.n_ctx:
             raise ContextLengthError(
                 f"{tokens.shape[-1]} tokens do not fit the model's context of {self.cfg.n_ctx}; "
-                "cut the text, or model.to_tokens(text, truncate=True)."
+                "shorten the text (in Python, model.to_tokens(text, truncate=True) does)."
             )
         low, high = tokens.min().item(), tokens.max().item()
         if low < 0 or high >= self.cfg.d_vocab:

@@ -36,3 +36,15 @@ def test_numbers_may_be_whole_or_numpys(times, k):
 def test_other_things_are_named(bad, message):
     with pytest.raises(ArgumentError, match=message):
         scaled(**({"x": torch.ones(2, 3), "times": 2.0} | bad))
+
+
+def test_a_flag_is_no_number():
+    """Python counts `True` among its integers; where both may stand, a flag is one."""
+
+    @typed
+    def either(n: int, share: float | int | None = None, flag: bool = False, both: bool | int = 1) -> None: ...
+
+    either(1, 0.5, True, both=True)
+    for bad in (lambda: either(True), lambda: either(1, False), lambda: either(n=True)):
+        with pytest.raises(ArgumentError, match="either: (n|share) is (True|False), expected a number"):
+            bad()

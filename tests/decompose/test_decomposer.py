@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from sae_lens import Transcoder, TranscoderConfig
 from torch.testing import assert_close
 
+from bilens.attribute import freeze
 from bilens.decompose import Decomposer
 from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, OutOfRangeError, SAEMismatchError
+from bilens.model.hf import BilinearForCausalLM
 from tests.conftest import make_model
 from tests.random_saes import D_SAE, VARIANTS, make_sae, variant_name
 
@@ -474,3 +476,38 @@ def test_directions_of_another_width(decomposer, shape):
             call(torch.zeros(shape))
         with pytest.raises(ArgumentError, match="output is empty"):
             call([])
+
+
+@pytest.mark.parametrize("names", ["x" * D_SAE, [1] * D_SAE, dict.fromkeys(map(str, range(D_SAE))), 5, {0: "a"}])
+def test_names_are_a_list_of_strings(models, names):
+    """A text of as many letters, or a mapping of as many entries, is none."""
+    with pytest.raises(ArgumentError, match="output_names"):
+        make(models(False, True), 0, output_names=names)
+
+
+def test_flags_and_fractions_are_neither_outputs_nor_numbers(models):
+    decomposer = make(models(False, True), 0)
+    for output in (True, [0, True], [True, False], torch.tensor(True), 3.0, "3", None):
+        with pytest.raises(ArgumentError, match="output|integer"):
+            decomposer.interaction(output)
+    for call in (decomposer.eigen, decomposer.top_interactions, decomposer.outliers, decomposer.spectra):
+        for k in (True, 2.0, "3", 0):
+            with pytest.raises((ArgumentError, OutOfRangeError), match="k is"):
+                call(3, k=k)
+    for call in (decomposer.eigen, decomposer.top_interactions, decomposer.spectra):
+        with pytest.raises(OutOfRangeError, match="k is 999999999999999, expected 1 to"):
+            call(3, k=999999999999999)
+    for memory in (True, None, "x", 1.5, float("nan"), 0, -1):
+        with pytest.raises(ArgumentError, match="memory"):
+            decomposer.spectra([3], memory=memory)
+
+
+def test_a_model_of_another_kind_is_told_which_it_should_be(models):
+    hugging = BilinearForCausalLM.from_hooked(models(False, True))
+    for given, message in (
+        (hugging, r"BilinearForCausalLM, .* inside it, \.hooked"),
+        (None, r"NoneType, .*load_model"),
+    ):
+        for analysis in (lambda model: Decomposer(model, 0), lambda model: freeze(model, [1, 2])):
+            with pytest.raises(ArgumentError, match=f"model is a {message}"):
+                analysis(given)

@@ -112,7 +112,7 @@ def test_nothing_to_show():
         FeatureDashboard([])
 
 
-def test_features_may_come_from_a_generator():
+def test_features_may_come_from_a_generator(read):
     """They are read once and shown as often as asked."""
     view = FeatureDashboard(record([token]) for token in ("cat", "dog"))
     for _ in range(2):

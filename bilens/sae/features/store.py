@@ -25,7 +25,7 @@ from sae_lens import SAE
 
 from bilens._core import parallel
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_file_name
+from bilens._core.checks import check_file_name, check_memory
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, read_json, to_path
 from bilens._core.fingerprint import check_same, fingerprint, model_fingerprint, sae_fingerprint
@@ -157,6 +157,10 @@ def build_feature_store(
     window = Window(config.before, config.after)
     n_pairs = sum(sae.cfg.d_sae for sae in saes.values()) * model.cfg.d_vocab
     counts_all = n_pairs <= COUNTED_PAIRS
+    kept = config.n_top + OVERSAMPLED * config.bands * config.per_band
+    a_context = 28 + 8 * (config.before + 1 + config.after)
+    n_features = sum(sae.cfg.d_sae for sae in saes.values())
+    check_memory(f"keeping {kept:,} contexts of each of {n_features:,} features", n_features * kept * a_context)
 
     def new_state() -> PassState:
         statistics = {
