@@ -14,7 +14,7 @@ from bilens.train.data import TokenizedTexts
 from bilens.train.language_model import TrainConfig, TrainingRun
 
 FULL = TrainConfig(
-    d_model=128, n_layer=2, n_head=4, d_hidden=512, n_ctx=128, epochs=8, batch_size=8, bf16=False, eval_every=50
+    d_model=128, n_layer=2, n_head=4, d_hidden=512, n_ctx=128, epochs=4, batch_size=8, bf16=False, eval_every=25
 )
 REDUCED = replace(FULL, d_model=16, n_layer=1, d_hidden=32, n_ctx=32, epochs=1, batch_size=2)
 GATES: dict[str, str | None] = {"Bilinear": None, "ReGLU": "relu", "SwiGLU": "silu"}

@@ -61,7 +61,7 @@ PAPER = {  # table 5
     "normalised mean squared error": (0.17, 0.16, 0.16, 0.15, 0.15),
     "loss recovered": (0.60, 0.61, 0.65, 0.65, 0.66),
 }
-FIRST, DOUBLINGS = 16_384, 4  # tokens of the shortest training, and how often they are doubled
+FIRST, DOUBLINGS = 8_192, 4  # tokens of the shortest training, and how often they are doubled
 FULL = SAETrainConfig(tokens=FIRST, expansion=4, k=16, batch_size=256, bf16=False)
 
 
