@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from bilens.reproduce.image_runs import ran_on, trained
-from bilens.reproduce.reproduction import NOT_IN_PAPER, PICTURE, Made, Settings
+from bilens.reproduce.reproduction import NOT_IN_PAPER, Made, Settings
 from bilens.vision import class_hosvd, shared_neurons, top_down, train_classifier
 
 
@@ -57,6 +57,6 @@ def structure(settings: Settings) -> Made:
         f"The first two of {len(share)} output directions hold {share[:2].sum():.0%} of the squared norm: "
         f"{likes.iloc[0]} and {likes.iloc[1]}, by their classes.",
         "The sign of an output direction is free. The paper's directions come from the matrices over the embedding, "
-        f"ours from those over the pixels, so singular values do not compare ({PICTURE.split(',')[0]} there).",
+        "ours from those over the pixels, so singular values do not compare.",
     ]
     return Made(ran_on(data, config), rows, figures, words)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bilens
+from bilens.attribute import Target, freeze, split
 from bilens.model.loading import DEFAULT_MODEL, PRETRAINED
 from bilens.pages.report import DEMO_FILE, demo, example_texts
 from bilens.sae import evaluate_saes
@@ -79,6 +80,23 @@ def test_attributions_are_complete(model, layer):
         feature = choose.randrange(decomposer.output_view.d_sae)
         result = decomposer.attribute(tokens, feature, choose.randrange(tokens.shape[1]))
         assert result.relative_error <= 1e-5
+
+
+def test_the_trace_of_the_readme_has_its_parts(model):
+    """What leads to *what* over *how*, and that feature 101 speaks against it; the README rounds to two digits."""
+    text = "Lily looked everywhere for her red ball. She was sad and did not know"
+    frozen = freeze(model, text, [sae for layer in range(N_LAYERS) for sae in saes_of(layer)])
+    parts = split(frozen, Target.logit("what", minus="how")).to_frame()
+    values = parts.set_index("label").value
+    assert values.sum() == pytest.approx(2.58, abs=0.01)
+    assert values.abs().idxmax() == "3-mlp-out/101 @15 'know'"
+    first = values[values.index.str.contains("mlp-out/|H")].drop(values.abs().idxmax()).nlargest(3)
+    assert first.index.tolist() == ["L3H3 from @14 'not'", "L3H0 from @12 'and'", "3-mlp-out/1858 @15 'know'"]
+    assert values[values.abs().idxmax()] == pytest.approx(-0.98, abs=0.005)
+    assert first.tolist() == pytest.approx([0.73, 0.50, 0.34], abs=0.005)
+    W_dec = saes_of(3)[1].W_dec[101].detach().to(model.W_U)
+    promoted = (W_dec @ model.W_U).topk(3).indices
+    assert [model.to_string(token) for token in promoted] == ["how", "why", "where"]
 
 
 def test_demo_writes_one_offline_page(tmp_path):

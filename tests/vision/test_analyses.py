@@ -387,6 +387,12 @@ def test_a_pseudo_inverse_mask_keeps_to_the_pixels_allowed(images: Tensor) -> No
         pseudo_inverse_masks(make_classifier(2), 0, images)
 
 
+def test_similarity_is_drawn_by_equal_rank_as_in_the_paper_or_by_the_best_match() -> None:
+    found = feature_similarity({"a": [make_classifier(seed=seed) for seed in range(3)]}, k=2)
+    for figure, measure in ((found.plot(), found.same_rank), (found.plot("best"), found.best)):
+        close(torch.as_tensor(np.asarray(figure.data[0].y)), measure[0])
+
+
 def test_everything_prints_tabulates_and_plots(trained: TrainedClassifier, digits: ImageDataset) -> None:
     model, x, y = trained.model, digits.test_images[:40], digits.test_labels[:40]
     mask = adversarial_mask(model, 3)
