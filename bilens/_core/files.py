@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from bilens.errors import ArgumentError, BilensError, CheckpointError, ModelNotFoundError, OverwriteError, WriteError
 
+PAGE = b"<!DOCTYPE html>"  # how a page begins
 MAX_JSON_BYTES = 2**28  # the largest tokenizer.json on the hub has a tenth of this
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_che
 
 import pandas as pd
 
-from bilens._core.files import to_path, write_atomically
+from bilens._core.files import PAGE, destination, to_path, write_atomically
 from bilens.draw.markup import ViewError, asset, escape, island, scripts_for
 
 if TYPE_CHECKING:
@@ -205,9 +205,15 @@ class Page:
 """
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the page, whole or not at all, and return where."""
+        """Write the page, whole or not at all, over nothing but a page, and return where.
+
+        Raises:
+            ArgumentError: nothing can be written there.
+            OverwriteError: there is a file that is no page.
+            WriteError: the disk is full.
+        """
         text = self.to_html().encode("utf-8", "backslashreplace")  # a broken token may hold a lone surrogate
-        write_atomically(to_path(path), lambda beside: beside.write_bytes(text))
+        write_atomically(destination(path, PAGE), lambda beside: beside.write_bytes(text))
         return to_path(path)
 
     def _repr_html_(self) -> str:

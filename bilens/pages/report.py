@@ -20,7 +20,7 @@ from sae_lens import SAE
 
 from bilens._core.bare import require_bare
 from bilens._core.checks import check_sizes
-from bilens._core.files import destination, write_atomically
+from bilens._core.files import PAGE, destination, write_atomically
 from bilens.attribute import (
     Circuit,
     FrozenPass,
@@ -217,7 +217,7 @@ def report(
         The circuits on the page.
     """
     check_sizes(n=n)
-    out = destination(out)
+    out = destination(out, PAGE)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
     layer = (model.cfg.n_layers - 1) // 2 if layer is None else layer
     say(f"model {model.cfg.model_name}, layer {layer}")
@@ -239,7 +239,7 @@ def demo(
     out: str | os.PathLike[str] = "bilens_demo.html", say: Callable[[str], None] = lambda line: None
 ) -> list[FeatureCircuit]:
     """The report on the bundled model: the features its authors picked, on the texts they picked."""
-    out = destination(out)
+    out = destination(out, PAGE)
     model = load_model()
     picks = json.loads((PRETRAINED / DEFAULT_MODEL / DEMO_FILE).read_text())
     texts = example_texts(model)
@@ -308,7 +308,7 @@ def trace(
         ArgumentError: a feature that is not named so, a feature and a token at once, or `minus` without `target`.
         others: as for `freeze` and `read_targets`.
     """
-    out = destination(out)
+    out = destination(out, PAGE)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
     check_bilinear(model)  # no SAEs would help
     place = saes if saes is not None else sae_source(model.cfg.model_name)
@@ -382,7 +382,7 @@ def gallery(
     Returns:
         What is on the page.
     """
-    out = destination(out)
+    out = destination(out, PAGE)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
     pairs = {
         d.layer: (d.input_view.sae, d.output_view.sae) for d in layer_decomposers(model, layers, saes, expansion, k)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Texts: TypeAlias = Union[str, os.PathLike[str], Sequence[str], "Dataset"]
+BROKEN = (OSError, ValueError, EOFError, zlib.error)  # what the readers of files raise; the last two: of a cut .gz
 SPECIAL_TOKENS = ("[UNK]", "[BOS]", "[EOS]")
 
 
@@ -104,7 +106,7 @@ def open_dataset(source: str | os.PathLike[str], split: str = "train", *, stream
             raise EmptyTextError(f"{source}: the file is empty.") from error
         except DatasetGenerationError as error:
             raise TrainingError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
-        except (OSError, ValueError) as error:  # of the format's reader, where nothing is generated first
+        except BROKEN as error:  # of the format's reader, where nothing is generated first
             raise TrainingError(f"{source} cannot be read as {kind}: {error}") from error
     if kind is not None:
         raise TrainingError(f"no file {path} (in {Path.cwd()}).")
@@ -142,7 +144,7 @@ def stream_texts(source: str | os.PathLike[str], split: str = "train", column: s
     while True:
         try:
             row = next(rows, None)
-        except (OSError, ValueError) as error:  # what the readers of the formats raise
+        except BROKEN as error:
             raise TrainingError(f"{source} cannot be read as {_kind(source) or 'a dataset'}: {error}") from error
         if row is None:
             break
