@@ -36,6 +36,7 @@ from bilens._core.files import (
     write_atomically,
     write_files,
 )
+from bilens._core.folders import differing, other_work
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, nearest
 from bilens.model.config import (
     BilinearTransformerConfig,
@@ -146,7 +147,11 @@ def load_model(
 
 
 def save_model(
-    model: HookedBilinearTransformer, folder: str | os.PathLike[str], dtype: torch.dtype | None = None
+    model: HookedBilinearTransformer,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write `config.json`, `model.safetensors` and the tokenizer, in the format the authors' own code reads.
 
@@ -155,8 +160,10 @@ def save_model(
         folder: made where it does not exist; files in it are replaced one by one, each whole or not at all.
         dtype: of the weights on disk; `None` keeps the model's. Loading with `dtype="auto"` and saving gives the same
             bits back.
+        overwrite: replace another model that is in the folder, instead of refusing; the same one may be written again.
 
     Raises:
+        OverwriteError: the folder holds another model, or this one with other weights.
         CheckpointError: a weight that is not finite, or not in this dtype: nothing could load the file.
         ArgumentError, WriteError: the folder cannot be written to.
     """
@@ -167,11 +174,42 @@ def save_model(
     }
     for name, tensor in tensors.items():
         check_finite(name, tensor, "the model")
-    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     config = config_to_published(model.cfg) | {"dtype": str(dtype or model.cfg.dtype).removeprefix("torch.")}
+    if not overwrite:
+        keys = ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden", "bilinear", "gate", "bias", "normalization")
+        refuse_other_model(folder, {key: config[key] for key in keys}, tensors)
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     if model.tokenizer is not None:
         write_files(folder, model.tokenizer.save_pretrained)
+
+
+def refuse_other_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Let nothing be written over a model that is not this very one.
+
+    Args:
+        folder: to be written to.
+        config: what is to be in its `config.json`, as far as it decides what the model computes.
+        tensors: what is to be in its `model.safetensors`.
+
+    Raises:
+        OverwriteError: there is a model with another config, or with other weights.
+        CheckpointError: its files are damaged.
+    """
+    there = [file for file in (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE) if (folder / file).exists()]
+    if not there:
+        return
+    if WEIGHTS_FILE not in there or INDEX_FILE in there:
+        raise other_work(folder, f"another model, in {', '.join(there)}")
+    if CONFIG_FILE in there:
+        found = read_json(folder / CONFIG_FILE)
+        if differ := differing({key: found.get(key, value) for key, value in config.items()}, config):
+            raise other_work(folder, f"another model, {differ}")
+    with open_tensors(folder / WEIGHTS_FILE) as file:
+        names = set(file.keys())
+        same = names == set(tensors) and all(torch.equal(file.get_tensor(name), tensors[name]) for name in names)
+    if not same:
+        raise other_work(folder, "a model with other weights")
 
 
 def published_tensors(model: HookedBilinearTransformer) -> dict[str, Tensor]:

@@ -800,11 +800,13 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         self.cfg.device, self.cfg.dtype = str(weight.device), weight.dtype
         return self
 
-    def save_pretrained(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | PathLike[str], dtype: torch.dtype | None = None, *, overwrite: bool = False
+    ) -> None:
         """Write the published format; see `bilens.model.loading.save_model`."""
         from bilens.model.loading import save_model
 
-        save_model(self, folder, dtype=dtype)
+        save_model(self, folder, dtype=dtype, overwrite=overwrite)
 
     def push_to_hub(
         self,

@@ -245,7 +245,7 @@ def anneal(
         annealed = folded(run.model)
         after = validate(annealed, held_out, step=run.n_steps)
         result = AnnealingResult(annealed.eval(), config, before, at_once, validations, after, compared)
-        save_model(annealed, out)
+        save_model(annealed, out, overwrite=True)  # it is the run's own by now
         facts = {
             "config": asdict(config),
             "from": model.cfg.model_name,

@@ -255,7 +255,7 @@ def train_lm(
             checkpoint=out / CHECKPOINT_FILE,
         )
         validations = run.fit()
-        save_model(model.eval(), out, dtype=on_disk)
+        save_model(model.eval(), out, dtype=on_disk, overwrite=True)  # it is the run's own by now
         facts = {"config": asdict(config), "validations": [asdict(v) for v in validations]}
         finish(out / RECORD_FILE, identity, (CONFIG_FILE, WEIGHTS_FILE), facts)
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)

@@ -27,10 +27,17 @@ from bilens.model.loading import (
     holds,
     read_header,
     read_tensors,
+    refuse_other_model,
     resolve_device,
     resolve_dtype,
 )
-from bilens.vision.config import ClassifierConfig, classifier_config_from_published, classifier_config_to_published
+from bilens.vision.config import (
+    SIZE_KEYS,
+    SWITCH_KEYS,
+    ClassifierConfig,
+    classifier_config_from_published,
+    classifier_config_to_published,
+)
 from bilens.vision.model import BilinearClassifier
 
 
@@ -75,10 +82,16 @@ def load_classifier(
     return model.eval()
 
 
-def save_classifier(model: BilinearClassifier, folder: str | os.PathLike[str]) -> None:
+def save_classifier(model: BilinearClassifier, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write `config.json` and `model.safetensors`; the folder is made, each file is replaced whole or not at all.
 
+    Args:
+        model: the classifier.
+        folder: of the files.
+        overwrite: replace another model that is in the folder, instead of refusing; the same one may be written again.
+
     Raises:
+        OverwriteError: the folder holds another model, or this one with other weights.
         CheckpointError: a weight that is not finite: nothing could load the file.
         ArgumentError, WriteError: the folder cannot be written to.
     """
@@ -86,7 +99,10 @@ def save_classifier(model: BilinearClassifier, folder: str | os.PathLike[str]) -
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
     for name, tensor in tensors.items():
         check_finite(name, tensor, "the classifier")
-    config = json.dumps(classifier_config_to_published(model.cfg), indent=2) + "\n"
+    published = classifier_config_to_published(model.cfg)
+    if not overwrite:
+        refuse_other_model(folder, {key: published[key] for key in (*SIZE_KEYS, *SWITCH_KEYS)}, tensors)
+    config = json.dumps(published, indent=2) + "\n"
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(config))
 

@@ -202,11 +202,11 @@ class BilinearClassifier(NamedWeightsMixin, CheckedHooks):
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write the authors' format; see `bilens.vision.loading.save_classifier`."""
         from bilens.vision.loading import save_classifier
 
-        save_classifier(self, folder)
+        save_classifier(self, folder, overwrite=overwrite)
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str], **kwargs: Any) -> "BilinearClassifier":

@@ -181,7 +181,7 @@ def train_classifier(
             epochs = [Epoch(**epoch) for epoch in finished["epochs"]]
             return TrainedClassifier(BilinearClassifier.from_pretrained(folder, device=device), config, epochs)
         trained = _train(data, config, progress, device)
-        trained.model.save_pretrained(folder)
+        trained.model.save_pretrained(folder, overwrite=True)  # it is the run's own by now
         record = {"config": asdict(config), "epochs": [asdict(epoch) for epoch in trained.epochs]}
         finish(folder / RECORD_FILE, identity, (CONFIG_FILE, WEIGHTS_FILE), record)
     return trained

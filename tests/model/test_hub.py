@@ -114,7 +114,7 @@ def test_revisions(hub: FakeHub, folder: Path, model: HookedBilinearTransformer,
     """A branch, a tag and a commit hash each load their own weights, side by side in one cache."""
     first = hub.add(MODEL, folder)
     other = make_model(bias=True, tokenizer=tokenizer, seed=1)
-    other.save_pretrained(folder)
+    other.save_pretrained(folder, overwrite=True)
     hub.add(MODEL, folder, "other")
     hub.repositories[MODEL].tags["v1"] = first
     for revision, expected in [(None, model), ("other", other), ("v1", model), (first, model), ("main", model)]:
@@ -382,7 +382,7 @@ def test_shards_load_as_one(hub: FakeHub, sharded: Path, model: HookedBilinearTr
 def test_one_file_wins_over_shards(hub: FakeHub, sharded: Path, model: HookedBilinearTransformer) -> None:
     """As in transformers; the shards are then not even downloaded."""
     other = make_model(bias=True, tokenizer=model.tokenizer, seed=1)
-    other.save_pretrained(sharded)
+    other.save_pretrained(sharded, overwrite=True)
     assert_same(load_model(sharded), other)
     hub.add(MODEL, sharded)
     assert_same(load_model(MODEL), other)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bilens._core.files import write_atomically
 from bilens.attribute import freeze
-from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, NotBilinearError
+from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, NotBilinearError, OverwriteError
 from bilens.model import loading
 from bilens.model.config import config_from_published
 from bilens.model.hf import BilinearForCausalLM
@@ -380,7 +380,7 @@ def test_biases_of_attention_are_those_of_the_file(tmp_path: Path) -> None:
     tokens = torch.tensor([[1, 2, 3]])
     for attention_bias in (False, True):
         model = make_model(bias=True, attention_bias=attention_bias)
-        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path, overwrite=True)
         edit_config(tmp_path, attention_bias=...)
         again = load_model(tmp_path)
         assert again.cfg.attention_bias == attention_bias
@@ -621,7 +621,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(checkpoint: Path, monkeypatch: py
     with torch.no_grad():
         model.W_E.add_(1)
     with pytest.raises(OSError, match="no space"):
-        model.save_pretrained(checkpoint)
+        model.save_pretrained(checkpoint, overwrite=True)
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
 
@@ -640,3 +640,23 @@ def test_a_crash_in_the_tokenizer_leaves_the_old_one(checkpoint: Path, monkeypat
         model.save_pretrained(checkpoint)
     assert (checkpoint / "tokenizer.json").read_text() == text
     assert sorted(os.listdir(checkpoint)) == before
+
+
+def test_another_model_is_not_written_over(checkpoint: Path, tmp_path: Path) -> None:
+    """The same one may be written again; another, or other weights, only by the word; all files stay till then."""
+    model = load_model(checkpoint)
+    model.save_pretrained(checkpoint)
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    other = make_model(d_hidden=12)
+    with pytest.raises(OverwriteError, match=r"holds other work: another model, .*d_hidden \(24 there, 12 here\)"):
+        other.save_pretrained(checkpoint)
+    with torch.no_grad():
+        model.W_E.add_(1)
+    with pytest.raises(OverwriteError, match=r"a model with other weights.*overwrite=True"):
+        model.save_pretrained(checkpoint)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    model.save_pretrained(checkpoint, overwrite=True)
+    assert torch.equal(load_model(checkpoint).W_E, model.W_E)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OverwriteError, match=r"another model, in config.json"):
+        model.save_pretrained(tmp_path)

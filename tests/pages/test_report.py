@@ -185,9 +185,11 @@ def test_where_to_write_is_asked_before_the_work(write, tmp_path):
 def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setattr("sys.argv", ["bilens", "train-lm", "texts.txt", str(tmp_path / "file")])
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         cli.main()
-    assert capsys.readouterr().err.startswith("bilens: [Errno")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("Error: Invalid value for 'out': ")
+    assert "cannot be a folder to write into" in said
 
 
 def test_misspelt_model_is_one_line_with_the_nearest_name(monkeypatch, capsys):

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bilens.errors import CheckpointError, ModelNotFoundError
+from bilens.errors import CheckpointError, ModelNotFoundError, OverwriteError
 from bilens.vision import BilinearClassifier
 from tests.fake_hub import FakeHub
 from tests.vision.conftest import make_classifier
@@ -145,3 +145,18 @@ def test_nothing_there(tmp_path: Path) -> None:
         BilinearClassifier.from_pretrained(tmp_path)
     with pytest.raises(ModelNotFoundError, match="not a folder, and not a hub id"):
         BilinearClassifier.from_pretrained(tmp_path / "elsewhere")
+
+
+def test_another_classifier_is_not_written_over(tmp_path: Path) -> None:
+    """The same one may be written again; other weights, another shape and another kind of model stay."""
+    model = make_classifier()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.W_E.add_(1)
+    with pytest.raises(OverwriteError, match="a model with other weights"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, overwrite=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(OverwriteError, match=r"another model, in config.json"):
+        model.save_pretrained(tmp_path)
