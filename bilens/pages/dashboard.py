@@ -45,7 +45,7 @@ class FeatureDashboard(View):
 
     @property
     def _records(self) -> "list[FeatureRecord]":
-        return self.records if isinstance(self.records, list) else [self.records]
+        return self.records if isinstance(self.records, list) else [self.records]  # type: ignore[list-item]
 
     def html(self) -> str:
         return "".join(f"{_heading(record)}{_body(record)}" for record in self._records)

@@ -33,6 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from bilens._core.checks import check_finite
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, biases_as_weights, interaction_matrix
 from bilens.model.hook_points import CheckedHooks, eager_while_hooked
@@ -182,6 +183,7 @@ class BilinearClassifier(NamedWeightsMixin, CheckedHooks):
         Raises:
             OutOfRangeError: no such layer.
             ArgumentError: `pixels` of a layer that is not the first: it is not quadratic in the pixels.
+            CheckpointError: weights that are not finite.
         """
         n = self.cfg.n_layer
         if not -n <= layer < n:
@@ -189,6 +191,8 @@ class BilinearClassifier(NamedWeightsMixin, CheckedHooks):
         if pixels and layer % n:
             raise ArgumentError(f"layer {layer} is not the first: only layer 0 is a quadratic form of the pixels.")
         block = self.blocks[layer]
+        for name, weight in self.named_parameters():
+            check_finite(name, weight.detach(), "the classifier")
         W_gate, W_in, b_gate, b_in = (_exact(w) for w in (block.W_gate, block.W_in, block.b_gate, block.b_in))
         identity = torch.eye(self.cfg.d_hidden, dtype=W_gate.dtype, device=W_gate.device)
         reads = _exact(self.W_E) if pixels else identity

@@ -13,7 +13,10 @@ from bilens.attribute import Target, attribute_tokens, freeze, split
 from bilens.decompose import Decomposer
 from bilens.errors import CheckpointError, StaleError
 from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.features.examples import feature_activations
 from bilens.sae.features.store import FeatureStore, build_feature_store
+from bilens.vision.config import ClassifierConfig
+from bilens.vision.model import BilinearClassifier
 from tests.conftest import make_model
 from tests.random_saes import make_sae
 
@@ -161,3 +164,18 @@ def test_nothing_is_read_from_weights_that_are_not_finite(value: float) -> None:
     sae.W_dec.data[0, 0] = value
     with pytest.raises(CheckpointError, match=r"the SAE on 'blocks\.1\.hook_mlp_out': W_dec holds 1 values"):
         Decomposer(make_model(), 1, output_sae=sae)
+
+
+def test_features_of_a_model_that_is_not_finite_are_not_counted(tokenizer: Any, texts: list[str]) -> None:
+    """NaN is not 0, so every feature would fire on every token."""
+    model, sae = make_model(tokenizer=tokenizer), make_sae("standard", MLP_OUT)
+    model.blocks[0].attn.o.weight.data[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"activations holds .* values that are NaN"):
+        feature_activations(model, [sae], texts[:2])
+
+
+def test_a_classifier_that_is_not_finite_has_no_layers_to_read() -> None:
+    model = BilinearClassifier(ClassifierConfig(d_input=6, d_hidden=4, d_output=3))
+    model.blocks[0].weight.data[0, 0] = float("inf")
+    with pytest.raises(CheckpointError, match=r"the classifier: blocks\.0\.weight holds 1 values"):
+        model.layer(0)

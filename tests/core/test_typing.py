@@ -46,5 +46,5 @@ def test_a_flag_is_no_number():
 
     either(1, 0.5, True, both=True)
     for bad in (lambda: either(True), lambda: either(1, False), lambda: either(n=True)):
-        with pytest.raises(ArgumentError, match="either: (n|share) is (True|False), expected a number"):
+        with pytest.raises(ArgumentError, match=r"either: (n|share) is (True|False), expected a number"):
             bad()

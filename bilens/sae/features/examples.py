@@ -11,7 +11,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_sizes
+from bilens._core.checks import check_finite, check_sizes
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.model.attached import encode, splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
@@ -161,6 +161,7 @@ def feature_activations(
     Raises:
         AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
         ArgumentError: a batch size that is none.
+        CheckpointError: activations that are not finite.
         HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.model.attached`).
         EmptyTextError: no texts, or one with nothing in it.
     """
@@ -176,6 +177,7 @@ def feature_activations(
         _, cache = model.run_with_cache(rows, names_filter=list(set(hooks)), stop_at_layer=stop)
         for entries, sae, hook in zip(found, saes, hooks, strict=True):
             acts = encode(sae, cache[hook]).float().cpu() * mask[at : at + batch_size, :, None]
+            check_finite("the features' activations", acts, f"the SAE on {hook}")
             row, position, feature = acts.nonzero(as_tuple=True)
             entries.append((row + at, position, feature, acts[row, position, feature]))
     strings = model.tokenizer.convert_ids_to_tokens(list(range(model.cfg.d_vocab)))

@@ -89,7 +89,7 @@ class FeatureStoreConfig:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             least = 0 if name in ("before", "after", "n_effects", "seed") else 1
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ArgumentError(f"{name} is {value!r}; expected a whole number, at least {least}.")
         if self.bands > 100:  # stored in a byte, and nobody looks at more
             raise ArgumentError(f"bands is {self.bands}; expected at most 100.")

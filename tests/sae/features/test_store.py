@@ -597,3 +597,14 @@ def test_one_text_is_no_dataset(text_model, saes, tmp_path):
         with pytest.raises(ArgumentError, match=r"neither a file nor the name of a dataset .* in a list: \[text\]"):
             build_feature_store(text_model, saes, text, tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_counts_beyond_the_machines_memory_are_refused(text_model, saes, tmp_path):
+    """Before anything of them is made: terabytes, by how many contexts are kept and how long they are."""
+    for counts in ({"n_top": 10**9}, {"per_band": 2**62}, {"before": 10**9}):
+        with pytest.raises(ArgumentError, match=r"contexts of each of .* GB of memory; this machine has"):
+            build_feature_store(text_model, saes, ["a fox"], tmp_path / "store", config=FeatureStoreConfig(**counts))
+    for name in ("n_top", "bands", "before", "n_effects", "batch_texts"):
+        with pytest.raises(ArgumentError, match=f"{name} is True; expected a whole number"):
+            FeatureStoreConfig(**{name: True})
+    assert not (tmp_path / "store").exists()
