@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion import BaseTensorConversion
 from transformer_lens.factories.architecture_adapter_factory import (
     SUPPORTED_ARCHITECTURES,
     ArchitectureAdapterFactory,
@@ -36,14 +37,32 @@ from bilens.model.config import HF_ARCHITECTURE
 NOT_SHARED = ("hook_in", "hook_mlp_in", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
 
 
+class HeadsAfterPositions(BaseTensorConversion):
+    """Changes nothing. TransformerLens asks it which axis `pos_slice` cuts where it does not know the hook's name."""
+
+    splits_attention_heads = True
+
+    def handle_conversion(self, input_value: Any, *full_context: Any) -> Any:
+        return input_value
+
+
 class HookedComponent(GeneralizedComponent):
-    """A component whose hook points are those of the module it wraps."""
+    """A component whose hook points and named weights are those of the module it wraps."""
 
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
         for name, child in original_component.named_children():
             if isinstance(child, HookPoint) and name not in NOT_SHARED:
                 setattr(self, name, child)
+                if name.startswith("hook_rot_"):
+                    child.hook_conversion = HeadsAfterPositions()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        original = self.__dict__.get("_modules", {}).get("_original_component")
+        if isinstance(getattr(type(original), name, None), property):
+            setattr(original, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 class BlockComponent(HookedComponent, BlockBridge):

@@ -98,11 +98,11 @@ class CheckedHooks(HookedRootModule):
             OutOfRangeError: (when they run) the activation has no such position.
         """
         names = self._hooks_in_use(names_filter)
-        cache, *hooks = super().get_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
+        cache, fwd, bwd = super().get_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
         positions = _positions(pos_slice)
         if positions is not None:
-            hooks = [[(name, self._sliced(save, positions)) for name, save in some] for some in hooks]
-        return cache, *hooks
+            fwd, bwd = ([(name, self._sliced(save, positions)) for name, save in hooks] for hooks in (fwd, bwd))
+        return cache, fwd, bwd
 
     def add_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Keep activations of every run until `reset_hooks`; raises as `get_caching_hooks`."""

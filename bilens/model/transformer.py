@@ -329,7 +329,7 @@ class Block(nn.Module):
     def _attention_input(self, x: Float[Tensor, "batch pos d_model"]) -> Tensor | HeadInputs:
         """The normalised stream; on request a copy for every head, or one for each of its queries, keys and values."""
 
-        def copies(hook: HookPoint) -> Float[Tensor, "batch pos head d_model"]:
+        def copies(hook: Any) -> Float[Tensor, "batch pos head d_model"]:
             return self.ln1(hook(x[:, :, None].repeat(1, 1, self.cfg.n_heads, 1)))
 
         if self.cfg.use_split_qkv_input:
@@ -452,7 +452,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         if start_at_layer is None:
             residual, tokens, mask = self._embed(input, prepend_bos, padding_side, attention_mask)  # type: ignore[arg-type]
         else:
-            residual = input
+            residual = input  # type: ignore[assignment]
             tokens = None if tokens is None else self.input_to_tokens(tokens)
             self._begin_splices(tokens)
             mask = self._mask(input, tokens, residual, prepend_bos, padding_side, attention_mask)

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import SVDInterpreter
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 
+from bilens.errors import ArgumentError
 from bilens.model.bridge import BilinearArchitectureAdapter
 from bilens.model.hf import BilinearForCausalLM
 from bilens.model.transformer import HookedBilinearTransformer
@@ -93,6 +94,34 @@ def test_hooks_act_on_the_stream_itself(pair: tuple) -> None:
         assert (expected - before).abs().max() > 1e-4, name
         torch.testing.assert_close(bridge.run_with_hooks(tokens, fwd_hooks=[(name, scaled)]), expected, **CLOSE)
     assert torch.equal(bridge(tokens), before)
+
+
+@torch.no_grad()
+def test_positions_are_cut_of_every_activation(pair: tuple) -> None:
+    """`pos_slice` cuts positions, not heads, at the points that TransformerLens does not know either."""
+    bridge, model, tokens = pair
+    for pos_slice in (2, [0, -1]):
+        found, expected = (m.run_with_cache(tokens, pos_slice=pos_slice)[1] for m in (bridge, model))
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], **CLOSE)
+
+
+@torch.no_grad()
+def test_weights_can_be_edited_through_the_bridge(pair: tuple) -> None:
+    """In place and by assignment: what is shown, and computed, is what was written."""
+    bridge, model, tokens = pair
+    for name in ("W_O", "W_Q", "W_in", "b_out"):
+        part = "attn" if name in ("W_O", "W_Q") else "mlp"
+        for write in (
+            lambda owner, name: getattr(owner, name).mul_(2),
+            lambda owner, name: setattr(owner, name, nn.Parameter(3 * getattr(owner, name))),
+        ):
+            for blocks in (bridge.blocks, model.blocks):
+                write(getattr(blocks[1], part), name)
+            assert torch.equal(getattr(getattr(bridge.blocks[1], part), name), getattr(model, name)[1])
+            torch.testing.assert_close(bridge(tokens), model(tokens), **CLOSE)
+    with pytest.raises(ArgumentError, match="no bias"):
+        bridge.blocks[0].attn.b_O = nn.Parameter(torch.ones(16))
 
 
 @torch.no_grad()

@@ -286,6 +286,15 @@ def test_a_hook_that_raises_is_removed() -> None:
     model(TOKENS)
 
 
+@pytest.mark.parametrize("name", [PATTERN, "blocks.0.attn.hook_attn_scores"])
+def test_a_backward_hook_alone_leaves_the_fused_kernel(name: str) -> None:
+    """It never forms scores, so their gradient would not be seen."""
+    model, seen = make_model(), []
+    with model.hooks(bwd_hooks=[(name, lambda grad, hook: seen.append(grad.shape))]):
+        model(TOKENS, return_type="loss").backward()
+    assert seen == [(2, 2, 7, 7)]
+
+
 def test_backward_hooks_see_the_gradients() -> None:
     """`run_with_cache(incl_bwd=True)` keeps the gradient of the loss at every point, as autograd gives it."""
     model = make_model()
