@@ -276,30 +276,28 @@ class Attribution(Complete, Tabular):
         Columns `i, j, kind, f_i, f_j, coefficient, contribution, i_name, j_name`; a cross pair stands once, with
         coefficient `2 Q_ij`, so that `contribution = coefficient * f_i * f_j`.
         """
+        import numpy as np
         import pandas as pd
 
         m = len(self.inputs)
-        rows = []
-        for s in range(m):
-            for t in range(s + 1):
-                # Input features ascend, so source t <= s has the smaller index.
-                i, j = int(self.inputs[t]), int(self.inputs[s])
-                weight = 1 if s == t else 2
-                rows.append(
-                    {
-                        "i": i,
-                        "j": j,
-                        "kind": "self" if s == t else "cross",
-                        "f_i": self.activations[t].item(),
-                        "f_j": self.activations[s].item(),
-                        "coefficient": weight * self.coefficients[s, t].item(),
-                        "contribution": weight * self.contributions[s, t].item(),
-                        "i_name": name_of(self.input_names, i),
-                        "j_name": name_of(self.input_names, j),
-                    }
-                )
-        columns = ["i", "j", "kind", "f_i", "f_j", "coefficient", "contribution", "i_name", "j_name"]
-        frame = pd.DataFrame(rows, columns=columns)
+        # Input features ascend, so source t <= s has the smaller index.
+        s, t = torch.tril_indices(m, m)
+        twice = torch.where(s == t, 1, 2)
+        inputs, activations = self.inputs.cpu(), self.activations.cpu().double()
+        names = np.array([name_of(self.input_names, i) for i in self.inputs.tolist()], dtype=object)
+        frame = pd.DataFrame(
+            {
+                "i": inputs[t].numpy(),
+                "j": inputs[s].numpy(),
+                "kind": pd.Series(np.array(["cross", "self"], dtype=object)[(s == t).int().numpy()], dtype=object),
+                "f_i": activations[t].numpy(),
+                "f_j": activations[s].numpy(),
+                "coefficient": (twice * self.coefficients.cpu()[s, t].double()).numpy(),
+                "contribution": (twice * self.contributions.cpu()[s, t].double()).numpy(),
+                "i_name": pd.Series(names[t.numpy()], dtype=object),
+                "j_name": pd.Series(names[s.numpy()], dtype=object),
+            }
+        )
         return frame.sort_values("contribution", key=abs, ascending=False, ignore_index=True)
 
     def plot(self, top: int = 15) -> "go.Figure":
