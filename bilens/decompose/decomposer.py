@@ -81,7 +81,8 @@ class Decomposer:
     SAEs in half precision are read in float32 at least: the expansion is exact only where the SAE's own rounding is.
 
     Model and SAEs are read anew at every call, so what is done to their weights, and where they are moved to, counts
-    from then on. What a call returns is of the weights at that time.
+    from then on. The numbers that a call returns are of the weights at that time; the directions that they are named
+    after are the SAE's or model's own.
 
     Raises:
         ArgumentError: no model of bilens; as many names as features are needed, and an integer for the layer.
@@ -532,7 +533,7 @@ class Decomposer:
             output_directions=output_directions,
             input_values=input_values,
             input_directions=input_directions,
-            layer=self.weights,
+            layer=self.weights.copy(),
             circuits=self.eigen(output_directions[:k].to(self.weights.W_out)),
             outputs=self.lexicon("output"),
             inputs=self.lexicon("input"),

@@ -41,7 +41,7 @@ class BilinearLayer:
 
     @classmethod
     def of(cls, model: "HookedBilinearTransformer", layer: int) -> "BilinearLayer":
-        """One layer of a model, detached, in float32 at least.
+        """One layer of a model, detached, in float32 at least: views of a model in float32, copies of one below.
 
         Raises:
             CheckpointError: weights that are not finite.
@@ -58,6 +58,10 @@ class BilinearLayer:
 
     def to(self, dtype: torch.dtype) -> "BilinearLayer":
         return BilinearLayer(*(t.to(dtype) for t in vars(self).values()))
+
+    def copy(self) -> "BilinearLayer":
+        """Of its own: what `of` gives follows a float32 model."""
+        return BilinearLayer(*(t.clone() for t in vars(self).values()))
 
     def of_moderate_size(self) -> tuple["BilinearLayer", float]:
         """Weights with a largest entry between 1 and 2 in every matrix, and what interaction matrices are then to be

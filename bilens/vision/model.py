@@ -33,6 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from bilens._core.bare import require_bare
 from bilens._core.checks import check_finite
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, biases_as_weights, interaction_matrix
@@ -159,7 +160,8 @@ class BilinearClassifier(NamedWeightsMixin, CheckedHooks):
 
     @torch.no_grad()
     def accuracy(self, images: Float[Tensor, "batch *image"], labels: Int[Tensor, "batch"]) -> float:
-        """The share of images whose most likely class is their label."""
+        """The share of images whose most likely class is their label; `AlteredModelError` with hooks on the model."""
+        require_bare(self)
         return (self.predict(images) == labels.to(self.W_E.device)).float().mean().item()
 
     # --- weights under TransformerLens' names, and as the layers that bilens.decompose reads --------------------------

@@ -22,6 +22,10 @@ from bilens.sae.train.finetuning import FinetuneConfig, finetune_saes
 from bilens.sae.train.training import SAETrainConfig, train_saes
 from bilens.train.data import TokenizedTexts
 from bilens.train.language_model import TrainConfig, TrainingRun, validate
+from bilens.vision.config import ClassifierConfig
+from bilens.vision.eigenfeatures import read_by_last_layer
+from bilens.vision.explanation import explain
+from bilens.vision.model import BilinearClassifier
 from tests.conftest import make_model
 from tests.random_saes import make_sae
 
@@ -143,3 +147,17 @@ def test_a_guarded_measurement_runs_again_once_the_model_is_bare(setting: Settin
     setting.model.reset_hooks()
     setting.model.run_with_cache(TOKENS)
     assert torch.equal(setting.decomposer.attribute(TOKENS, 3, -1).contributions, before.contributions)
+
+
+def test_a_classifier_is_measured_by_itself_too() -> None:
+    model = BilinearClassifier(ClassifierConfig(d_input=6, d_hidden=4, d_output=3))
+    images, labels = torch.rand(5, 6), torch.arange(5) % 3
+    model.accuracy(images, labels)
+    with model.hooks([("hook_embed", lambda value, hook: value * 0)]):
+        for measure in (
+            lambda: model.accuracy(images, labels),
+            lambda: explain(model, images[0]),
+            lambda: read_by_last_layer(model, images, space="embedding", homogeneous=False),
+        ):
+            with pytest.raises(AlteredModelError, match="measures BilinearClassifier by itself, and a hook is on"):
+                measure()

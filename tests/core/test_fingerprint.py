@@ -179,3 +179,12 @@ def test_a_classifier_that_is_not_finite_has_no_layers_to_read() -> None:
     model.blocks[0].weight.data[0, 0] = float("inf")
     with pytest.raises(CheckpointError, match=r"the classifier: blocks\.0\.weight holds 1 values"):
         model.layer(0)
+
+
+def test_a_result_is_of_the_weights_it_was_made_from() -> None:
+    """A model in float32 lends its own weights; what is read from them later is a copy."""
+    model = make_model()
+    found = Decomposer(model, 1).hosvd(2)
+    before = found.core(3, 3)
+    model.blocks[1].mlp.p.weight.data *= 2
+    assert torch.equal(found.core(3, 3), before)
