@@ -212,7 +212,7 @@ class _Canvas:
         along = plain | {"range": [low - room * (low < 0), high + room * (high > 0)], "nticks": 5}
         named = plain | {"showgrid": False, "zeroline": False, "tickfont": {"size": 11}}
         if names:  # not numbers, even where they look like some
-            named |= {"type": "category", "tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": shown}
+            named |= {"type": "category", "tickmode": "array", "tickvals": shown, "ticktext": shown}
         if across:
             self._layout(xaxis, yaxis, along | {"showticklabels": False}, named | {"autorange": "reversed"})
         else:

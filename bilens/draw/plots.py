@@ -317,5 +317,9 @@ def _labelled(labels: Sequence[str], longest: int = LONGEST_LABEL) -> tuple[list
         categories.append(plotly_text(label) + "\u200b" * seen[label])  # plotly would merge equal categories
     shown = range(0, len(labels), -(-len(labels) // MOST_TICKS) or 1)
     short = [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
-    ticks = {"tickvals": list(shown), "ticktext": [plotly_text(short[place]) for place in shown]}
+    # A tick names its category: as a number it would be looked for among the labels first, where some are numbers.
+    ticks = {
+        "tickvals": [categories[place] for place in shown],
+        "ticktext": [plotly_text(short[place]) for place in shown],
+    }
     return categories, {"type": "category", "tickmode": "array", "ticklabelstandoff": 4, **ticks}

@@ -31,6 +31,15 @@ def test_a_frame_brings_its_labels():
     assert (list(cells.y), list(cells.x)) == (["row"], ["left", "7"])
 
 
+def test_ticks_name_their_categories_where_labels_are_numbers():
+    """plotly takes a tick's value for a category of that name before it takes it for a place."""
+    labels = ["2", "1", "0", "0"]
+    figure = plots.heatmap(np.eye(4), labels, labels)
+    for axis, categories in ((figure.layout.yaxis, figure.data[0].y), (figure.layout.xaxis, figure.data[0].x)):
+        assert list(axis.tickvals) == list(categories)
+        assert list(axis.ticktext) == labels
+
+
 def test_long_labels_are_whole_on_hovering_and_short_on_the_axis():
     long = "a feature with a description that goes on and on"
     figure = plots.heatmap(np.eye(2), [long, "b"])
