@@ -119,6 +119,7 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str,
     delete_patterns: Sequence[str] = (),
+    renewed: Callable[[str, Path], str] | None = None,
 ) -> Any:
     """Upload what `write` writes into a folder, in one commit; the repository and the branch are made where need be.
 
@@ -133,6 +134,7 @@ def push_to_hub(
         revision: the branch; `None` is `main`.
         commit_message: one line.
         delete_patterns: what in the repository, other than the files uploaded, is deleted by the same commit.
+        renewed: from the card that the repository has, and the filled folder, to what it is to be; `None` leaves it.
 
     Returns:
         `huggingface_hub.CommitInfo`: `.oid`, `.commit_url`.
@@ -155,7 +157,13 @@ def push_to_hub(
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             if not api.file_exists(repo_id, CARD_FILE, revision=revision):
-                (folder / CARD_FILE).write_text(card(folder, repo_id))
+                (folder / CARD_FILE).write_text(card(folder, repo_id), encoding="utf-8")
+            elif renewed is not None:
+                with TemporaryDirectory() as beside:  # in the cache it would pass for a snapshot
+                    path = api.hf_hub_download(repo_id, CARD_FILE, revision=revision, local_dir=beside)
+                    there = Path(path).read_text(encoding="utf-8")
+                if (now := renewed(there, folder)) != there:
+                    (folder / CARD_FILE).write_text(now, encoding="utf-8")
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

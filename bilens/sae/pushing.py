@@ -14,9 +14,12 @@ from typing import Any
 from sae_lens import SAE, TrainingSAE
 
 from bilens._core.files import to_path
-from bilens.errors import ModelNotFoundError, SAEMismatchError
+from bilens.errors import ArgumentError, ModelNotFoundError, SAEMismatchError
 from bilens.model.hub import card_header, push_to_hub
-from bilens.sae.loading import EXPECTED, FOLDER_NAME, FORMATS, SAEList, hook_of, list_saes
+from bilens.sae.loading import EXPECTED, FOLDER_NAME, FORMATS, SAEEntry, SAEList, hook_of, list_saes
+
+TABLE = """| folder | layer | point | hook | expansion | k | format |
+|---|---|---|---|---|---|---|"""
 
 
 def push_saes(
@@ -43,10 +46,13 @@ def push_saes(
         `huggingface_hub.CommitInfo`: `.oid`, `.commit_url`.
 
     Raises:
+        ArgumentError: SAEs without their names.
         ModelNotFoundError: no such folder, or nothing in it.
         SAEMismatchError: a name of another form, or of another hook than its SAE was trained on.
         UploadError: no permission, no connection, or the hub refused it.
     """
+    if isinstance(saes, list | tuple | SAE):
+        raise ArgumentError("saes is a list of SAEs, or one; expected them by folder name: {'1-mlp-out-x8-k32': sae}.")
     if isinstance(saes, Mapping):
         formats = dict.fromkeys(saes, "saelens")
         for name, sae in saes.items():
@@ -84,15 +90,13 @@ def push_saes(
             if other != its_format
             for file in files
         ],
+        renewed=lambda card, folder: with_rows(card, list_saes(folder)),
     )
 
 
 def saes_card(saes: SAEList, repo_id: str) -> str:
     """The model card of a repository of SAEs: which there are, and how to load one."""
-    rows = "\n".join(
-        f"| `{sae.folder}` | {sae.layer} | {sae.point} | `{sae.hook_name}` | {sae.expansion} | {sae.k} | {sae.format} |"
-        for sae in saes
-    )
+    rows = "\n".join(_row(sae) for sae in saes)
     one = saes[0]
     return f"""{card_header(tags=["sparse-autoencoder", "bilinear", "interpretability"])}
 # {repo_id.split("/")[-1]}
@@ -101,8 +105,7 @@ Sparse autoencoders of a bilinear transformer, written by bilens: one folder eac
 `{{layer}}-{{point}}-x{{expansion}}-k{{k}}` with an optional `-{{tag}}`. Format `saelens` is
 `{" + ".join(FORMATS["saelens"])}`, which SAELens reads; `published` is `{" + ".join(FORMATS["published"])}`.
 
-| folder | layer | point | hook | expansion | k | format |
-|---|---|---|---|---|---|---|
+{TABLE}
 {rows}
 
 ```python
@@ -112,6 +115,23 @@ print(bilens.list_saes("{repo_id}"))
 sae = bilens.load_sae("{repo_id}", "{one.point}", {one.layer}, expansion={one.expansion}, k={one.k})
 ```
 """
+
+
+def with_rows(card: str, saes: SAEList) -> str:
+    """A card that `saes_card` wrote, its table made true for SAEs that came or changed; another card as it is."""
+    before, found, after = card.partition(TABLE + "\n")
+    if not found:
+        return card
+    lines = after.splitlines(keepends=True)
+    n_rows = next((place for place, line in enumerate(lines) if not line.startswith("| `")), len(lines))
+    rows = {line.split("`")[1]: line.rstrip("\n") for line in lines[:n_rows]} | {sae.folder: _row(sae) for sae in saes}
+    return before + found + "".join(f"{row}\n" for row in rows.values()) + "".join(lines[n_rows:])
+
+
+def _row(sae: SAEEntry) -> str:
+    return (
+        f"| `{sae.folder}` | {sae.layer} | {sae.point} | `{sae.hook_name}` | {sae.expansion} | {sae.k} | {sae.format} |"
+    )
 
 
 def _check_name(name: str, sae: SAE[Any]) -> None:

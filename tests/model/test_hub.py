@@ -16,7 +16,7 @@ from huggingface_hub import constants, save_torch_state_dict
 from sae_lens import SAE, TopKSAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from safetensors.torch import load_file, save_file
 
-from bilens.errors import CheckpointError, ModelNotFoundError, SAEMismatchError, UploadError
+from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, SAEMismatchError, UploadError
 from bilens.model.loading import load_model, published_tensors
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae import list_saes, load_sae, push_saes, scope_loader
@@ -732,7 +732,15 @@ def test_pushed_saes_come_back(hub: FakeHub) -> None:
     assert torch.equal(theirs.W_dec, saes["0-mlp-in-x2-k7"].W_dec)
     card = hub.files(SCOPE)["README.md"].decode()
     assert card.startswith("---\nlibrary_name: bilens\n")
-    assert "| `1-mlp-out-x2-k7-tag` | 1 | mlp-out | `blocks.1.hook_mlp_out` | 2 | 7 | saelens |" in card
+    row = "| `1-mlp-out-x2-k7-tag` | 1 | mlp-out | `blocks.1.hook_mlp_out` | 2 | 7 | saelens |"
+    assert row in card
+    # Another one pushed later comes into the table, and what was written around it stays.
+    hub.add(SCOPE, hub.files(SCOPE) | {"README.md": (card + "\nMy own words.\n").encode()})
+    later = make_sae("topk", "blocks.1.hook_mlp_out", d_in=8, d_sae=16, k=3)
+    push_saes({"1-mlp-out-x2-k3": later}, SCOPE, token=WRITER)
+    last = [line for line in card.splitlines() if line.startswith("| `")][-1]
+    new = "| `1-mlp-out-x2-k3` | 1 | mlp-out | `blocks.1.hook_mlp_out` | 2 | 3 | saelens |"
+    assert hub.files(SCOPE)["README.md"].decode() == card.replace(f"{last}\n", f"{last}\n{new}\n") + "\nMy own words.\n"
 
 
 def test_a_pushed_folder_comes_back(hub: FakeHub, scope: Path) -> None:
@@ -773,6 +781,9 @@ def test_saes_in_training_are_pushed_for_use(hub: FakeHub) -> None:
 def test_saes_that_cannot_be_pushed(hub: FakeHub, tmp_path: Path) -> None:
     """Refused by name, before the hub hears of it."""
     sae = make_sae("topk", "blocks.0.hook_mlp_out")
+    for unnamed in ([sae], sae):
+        with pytest.raises(ArgumentError, match="saes is a list of SAEs, or one; expected them by folder name"):
+            push_saes(unnamed, SCOPE, token=WRITER)  # type: ignore[arg-type]
     refused: list[tuple[Any, type[Exception], str]] = [
         ({"layer0": sae}, SAEMismatchError, "'layer0' is not the name of an SAE folder: expected the name {layer}"),
         ({"../0-mlp-out-x2-k7": sae}, SAEMismatchError, "is not the name of an SAE folder"),
