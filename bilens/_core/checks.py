@@ -1,12 +1,12 @@
 """Values that a configuration or a command is given, and weights, checked by name: importing this costs nothing."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from math import isfinite
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeGuard
 
-from bilens.errors import ArgumentError, CheckpointError, nearest
+from bilens.errors import ArgumentError, CheckpointError, OutOfRangeError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,3 +137,27 @@ def check_finite(name: str, tensor: "Tensor", where: Any, before: "Tensor | None
     if before is not None:
         lost = f": in {tensor.dtype} there is no room for {before.abs().max():.4g}. Take bfloat16 or float32"
     raise CheckpointError(f"{where}: {name} holds {bad} values that are NaN or infinite, of {tensor.numel()}{lost}.")
+
+
+def name_of(names: Sequence[str] | None, index: int) -> str:
+    """The name of a feature, or its index where features have none."""
+    return str(index) if names is None else names[index]
+
+
+def check_index(value: SupportsIndex, n: int, what: str, *, negative: bool = False) -> int:
+    """An index as an int, counted from the front.
+
+    Args:
+        value: a Python, numpy or 0-d tensor integer.
+        n: how many there are.
+        what: for the message, such as `"feature {} is outside the output SAE's {}"`: takes the value, then `n`.
+        negative: whether `-1` means the last.
+
+    Raises:
+        ArgumentError: not an integer.
+        OutOfRangeError: outside `0..n-1`.
+    """
+    at = whole_number(value, what.format(value, n))
+    if not (-n if negative else 0) <= at < n:
+        raise OutOfRangeError(f"{what.format(at, n)}, 0 to {n - 1}.")
+    return at % n

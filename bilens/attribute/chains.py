@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.checks import check_index
 from bilens._core.display import Tabular
 from bilens.attribute.frozen import FrozenPass, freeze
-from bilens.decompose.outputs import check_index
 from bilens.errors import ArgumentError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, constant_term, interaction_matrix, linear_term
 from bilens.layer.eigen.pairs import sorted_eigenpairs

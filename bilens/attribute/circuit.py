@@ -30,8 +30,8 @@ from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_ho
 from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
 from bilens.attribute.tracing import KINDS, Numbering, Sweep, head_sums, sweep
 from bilens.errors import ArgumentError, MissingSAEError
+from bilens.model.hook_points import hook_of
 from bilens.model.transformer import HookedBilinearTransformer
-from bilens.sae.loading import hook_of
 
 if TYPE_CHECKING:
     import networkx as nx

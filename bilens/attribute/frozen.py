@@ -26,9 +26,9 @@ from bilens._core.fingerprint import Snapshot, model_fingerprint, sae_fingerprin
 from bilens.attribute.algebra import padded_nonzero
 from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, SAEMismatchError, nearest
 from bilens.layer.bilinear import BilinearLayer, check_model
+from bilens.model.hook_points import HOOK_TO_POINT, hook_of, point_of
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.store import FeatureStore
-from bilens.sae.loading import HOOK_TO_POINT, hook_of, point_of
 from bilens.sae.view import LINEAR_ENCODERS, SAEView
 
 INPUT_POINTS = ("mlp-in", "resid-mid")  # where an SAE may read an MLP's input; the first that is there is taken

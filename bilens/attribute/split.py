@@ -27,7 +27,7 @@ from bilens.attribute.frozen import FrozenPass, Names, names_by_hook
 from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
 from bilens.decompose.results import BIAS_SOURCES
 from bilens.errors import ArgumentError, MissingSAEError
-from bilens.sae.loading import hook_of
+from bilens.model.hook_points import hook_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,9 +17,8 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from bilens._core.checks import check_sizes
+from bilens._core.checks import check_index, check_sizes
 from bilens.attribute.frozen import FrozenPass
-from bilens.decompose.outputs import check_index
 from bilens.errors import ArgumentError, HookNameError, SAEMismatchError, nearest
 
 READABLE = (

@@ -2,8 +2,9 @@
 
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.replacing import replace_mlp
-from bilens.decompose.results import Attribution, Eigencircuits, TopInteractions
+from bilens.decompose.results import Attribution, TopInteractions
 from bilens.decompose.topn import strongest_interactions
+from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.inner import LayerSimilarity, layer_similarity
 
 __all__ = [

@@ -21,11 +21,12 @@ from sae_lens import SAE
 from torch import Tensor
 
 from bilens._core.bare import require_bare
+from bilens._core.checks import check_index
 from bilens._core.typing import typed
 from bilens.decompose.between import PairInteractions, top_pairs
 from bilens.decompose.motifs import Motifs, find_motifs
-from bilens.decompose.outputs import Output, check_index, read_output
-from bilens.decompose.results import Attribution, Eigencircuits, TopInteractions, unequal_rows
+from bilens.decompose.outputs import Output, read_output
+from bilens.decompose.results import Attribution, TopInteractions, unequal_rows
 from bilens.decompose.similarity import (
     FeatureClusters,
     FeatureCosines,
@@ -48,6 +49,7 @@ from bilens.layer.bilinear import (
     source_products,
 )
 from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
+from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.pairs import Order, sorted_eigenpairs
 from bilens.layer.hosvd import HOSVD, input_gram, output_gram, singular
 from bilens.layer.inner import double, inner_products

@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.checks import check_index
 from bilens._core.typing import typed
-from bilens.decompose.outputs import check_index
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
 from bilens.model.transformer import HookedBilinearTransformer
 

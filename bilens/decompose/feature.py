@@ -17,8 +17,9 @@ from torch import Tensor
 from bilens._core.bare import require_bare
 from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
-from bilens.decompose.results import Attribution, Eigencircuits
+from bilens.decompose.results import Attribution
 from bilens.layer.bilinear import interaction_matrix
+from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.solve import EigenSweep, top_eigenpairs
 from bilens.sae.features.examples import FeatureActivations, FeatureSummary
 

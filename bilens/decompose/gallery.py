@@ -32,10 +32,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
+from bilens._core.checks import name_of
 from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.motifs import MOTIFS, classify, negated_first, typical_activations
-from bilens.decompose.results import name_of
 from bilens.decompose.similarity import cluster
 from bilens.decompose.topn import coefficients_of, cofiring
 from bilens.errors import ArgumentError, SAEMismatchError

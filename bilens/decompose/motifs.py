@@ -32,8 +32,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.checks import name_of
 from bilens._core.display import Tabular
-from bilens.decompose.results import name_of
 from bilens.decompose.sparsity import Triangle, check_fence, feature_entries, outside
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
 from bilens.layer.bilinear import BilinearLayer

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.checks import whole_number
-from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
+from bilens.errors import ArgumentError, SAEMismatchError
 
 
 @runtime_checkable
@@ -61,22 +61,3 @@ def read_output(output: Any, d_model: int) -> Int[Tensor, "*n"] | Float[Tensor, 
     if not tensor.isfinite().all():
         raise ArgumentError("the output directions hold NaN or infinite values.")
     return tensor
-
-
-def check_index(value: SupportsIndex, n: int, what: str, *, negative: bool = False) -> int:
-    """An index as an int, counted from the front.
-
-    Args:
-        value: a Python, numpy or 0-d tensor integer.
-        n: how many there are.
-        what: for the message, such as `"feature {} is outside the output SAE's {}"`: takes the value, then `n`.
-        negative: whether `-1` means the last.
-
-    Raises:
-        ArgumentError: not an integer.
-        OutOfRangeError: outside `0..n-1`.
-    """
-    at = whole_number(value, what.format(value, n))
-    if not (-n if negative else 0) <= at < n:
-        raise OutOfRangeError(f"{what.format(at, n)}, 0 to {n - 1}.")
-    return at % n

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from bilens.decompose.outputs import check_index
+from bilens._core.checks import check_index
 from bilens.errors import OutOfRangeError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer
 from bilens.model.transformer import HookedBilinearTransformer

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.checks import name_of
 from bilens._core.display import Tabular
-from bilens.decompose.results import name_of
 from bilens.errors import OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer
 from bilens.layer.inner import cosines, double, inner_products

@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.checks import name_of
 from bilens._core.display import Tabular
-from bilens.decompose.results import name_of
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 

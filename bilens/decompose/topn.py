@@ -35,8 +35,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.checks import name_of
 from bilens._core.display import Tabular
-from bilens.decompose.results import name_of, unequal_rows
+from bilens.decompose.results import unequal_rows
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer
 from bilens.layer.eigen.cost import seconds

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
-from bilens.decompose.results import Eigencircuits
 from bilens.errors import OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer
+from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.inner import BLOCK, branches, double, inner_products, tensor_norm
 from bilens.layer.reading import Lexicon
 

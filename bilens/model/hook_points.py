@@ -5,8 +5,10 @@
 1. a name it does not know raises `HookNameError` instead of doing nothing
 2. caches are `ActivationCache`s, and `pos_slice` cuts the positions of every activation, whatever its axes are
 3. a compiled model obeys hooks: while it has any, it runs as if it were not compiled
+4. the published names of hooks (`mlp-in`), by which SAEs are stored: `hook_of`, `point_of`
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -19,7 +21,19 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.utilities import Slice
 from typing_extensions import Self
 
-from bilens.errors import ArgumentError, HookNameError, OutOfRangeError, nearest
+from bilens.errors import ArgumentError, HookNameError, OutOfRangeError, SAEMismatchError, nearest
+
+# The published names of places in a block, and any other hook of a block by itself.
+POINT_TO_HOOK = {
+    "resid-pre": "hook_resid_pre",
+    "resid-mid": "hook_resid_mid",
+    "resid-post": "hook_resid_post",
+    "mlp-in": "ln2.hook_normalized",
+    "mlp-out": "hook_mlp_out",
+    "attn-out": "hook_attn_out",
+}
+HOOK_TO_POINT = {hook: point for point, hook in POINT_TO_HOOK.items()}
+OTHER_POINT = r"(?:\w+\.)*hook_\w+"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -172,3 +186,36 @@ def _positions(pos_slice: Any) -> Slice | None:
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"pos_slice {pos_slice!r} is no position, list of positions or (start, stop).") from error
     return None if positions.mode == "identity" else positions
+
+
+def hook_of(point: str, layer: int) -> str:
+    """The TransformerLens hook of a published point: `("mlp-in", 3)` is `blocks.3.ln2.hook_normalized`.
+
+    Any other hook of a block is its own point: `("mlp.hook_post", 3)` is `blocks.3.mlp.hook_post`.
+
+    Raises:
+        SAEMismatchError: no such point (with the nearest).
+    """
+    if re.fullmatch(OTHER_POINT, point):
+        return f"blocks.{layer}.{point}"
+    if point not in POINT_TO_HOOK:
+        raise SAEMismatchError(
+            f"point {point!r} is not one of {', '.join(POINT_TO_HOOK)}." + nearest(point, POINT_TO_HOOK)
+        )
+    return f"blocks.{layer}.{POINT_TO_HOOK[point]}"
+
+
+def point_of(hook_name: str) -> tuple[str, int]:
+    """The published point and layer of a hook: the inverse of `hook_of`.
+
+    Raises:
+        SAEMismatchError: a hook that has no published point.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
+    if match is None or match[2] not in HOOK_TO_POINT:
+        hooks = [f"blocks.{match[1] if match else 0}.{hook}" for hook in HOOK_TO_POINT]
+        raise SAEMismatchError(
+            f"hook {hook_name!r} has no published point; those that have are {', '.join(hooks)}."
+            + nearest(hook_name, hooks)
+        )
+    return HOOK_TO_POINT[match[2]], int(match[1])

@@ -19,7 +19,7 @@ import torch
 from sae_lens import SAE
 
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_sizes
+from bilens._core.checks import check_index, check_sizes
 from bilens._core.files import PAGE, destination, write_atomically
 from bilens.attribute import (
     Circuit,
@@ -36,7 +36,6 @@ from bilens.attribute.targets import read_targets
 from bilens.decompose import Decomposer
 from bilens.decompose.feature import FeatureCircuit, feature_circuit, rank_features
 from bilens.decompose.gallery import MotifGallery, motif_gallery
-from bilens.decompose.outputs import check_index
 from bilens.decompose.sweep import Sweep
 from bilens.errors import ArgumentError, ModelNotFoundError, OutOfRangeError
 from bilens.layer.bilinear import check_bilinear

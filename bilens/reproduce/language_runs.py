@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from bilens._core.checks import check_index
 from bilens.decompose import Decomposer
-from bilens.decompose.outputs import check_index
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.pages.report import example_texts, layer_decomposers

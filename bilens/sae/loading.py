@@ -45,6 +45,7 @@ from bilens._core.display import Tabular
 from bilens._core.files import read_json, to_path
 from bilens.errors import ArgumentError, BilensError, CheckpointError, ModelNotFoundError, SAEMismatchError, nearest
 from bilens.model.config import check_positive_integers, check_switches
+from bilens.model.hook_points import HOOK_TO_POINT, OTHER_POINT, POINT_TO_HOOK, hook_of
 from bilens.model.hub import HubOptions, fetch_from_hub
 from bilens.model.loading import (
     CONFIG_FILE,
@@ -63,15 +64,6 @@ from bilens.model.loading import (
 )
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig
 
-POINT_TO_HOOK = {
-    "resid-pre": "hook_resid_pre",
-    "resid-mid": "hook_resid_mid",
-    "resid-post": "hook_resid_post",
-    "mlp-in": "ln2.hook_normalized",
-    "mlp-out": "hook_mlp_out",
-    "attn-out": "hook_attn_out",
-}
-HOOK_TO_POINT = {hook: point for point, hook in POINT_TO_HOOK.items()}
 FORMATS = {
     "published": (CONFIG_FILE, WEIGHTS_FILE),
     "saelens": (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME),
@@ -86,45 +78,11 @@ MODULE_POINTS = {None: "resid-post", "mlp": "mlp-out", "attn": "attn-out", "self
 # What a sparsify configuration may ask for beside a plain top-k SAE, with the value under which it does not.
 SPARSIFY_PLAIN = {"activation": "topk", "transcode": False, "skip_connection": False, "embed_skip": False}
 SPARSIFY_PLAIN |= {"gram_lookup": False}
-OTHER_POINT = r"(?:\w+\.)*hook_\w+"
 FOLDER_NAME = re.compile(rf"(\d+)-({'|'.join(POINT_TO_HOOK)}|{OTHER_POINT})-x(\d+)(?:-k(\d+))?(?:-([\w.+-]+))?")
 EXPECTED = (
     "expected the name {layer}-{point}-x{expansion}-k{k}[-{tag}], or a cfg.json that names its hook; and in it "
     + " or ".join(f"{config} + {weights}" for config, weights in FORMATS.values())
 )
-
-
-def hook_of(point: str, layer: int) -> str:
-    """The TransformerLens hook of a published point: `("mlp-in", 3)` is `blocks.3.ln2.hook_normalized`.
-
-    Any other hook of a block is its own point: `("mlp.hook_post", 3)` is `blocks.3.mlp.hook_post`.
-
-    Raises:
-        SAEMismatchError: no such point (with the nearest).
-    """
-    if re.fullmatch(OTHER_POINT, point):
-        return f"blocks.{layer}.{point}"
-    if point not in POINT_TO_HOOK:
-        raise SAEMismatchError(
-            f"point {point!r} is not one of {', '.join(POINT_TO_HOOK)}." + nearest(point, POINT_TO_HOOK)
-        )
-    return f"blocks.{layer}.{POINT_TO_HOOK[point]}"
-
-
-def point_of(hook_name: str) -> tuple[str, int]:
-    """The published point and layer of a hook: the inverse of `hook_of`.
-
-    Raises:
-        SAEMismatchError: a hook that has no published point.
-    """
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
-    if match is None or match[2] not in HOOK_TO_POINT:
-        hooks = [f"blocks.{match[1] if match else 0}.{hook}" for hook in HOOK_TO_POINT]
-        raise SAEMismatchError(
-            f"hook {hook_name!r} has no published point; those that have are {', '.join(hooks)}."
-            + nearest(hook_name, hooks)
-        )
-    return HOOK_TO_POINT[match[2]], int(match[1])
 
 
 def folder_name(point: str, layer: int, expansion: int, k: int | None, tag: str | None = None) -> str:

@@ -15,8 +15,9 @@ from sae_lens import SAE, TrainingSAE
 
 from bilens._core.files import to_path
 from bilens.errors import ArgumentError, ModelNotFoundError, SAEMismatchError
+from bilens.model.hook_points import hook_of
 from bilens.model.hub import card_header, push_to_hub
-from bilens.sae.loading import EXPECTED, FOLDER_NAME, FORMATS, SAEEntry, SAEList, hook_of, list_saes
+from bilens.sae.loading import EXPECTED, FOLDER_NAME, FORMATS, SAEEntry, SAEList, list_saes
 
 TABLE = """| folder | layer | point | hook | expansion | k | format |
 |---|---|---|---|---|---|---|"""

@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens._core.checks import check_amounts, check_rates, check_sizes
+from bilens._core.checks import check_amounts, check_index, check_rates, check_sizes
 from bilens._core.display import Tabular
-from bilens.decompose.outputs import check_index
-from bilens.decompose.results import Eigencircuits
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
+from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.toy.layer import ToyLayer, optimise
 

@@ -26,9 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bilens._core.checks import check_rates, check_sizes
+from bilens._core.checks import check_index, check_rates, check_sizes
 from bilens._core.display import Tabular
-from bilens.decompose.outputs import check_index
 from bilens.errors import ArgumentError, nearest
 from bilens.layer.bilinear import in_basis, interaction_matrix
 from bilens.toy.layer import ToyLayer, optimise

@@ -32,9 +32,9 @@ from torch import Tensor
 from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
-from bilens.decompose.results import Eigencircuits
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
+from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.pairs import signed, sorted_eigenpairs
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.model import BilinearClassifier, with_one

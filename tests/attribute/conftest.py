@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bilens.attribute import Circuit, FrozenPass, freeze
+from bilens.model.hook_points import POINT_TO_HOOK
 from bilens.model.transformer import HookedBilinearTransformer
-from bilens.sae.loading import POINT_TO_HOOK
 from tests.conftest import make_model
 from tests.random_saes import VARIANTS, make_sae
 

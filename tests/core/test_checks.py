@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bilens._core.checks import whole_number
-from bilens.decompose.outputs import check_index
+from bilens._core.checks import check_index, whole_number
 from bilens.errors import ArgumentError
 
 

@@ -13,16 +13,8 @@ from torch.testing import assert_close
 import bilens.model.loading
 import bilens.sae.loading
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, SAEMismatchError
-from bilens.sae.loading import (
-    POINT_TO_HOOK,
-    SAEEntry,
-    folder_name,
-    hook_of,
-    list_saes,
-    load_sae,
-    load_sae_folder,
-    point_of,
-)
+from bilens.model.hook_points import POINT_TO_HOOK, hook_of, point_of
+from bilens.sae.loading import SAEEntry, folder_name, list_saes, load_sae, load_sae_folder
 from bilens.sae.scope import ScopeSAE
 
 SCOPE = Path(__file__).parents[3] / "shared" / "reference" / "ts-micro-scope"

@@ -48,8 +48,9 @@ from bilens._core.files import destination_folder, read_json, write_atomically
 from bilens._core.folders import alone_in, differing, other_work
 from bilens._core.parallel import barrier, is_main, processes, share
 from bilens.errors import ArgumentError, SAEMismatchError, TrainingError
+from bilens.model.hook_points import HOOK_TO_POINT, hook_of
 from bilens.model.transformer import HookedBilinearTransformer
-from bilens.sae.loading import FORMATS, HOOK_TO_POINT, folder_name, hook_of, load_sae_folder
+from bilens.sae.loading import FORMATS, folder_name, load_sae_folder
 from bilens.sae.scope import ARCHITECTURE as SCOPE
 from bilens.sae.train.activations import ActivationStream, PackedRows, Rows, StreamedRows, hook_widths
 from bilens.sae.transcoder import (
