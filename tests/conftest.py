@@ -1,4 +1,4 @@
-"""What the tests of the model side share: small random models, a small tokenizer, the reference checkpoint."""
+"""What the tests share: small random models, a small tokenizer, the reference checkpoint and its layer's tracer."""
 
 import itertools
 import json
@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file
-from tokenizers import models
+from tokenizers.models import WordPiece
 from torch import Tensor
 
+from bilens.decompose import Decomposer
 from bilens.model.config import config_from_published
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.loading import load_sae
 from bilens.train.data import SPECIAL_TOKENS, train_tokenizer
 
 pytest_plugins = ["tests.browser"]
@@ -75,7 +77,7 @@ def tokenizer(texts: list[str]) -> Any:
     letters = sorted(set(string.ascii_lowercase) | set(string.digits))
     vocabulary = [*SPECIAL_TOKENS, *".,!'\"", *letters, *("##" + letter for letter in letters)]
     vocabulary += sorted(words - set(letters))
-    tokenizer.backend_tokenizer.model = models.WordPiece({v: i for i, v in enumerate(vocabulary)}, unk_token="[UNK]")
+    tokenizer.backend_tokenizer.model = WordPiece({v: i for i, v in enumerate(vocabulary)}, unk_token="[UNK]")
     return tokenizer
 
 
@@ -122,3 +124,36 @@ def ts_micro() -> Reference:
         json.loads((folder / "prompts.json").read_text()),
         load_file(folder / "expected.safetensors"),
     )
+
+
+class Models(NamedTuple):
+    """Random models by (MLP biases, normalisation)."""
+
+    by_kind: dict[tuple[bool, bool], HookedBilinearTransformer]
+
+    def __call__(self, bias: bool, normalization: bool) -> HookedBilinearTransformer:
+        return self.by_kind[bias, normalization]
+
+
+@pytest.fixture(scope="session")
+def models(tokenizer: Any) -> Models:
+    """Never changed by a test."""
+    kinds = itertools.product([False, True], repeat=2)
+    return Models({(b, n): make_model(tokenizer=tokenizer, bias=b, normalization=n, seed=3) for b, n in kinds})
+
+
+class Tracer(NamedTuple):
+    """The reference layer with its SAEs, and what the authors' implementation gave for it."""
+
+    decomposer: Decomposer
+    expected: dict[str, Tensor]
+
+
+@pytest.fixture(scope="session")
+def tracer(ts_micro: Reference) -> Tracer:
+    """`shared/reference/ts-micro-scope`; without that folder the test is skipped."""
+    folder = SHARED / "reference" / "ts-micro-scope"
+    if not folder.exists():
+        pytest.skip(f"the reference SAEs are not here: no folder {folder}")
+    saes = [load_sae(folder, point, 1, k=8, device="cpu", dtype=torch.float32) for point in ("mlp-in", "mlp-out")]
+    return Tracer(Decomposer(ts_micro.model, 1, *saes), load_file(folder / "tracer_expected.safetensors"))
