@@ -50,7 +50,8 @@ from bilens.layer.bilinear import (
 )
 from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
 from bilens.layer.eigen.circuits import Eigencircuits
-from bilens.layer.eigen.pairs import Order, sorted_eigenpairs
+from bilens.layer.eigen.pairs import Order, check_pairs
+from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.layer.hosvd import HOSVD, input_gram, output_gram, singular
 from bilens.layer.inner import double, inner_products
 from bilens.layer.reading import Lexicon
@@ -180,20 +181,42 @@ class Decomposer:
 
     @typed
     def eigen(
-        self, output: Output, k: int | None = None, side: Side = "encoder", *, order: Order = "size"
+        self,
+        output: Output,
+        k: int | None = None,
+        side: Side = "encoder",
+        *,
+        order: Order = "size",
+        memory: int = 2**30,
     ) -> Eigencircuits:
         """Eigenpairs of the interaction matrix in the residual basis, by falling absolute eigenvalue or by sign.
+
+        A few pairs of many outputs are found without forming their matrices, to a relative 1e-4 of each value, as
+        `spectra` finds them, which also says how exact each is; otherwise each matrix is solved whole, in float64.
 
         Args:
             output: as for `interaction`.
             k: how many; `None` gives all `d_model`.
             side: as for `interaction`.
             order: `"size"`; `"positive"`, the most positive first; `"negative"`, the most negative first.
+            memory: bytes that the result may take, and as many to work in.
+
+        Raises:
+            ArgumentError: less memory than that, or directions that are not finite; and as for `interaction`.
+            OutOfRangeError: `k` is not in 1..d_model; no such feature.
         """
-        matrix = self.interaction(output, side=side)
-        values, vectors = sorted_eigenpairs(matrix, k, order)
-        sizes = matrix.abs().amax((-2, -1)).clamp_min(torch.finfo(matrix.dtype).tiny)
-        norms = sizes * torch.linalg.matrix_norm(matrix / sizes[..., None, None])
+        u, d_model = self.directions(output, side), self.model.cfg.d_model
+        check_pairs(d_model, k, order)
+        batch, pairs = u.shape[:-1], d_model if k is None else k
+        need = batch.numel() * pairs * (d_model + 4) * self.weights.W_out.element_size()
+        if need > memory:
+            raise ArgumentError(
+                f"{pairs} eigenpairs of {batch.numel():,} outputs take {need:,} bytes, and memory is {memory:,}: ask "
+                "for fewer pairs (`k`), for fewer outputs at a time, or allow more memory."
+            )
+        found = top_eigenpairs(self.weights, u.reshape(-1, d_model), pairs, order=order, memory=memory, progress=False)
+        parts = (found.values, found.vectors, found.norms)
+        values, vectors, norms = (part.view(batch + part.shape[1:]) for part in parts)
         decoder = None if self._input is None else self.input_view.decoder.to(vectors)
         return Eigencircuits(values, vectors, norms, self.output_indices(output), decoder, self.input_names)
 

@@ -29,7 +29,7 @@ from bilens._core.folders import alone_in, differing, other_work, write_json
 from bilens.decompose.decomposer import Decomposer, Side
 from bilens.decompose.spectra import Spectra, spectra
 from bilens.errors import CheckpointError, MissingSAEError, OutOfRangeError
-from bilens.layer.eigen.solve import EigenSweep, Method, choose_method
+from bilens.layer.eigen.solve import EigenSweep, Method
 from bilens.model.loading import read_tensors
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def sweep(
         k: leading eigenpairs of every feature.
         side: the encoder or decoder direction.
         full: also effective ranks; see `spectra`.
-        method: see `top_eigenpairs`; what `"auto"` chooses for the first layer holds for all.
+        method: see `top_eigenpairs`.
         memory: bytes to use besides the layer and the result.
         overwrite: remove another sweep that is in the folder, instead of refusing.
 
@@ -170,7 +170,7 @@ def sweep(
     folder = destination_folder(out)
     blocks = {d.layer: torch.arange(d.output_view.d_sae).split(BLOCK) for d in decomposers}
     with parallel.processes(), alone_in(folder) if parallel.is_main() else nullcontext():
-        facts = _agree(decomposers, folder, {"k": k, "side": side, "full": full}, method, memory, overwrite)
+        facts = _agree(decomposers, folder, {"k": k, "side": side, "full": full}, method, overwrite)
         todo = [
             (decomposer, number, block)
             for decomposer in decomposers
@@ -178,6 +178,7 @@ def sweep(
             for number, block in enumerate(blocks[decomposer.layer])
             if not _block_file(folder, decomposer.layer, number).is_file()
         ]
+        parallel.barrier()  # nobody writes before all have seen the same list
         bar = tqdm(
             total=sum(len(block) for *_, block in todo), unit="output", desc="sweep", disable=not parallel.is_main()
         )
@@ -209,12 +210,7 @@ def _fingerprint(decomposer: Decomposer) -> str:
 
 
 def _agree(
-    decomposers: Sequence[Decomposer],
-    folder: Path,
-    settings: dict[str, Any],
-    method: Method,
-    memory: int,
-    overwrite: bool,
+    decomposers: Sequence[Decomposer], folder: Path, settings: dict[str, Any], method: Method, overwrite: bool
 ) -> dict[str, Any]:
     """The manifest: written by process 0, or found there and compared."""
     identity = {
@@ -237,11 +233,7 @@ def _agree(
         for file in [path, *results]:
             file.unlink(missing_ok=True)
     if parallel.is_main() and not path.is_file():
-        # What "auto" chooses is measured, so it may differ between processes and days: it is chosen once.
-        decomposer = decomposers[0]
-        u = decomposer.directions(torch.arange(decomposer.output_view.d_sae), settings["side"])
-        solver = method if method != "auto" else choose_method(decomposer.weights, u, settings["k"], memory=memory)
-        facts = identity | {"solver": solver}
+        facts = identity | {"solver": method}
         write_json(path, facts)
     parallel.barrier()
     return _read_manifest(path)

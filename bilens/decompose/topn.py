@@ -13,8 +13,8 @@ pair are `U' g_ij` with one vector `g_ij` of at most d_model numbers.
 3. `g_ij = H_i d_j` for `j` from `i` on only: symmetry is half the work. Input features by falling size, so that the
    N-th largest found so far, the threshold, rises quickly
 4. skip, by Cauchy-Schwarz `|u . g| <= |u| |g|`, pairs for blocks of outputs of falling norm
-5. screen the others by `U' g` in bfloat16 where this machine multiplies it faster, with the error bounded by `|u| |g|`
-   times bfloat16's unit roundoff; recompute in full precision what may pass
+5. screen the others by `U' g` in bfloat16 where this kind of device multiplies it faster, with the error bounded by
+   `|u| |g|` times bfloat16's unit roundoff; recompute in full precision what may pass
 6. whatever comes within `TOLERANCE` of the threshold is evaluated in float64 from the layer's own weights; by these
    numbers the N are chosen, and equal ones by (layer, output, i, j)
 
@@ -25,7 +25,6 @@ searched again in float64.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,8 +38,7 @@ from bilens._core.checks import name_of
 from bilens._core.display import Tabular
 from bilens.decompose.results import unequal_rows
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
-from bilens.layer.bilinear import BilinearLayer
-from bilens.layer.eigen.cost import seconds
+from bilens.layer.bilinear import BilinearLayer, search_dtype
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -361,7 +359,7 @@ class _Search:
         self.pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.waiting = 0
         self.factor, self.by_norm = factor, None
-        self.screen = dtype if factor is None else screening_dtype(dtype, inputs.device)
+        self.screen = dtype if factor is None else search_dtype(dtype, inputs.device)
         if factor is not None:
             norms = factor.norm(dim=1)
             self.by_norm = norms.argsort(descending=True)
@@ -608,16 +606,3 @@ def _tiles(start: int, stop: int, n: int, rows: int) -> Iterator[list[tuple[int,
                 tile, room = [], rows
     if tile:
         yield tile
-
-
-def screening_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What to screen in: bfloat16 where it multiplies clearly faster than `dtype`."""
-    return _faster(dtype, device, torch.get_num_threads())
-
-
-@lru_cache(maxsize=16)
-def _faster(dtype: torch.dtype, device: torch.device, threads: int) -> torch.dtype:
-    one = torch.ones(512, 512, device=device, dtype=dtype)
-    coarse = one.bfloat16()
-    faster = seconds(lambda: coarse @ coarse, device) < 0.7 * seconds(lambda: one @ one, device)
-    return torch.bfloat16 if faster else dtype

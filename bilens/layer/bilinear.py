@@ -14,7 +14,6 @@ feature interactions and attributions, is these three and inner products with th
 """
 
 from dataclasses import dataclass, replace
-from math import floor, log2, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,13 +62,6 @@ class BilinearLayer:
         """Of its own: what `of` gives follows a float32 model."""
         return BilinearLayer(*(t.clone() for t in vars(self).values()))
 
-    def of_moderate_size(self) -> tuple["BilinearLayer", float]:
-        """Weights with a largest entry between 1 and 2 in every matrix, and what interaction matrices are then to be
-        multiplied by. Products and squares of them have room in float32; the factors are powers of two, so nothing is
-        rounded. Biases are left as they are: interaction matrices have none."""
-        sizes = {name: _power_of_two(getattr(self, name)) for name in ("W_gate", "W_in", "W_out")}
-        return replace(self, **{name: getattr(self, name) / size for name, size in sizes.items()}), prod(sizes.values())
-
 
 def check_model(model: Any) -> None:
     """Refuse what is no `HookedBilinearTransformer`, and name the one inside where there is one (`ArgumentError`)."""
@@ -94,12 +86,6 @@ def check_bilinear(model: "HookedBilinearTransformer") -> None:
             f"the model {model.cfg.model_name!r} is {kind}: its output is not a quadratic form of its input, so it "
             "has no interaction matrices. A bilinear model has config bilinear true and gate null."
         )
-
-
-def _power_of_two(weight: Tensor) -> float:
-    """The largest one that is no larger than the largest entry; 1 where all are zero."""
-    largest = weight.abs().amax().item() if weight.numel() else 0.0
-    return 2.0 ** floor(log2(largest)) if largest else 1.0
 
 
 def hidden_coefficients(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_mlp"]:
@@ -162,3 +148,13 @@ def source_products(
     raw = (left * c) @ right.T
     corner = (u @ layer.b_out) * ones[:, None] * ones[None, :]
     return 0.5 * (raw + raw.T) + corner
+
+
+def search_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a search multiplies in whose result is refined: bfloat16 where this kind of device has products of it that
+    are faster than those of `dtype`; a fixed rule, so that the same call does the same everywhere."""
+    if device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = device.type != "mps"
+    return torch.bfloat16 if fast else dtype

@@ -102,7 +102,7 @@ def test_ties_go_by_output_i_j(shape):
 @pytest.mark.parametrize("memory", [2**30, 300_000])
 def test_neither_memory_nor_screening_changes_anything(monkeypatch, screen, n_out, memory):
     """Several blocks of outputs and many tiles; with little memory rows of pairs are cut, without a core tensor."""
-    monkeypatch.setattr(topn, "screening_dtype", lambda dtype, device: screen)
+    monkeypatch.setattr(topn, "search_dtype", lambda dtype, device: screen)
     monkeypatch.setattr(topn, "ROWS", 50)
     monkeypatch.setattr(topn, "FEATURES", 7)
     monkeypatch.setattr(topn, "SETTLE", 16)

@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.layer.bilinear import BilinearLayer
-from bilens.layer.eigen.refine import InteractionOperator, Leading, Ritz, eigh, refine
+from bilens.layer.eigen.refine import InteractionOperator, Leading, Ritz, Wanted, crowded, eigh, refine
 
 BLOCK, SPARE = 16, 4  # vectors at least; and at least so many times the pairs wanted
 BEYOND = 2  # of them to refine: they may turn out to be the larger ones
@@ -92,23 +92,24 @@ def leading_eigenpairs_of_blocks(
     tensor: OutputTensor,
     u: Float[Tensor, "n d_model"],
     c: Float[Tensor, "n d_mlp"],
-    k: int,
+    wanted: Wanted,
+    rounding: Float[Tensor, "n"],
     *,
-    tolerance: float,
     seed: int = 0,
 ) -> Leading:
-    """The `k` eigenpairs of largest absolute value of every `Q_u`.
+    """The eigenpairs of largest absolute value of every `Q_u`.
 
     Args:
         operator: in the precision of the result.
         tensor: of the same layer.
         u: scaled so that `||Q_u||_F = 1`.
         c: their coefficients of the hidden units.
-        k: `block_size(k)` is at most d_model.
-        tolerance: relative error of the eigenvalues to reach; rounding of the dtype is allowed on top.
+        wanted: by absolute value, and `block_size(k)` is at most d_model.
+        rounding: how far the operator's own rounding may put the values off.
         seed: of the random start vectors.
     """
-    n, d = u.shape
+    (n, d), k = u.shape, wanted.k
+    blur = 0.5 * torch.finfo(torch.bfloat16).eps  # whatever dtype the tensor has: what is done has residuals like that
     matrices = tensor(u)
     block = _random_block(d, k, seed, matrices).expand(n, -1, -1)
     bulk = matrices.new_full((n, 1, 1), 2 / math.sqrt(d), dtype=torch.float32)
@@ -123,16 +124,18 @@ def leading_eigenpairs_of_blocks(
         products += degree * times + 1
         wide = block.float()
         ritz = _rayleigh_ritz(wide, image.float(), k)
-        done = _converged(ritz, k)
+        hopeless = crowded(ritz, wanted, k + BEYOND, blur)
+        done = _converged(ritz, k) & ~hopeless
         at = index[done]
         basis[at] = wide[done].to(basis)
         for name, part in vars(ritz).items():
             getattr(known, name)[at] = part[done].to(basis)
         done_at[at] = products
-        if done.all():
+        going = ~done & ~hopeless
+        if not going.any():
             break
-        index, block = index[~done], block[~done]
-        sizes = ritz.values[~done].abs()
+        index, block = index[going], block[going]
+        sizes = ritz.values[going].abs()
         bulk = sizes[:, block.shape[2] // 2, None, None]
         # One degree for all: the median output's.
         growth = (sizes[:, 0] / bulk[:, 0, 0].clamp_min(1e-12)).median().clamp_min(1.02)
@@ -141,7 +144,8 @@ def leading_eigenpairs_of_blocks(
     result = Leading.empty(n, k, operator.rows)
     rows = done_at.nonzero().flatten()
     if len(rows):
-        refined = refine(operator, 0.5 * c[rows], basis[rows].mT, known.take(rows), k + BEYOND, k, tolerance)
+        parts = (operator, 0.5 * c[rows], basis[rows].mT, known.take(rows))
+        refined = refine(*parts, k + BEYOND, wanted, rounding[rows], blur)
         refined.steps[:] = done_at[rows]
         for name, part in vars(refined).items():
             getattr(result, name)[rows] = part

@@ -3,9 +3,10 @@
 A product of `Q` with a vector is two matrix products with the layer's factors, shared by every output of a batch
 (`refine`). On them, per output and in lockstep:
 
-1. search: Lanczos with full orthogonalisation, all from the same random vector, every vector rounded to bfloat16
-   before it is multiplied (and multiplied in bfloat16, where the machine does that faster). The rounding is no loss:
-   Lanczos never finds what its start vector has nothing of, and this mixes in a thousandth of everything at each step
+1. search: Lanczos with full orthogonalisation, all from the same random vector, every vector rounded to a lower
+   precision before it is multiplied: to bfloat16 (and multiplied in bfloat16, where the machine does that faster), or,
+   where pairs behind a giant one would drown in that, to float32 before products in float64. The rounding is no loss:
+   Lanczos never finds what its start vector has nothing of, and this mixes in a little of everything at each step
 2. check, every few steps, on the small projected matrix: the pairs wanted and one more, and any Ritz value too close to
    them to be told apart after the rounding, have converged, and no other Ritz value reaches them within its residual.
    One more, because a pair that is missed is mostly a near-tie of the last one wanted, and its place is then taken by
@@ -17,7 +18,8 @@ A product of `Q` with a vector is two matrix products with the layer's factors, 
    search goes on
 4. refine, in full precision (`refine`): with the whole Krylov space known, one correction is enough
 
-What does not converge (it is rare) is marked, for the caller to solve otherwise.
+Outputs that do not converge, or whose pairs wanted are within the rounding of too many others to be told from them, are
+marked, for the caller to solve otherwise.
 
 Source: Parlett, The Symmetric Eigenvalue Problem, chapters 11 to 13.
 """
@@ -28,14 +30,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bilens.layer.eigen.refine import InteractionOperator, Leading, Ritz, eigh, errors_of, refine
+from bilens.layer.eigen.refine import InteractionOperator, Leading, Ritz, Wanted, crowded, eigh, errors_of, refine
 
 FIRST_CHECK, CHECK_EVERY, MAX_STEPS = 12, 4, 192
 SPARE = 1  # pairs that have to converge beside those wanted
 CONFIRM = 1.1  # times the steps of the first check that passes, until the probe
 PROBE_STEPS, PROBE_SHARE = 8, 4  # eight steps at least, or a quarter of those of the search
-# Of the search: rounding to bfloat16 leaves Ritz values off by up to two thousandths.
-BLUR, SEARCH_TOLERANCE = 4e-3, 1e-5
+SEARCH_TOLERANCE = 1e-5
+GIANT = 4  # a value that is larger by this over the blur: what is behind it is not waited for
 MAX_TIED = 4  # Ritz values carried along because they may belong to the pairs wanted
 # A Ritz value below the pairs wanted may be that of a larger eigenvalue in the making. Close to them, its residual is
 # then about as large as its way. And where the eigenvector has a share p in the Krylov space, the Ritz value is about p
@@ -48,26 +50,29 @@ def leading_eigenpairs(
     operator: InteractionOperator,
     search: InteractionOperator,
     c: Float[Tensor, "n d_mlp"],
-    k: int,
+    wanted: Wanted,
+    rounding: Float[Tensor, "n"],
     *,
-    tolerance: float,
+    coarse: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> Leading:
-    """The `k` eigenpairs of largest absolute value of every `Q_c`.
+    """The eigenpairs wanted of every `Q_c`.
 
     Args:
         operator: in the precision of the result.
         search: the same operator, in the dtype to search in.
         c: coefficients of the hidden units, scaled so that the numbers of `Q_c` are of order one.
-        k: small against d_model.
-        tolerance: relative error of the eigenvalues to reach; rounding of the dtype is allowed on top.
+        wanted: few pairs, against d_model.
+        rounding: how far the operator's own rounding may put the values off.
+        coarse: what vectors are rounded to in the search.
         seed: of the random start vectors.
     """
-    n, d = len(c), operator.rows.shape[1]
+    (n, d), k = (len(c), operator.rows.shape[1]), wanted.k
+    blur = 0.5 * torch.finfo(coarse).eps  # up to so much of the largest value are Ritz values off
     result = Leading.empty(n, k, operator.rows)
     half = 0.5 * c
     nothing = operator.rows.new_empty(n, 0, d)
-    lanczos = _Lanczos(search, half.to(search.dtype), nothing, seed)
+    lanczos = _Lanczos(search, half.to(search.dtype), nothing, wanted, coarse, seed)
     index = torch.arange(n, device=c.device)
     passing_since = torch.zeros(n, dtype=torch.long, device=c.device)  # 0: the last check did not pass
     proven = operator.rows.new_zeros(n)  # by a probe: the k wanted are this large at least
@@ -76,21 +81,25 @@ def leading_eigenpairs(
         steps = min(steps, d, end)
         lanczos.advance(steps)
         ritz = lanczos.ritz()
-        count, passed, share = _check(ritz, k + SPARE)
+        count, passed, share = _check(ritz, wanted, blur)
         passing_since = torch.where(passed, passing_since.masked_fill(passing_since == 0, steps), 0)
-        last = ritz.values[:, min(k, steps) - 1].abs()
-        rows = passed & (steps >= CONFIRM * passing_since) & (last >= (1 - BLUR) * proven)
+        last = wanted.size(ritz.values)[:, min(k, steps) - 1]
+        giant = last < GIANT * blur * ritz.values.abs().amax(1)
+        hopeless = crowded(ritz, wanted, k + MAX_TIED, blur) & (passed | giant)
+        rows = passed & ~hopeless & (steps >= CONFIRM * passing_since) & (last >= (1 - blur) * proven)
         largest, reach = _probe(lanczos, rows)
         proven[rows] = largest
         done = rows.clone()
         done[rows] = reach <= (1 - share[rows]) * last[rows]
-        done |= steps == d
+        done |= (steps == d) & ~hopeless
         for tied in count[done].unique().tolist():
             rows = (done & (count == tied)).nonzero().flatten()
-            found = refine(operator, half[index[rows]], lanczos.basis[rows], ritz.take(rows), tied, k, tolerance)
+            part, parts = index[rows], (lanczos.basis[rows], ritz.take(rows))
+            found = refine(operator, half[part], *parts, tied, wanted, rounding[part], blur)
             found.steps[:] = steps
             for name, values in vars(found).items():
-                getattr(result, name)[index[rows]] = values
+                getattr(result, name)[part] = values
+        done |= hopeless
         if steps == min(d, end):
             break
         index, passing_since, proven = index[~done], passing_since[~done], proven[~done]
@@ -110,8 +119,16 @@ class _Lanczos:
     run whose Krylov space is exhausted goes on from a fresh random vector.
     """
 
-    def __init__(self, operator: InteractionOperator, half_c: Tensor, deflate: Float[Tensor, "n p d_model"], seed: int):
-        self.operator, self.half_c, self.seed = operator, half_c, seed
+    def __init__(
+        self,
+        operator: InteractionOperator,
+        half_c: Tensor,
+        deflate: Float[Tensor, "n p d_model"],
+        wanted: Wanted,
+        coarse: torch.dtype,
+        seed: int,
+    ):
+        self.operator, self.half_c, self.wanted, self.coarse, self.seed = operator, half_c, wanted, coarse, seed
         self.deflate = deflate  # the complement of these is searched; everything around the products has their dtype
         # (n, steps + 1, d): the last is where the next step starts
         self.basis = self._fresh(self.deflate)[:, None]
@@ -127,7 +144,7 @@ class _Lanczos:
         projected[:, : done - 1, : done - 1] = self.projected
         for j in range(done - 1, steps):
             basis = self.basis[:, : j + 1]
-            image = self.operator(basis[:, j:].bfloat16(), self.half_c)[:, 0].to(basis.dtype)
+            image = self.operator(basis[:, j:].to(self.coarse), self.half_c)[:, 0].to(basis.dtype)
             along = _along(basis, image)
             projected[:, j, : j + 1] = along
             w = image - _combine(along, basis)
@@ -158,7 +175,7 @@ class _Lanczos:
 
     def ritz(self) -> Ritz:
         values, columns = eigh(self.projected)
-        order = values.abs().argsort(dim=1, descending=True)
+        order = self.wanted.size(values).argsort(dim=1, descending=True)
         rows = columns.mT.gather(1, order[..., None].expand_as(columns))
         return Ritz(values.gather(1, order), rows, self.ahead[:, None] * rows[:, :, -1].abs())
 
@@ -167,20 +184,20 @@ class _Lanczos:
             setattr(self, name, getattr(self, name)[alive])
 
 
-def _check(ritz: Ritz, k: int) -> tuple[Int[Tensor, "n"], Bool[Tensor, "n"], Float[Tensor, "n"]]:
+def _check(ritz: Ritz, wanted: Wanted, blur: float) -> tuple[Int[Tensor, "n"], Bool[Tensor, "n"], Float[Tensor, "n"]]:
     """Have the pairs wanted converged?
 
     Returns:
-        How many Ritz pairs stand for the `k` wanted, those tied with the last in the search's precision included;
+        How many Ritz pairs stand for those wanted, those tied with the last in the search's precision included;
         whether they have converged and nothing else is on its way to them; and how large a share of such a one may
         already be in the Krylov space.
     """
-    size, steps = ritz.values.abs(), ritz.values.shape[1]
-    k = min(k, steps)
+    size, steps = wanted.size(ritz.values), ritz.values.shape[1]
+    k, largest = min(wanted.k + SPARE, steps), ritz.values.abs().amax(1)
     last = size[:, k - 1]
-    tied = (size >= (last - BLUR * size[:, 0])[:, None]).sum(1).clamp(max=min(k + MAX_TIED, steps))
+    tied = (size >= (last - blur * largest)[:, None]).sum(1).clamp(max=min(k + MAX_TIED, steps))
     inside = torch.arange(steps, device=size.device) < tied[:, None]
-    target = SEARCH_TOLERANCE * last + 8 * torch.finfo(size.dtype).eps * size[:, 0]
+    target = SEARCH_TOLERANCE * last + 8 * torch.finfo(size.dtype).eps * largest
     converged = errors_of(ritz.values, ritz.residuals, ritz.values, inside) <= target[:, None]
     below = (size < NEAR * last[:, None]) | (size + REACH * ritz.residuals <= last[:, None])
     room = (last[:, None] - size).clamp_min(torch.finfo(size.dtype).tiny)
@@ -189,17 +206,17 @@ def _check(ritz: Ritz, k: int) -> tuple[Int[Tensor, "n"], Bool[Tensor, "n"], Flo
 
 
 def _probe(lanczos: _Lanczos, rows: Bool[Tensor, "n"]) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
-    """What a second random vector finds in the complement of the Krylov spaces of `rows`: the largest absolute Ritz
-    value, and how far a Ritz value and its residual reach."""
+    """What a second random vector finds in the complement of the Krylov spaces of `rows`: the size of the largest Ritz
+    value, and how far it and its residual reach."""
     # Without the vector where the next step starts: it may be all of what was missed.
     basis = lanczos.basis[rows, :-1]
     room = basis.shape[2] - basis.shape[1]
     if not len(basis) or not room:
         return basis.new_zeros(len(basis)), basis.new_zeros(len(basis))
-    second = _Lanczos(lanczos.operator, lanczos.half_c[rows], basis, lanczos.seed)
+    second = _Lanczos(lanczos.operator, lanczos.half_c[rows], basis, lanczos.wanted, lanczos.coarse, lanczos.seed)
     second.advance(min(room, max(PROBE_STEPS, basis.shape[1] // PROBE_SHARE)))
     ritz = second.ritz()
-    size = ritz.values.abs()
+    size = second.wanted.size(ritz.values)
     return size[:, 0], size[:, 0] + ritz.residuals[:, 0]
 
 
@@ -214,5 +231,5 @@ def _combine(weights: Float[Tensor, "n j"], basis: Float[Tensor, "n j d"]) -> Fl
 
 def _random_unit(d: int, seed: int, like: Tensor) -> Float[Tensor, "d"]:
     """The same on every device."""
-    vector = torch.randn(d, generator=torch.Generator().manual_seed(seed))
-    return (vector / vector.norm()).to(like.device, like.dtype)
+    vector = torch.randn(d, generator=torch.Generator().manual_seed(seed)).to(like.dtype)
+    return (vector / vector.norm()).to(like.device)

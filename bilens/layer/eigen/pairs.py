@@ -9,10 +9,22 @@ from torch import Tensor
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
 
 Order = Literal["size", "positive", "negative"]
+ROUNDINGS = 16  # units of rounding up to which two numbers count as equal
+
+
+def check_pairs(d: int, k: int | None, order: str) -> None:
+    """Raise unless there are `k` eigenpairs of a `d x d` matrix, and such an order."""
+    if order not in get_args(Order):
+        known = get_args(Order)
+        raise ArgumentError(
+            f"order is {order!r}, expected one of {', '.join(map(repr, known))}." + nearest(order, known)
+        )
+    if k is not None and not 1 <= k <= d:
+        raise OutOfRangeError(f"k is {k}, expected 1 to {d} (or None for all).")
 
 
 def sorted_eigenpairs(
-    matrix: Float[Tensor, "*n d d"], k: int | None = None, order: Order = "size"
+    matrix: Float[Tensor, "*n d d"], k: int | None = None, order: Order = "size", ties: float | None = None
 ) -> tuple[Float[Tensor, "*n k"], Float[Tensor, "*n k d"]]:
     """Eigenvalues by falling absolute value (or by sign), and their unit eigenvectors as rows.
 
@@ -24,24 +36,19 @@ def sorted_eigenpairs(
         k: how many; `None` gives all.
         order: `"size"` is by absolute value; `"positive"` from the most positive down, `"negative"` from the most
             negative up, each followed by those of the other sign if `k` is more than there are.
+        ties: what counts as equal, relative to the values themselves; `None` is the rounding of `matrix`.
 
     Raises:
         ArgumentError: another order.
         OutOfRangeError: `k` is not in 1..d.
     """
-    if order not in get_args(Order):
-        known = get_args(Order)
-        raise ArgumentError(
-            f"order is {order!r}, expected one of {', '.join(map(repr, known))}." + nearest(order, known)
-        )
-    d = matrix.shape[-1]
-    if k is not None and not 1 <= k <= d:
-        raise OutOfRangeError(f"k is {k}, expected 1 to {d} (or None for all).")
+    check_pairs(matrix.shape[-1], k, order)
     values, columns = torch.linalg.eigh(matrix)
-    places = by_magnitude(values) if order == "size" else values.argsort(-1, descending=order == "positive")
+    off = None if ties is None else ties * values.abs()
+    places = by_magnitude(values, off) if order == "size" else values.argsort(-1, descending=order == "positive")
     places = places[..., :k]
     values = values.gather(-1, places)
-    vectors = columns.mT.gather(-2, places[..., None].expand(*places.shape, d))
+    vectors = columns.mT.gather(-2, places[..., None].expand(*places.shape, matrix.shape[-1]))
     return values, signed(vectors)
 
 
@@ -51,12 +58,17 @@ def signed(vectors: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
     return vectors * vectors.gather(-1, largest).sign()
 
 
-def by_magnitude(values: Float[Tensor, "*n d"], units: int = 16) -> Int[Tensor, "*n d"]:
-    """Indices by falling `|value|`, positive first among those equal up to `units` of rounding of the largest."""
+def by_magnitude(values: Float[Tensor, "*n d"], off: Float[Tensor, "*n d"] | None = None) -> Int[Tensor, "*n d"]:
+    """Indices by falling `|value|`, positive first among those equal up to rounding.
+
+    Args:
+        values: in any order.
+        off: by how much each may be. `None` is for values as `eigh` leaves them: it is backward stable, so each is off
+            by a few units of rounding of the largest one.
+    """
     order = values.abs().argsort(-1, descending=True)
     ranked = values.gather(-1, order)
-    # eigh is backward stable: each value is off by a few units of rounding of the largest one.
-    rounding = units * torch.finfo(values.dtype).eps * ranked[..., :1].abs()
-    gaps = ranked.abs().diff(dim=-1, prepend=ranked[..., :1].abs()).abs() > rounding
-    cluster = gaps.cumsum(-1)
+    size = ranked.abs()
+    rounding = ROUNDINGS * torch.finfo(values.dtype).eps * size[..., :1] if off is None else off.gather(-1, order)
+    cluster = (size.diff(dim=-1, prepend=size[..., :1]).abs() > rounding).cumsum(-1)
     return order.gather(-1, (2 * cluster + (ranked < 0)).argsort(dim=-1, stable=True))

@@ -8,7 +8,7 @@ which are two matrix products, shared by every output of a batch:
 
 1. Rayleigh-Ritz on the vectors found, and their true residuals
 2. the error of every value, `min(r, r^2 / gap)` of its residual `r` (Kato-Temple), the gap being the distance to the
-   nearest Ritz value outside the block
+   nearest Ritz value outside the block, less what the search may have it wrong; and the rounding of the products
 3. where that is too large, a Davidson correction, which inverts `Q - lambda` as the search knows it: its Ritz values on
    its own space, zero elsewhere; and again
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from bilens.layer.eigen.pairs import by_magnitude
 
 REFINEMENTS = 6
+ROUNDING_SHARE = 0.25  # of the error allowed, for the rounding of the operator
 VECTORS = 256  # oneDNN copies what it multiplies: so many at a time, and the copies stay in the cache
 
 
@@ -79,12 +80,6 @@ class InteractionOperator:
         return result
 
 
-def tied_units(dtype: torch.dtype, tolerance: float) -> int:
-    """Up to how many units of rounding values of opposite sign count as equally large: a part of their error, and more
-    than `eigh` of a finished matrix leaves, because products of the factors are less exact."""
-    return int(max(64, 0.25 * tolerance / torch.finfo(dtype).eps))
-
-
 def _times(x: Float[Tensor, "n i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "n o"]:
     if weight.layout == torch.strided:
         return x @ weight.T
@@ -93,13 +88,13 @@ def _times(x: Float[Tensor, "n i"], weight: Float[Tensor, "o i"]) -> Float[Tenso
 
 @dataclass
 class Leading:
-    """The leading eigenpairs of a batch, by falling absolute value up to `errors`.
+    """The leading eigenpairs of a batch, by falling size up to `errors`.
 
     Attributes:
         values, vectors: unit vectors as rows.
         errors: estimated absolute error of each value; `residuals`: `||Q v - lambda v||`.
         steps: of the search.
-        resolved: false where the search did not converge: the row is void.
+        resolved: false where the search did not converge, or not to the error allowed: the row is void.
     """
 
     values: Float[Tensor, "n k"]
@@ -116,9 +111,32 @@ class Leading:
         return cls(zeros, like.new_zeros(n, k, like.shape[-1]), zeros.clone(), zeros.clone(), steps, steps.bool())
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What to look for.
+
+    Attributes:
+        k: how many pairs.
+        tolerance: relative error of each value.
+        positive: those of largest value; otherwise of largest absolute value.
+    """
+
+    k: int
+    tolerance: float
+    positive: bool = False
+
+    def size(self, values: Tensor) -> Tensor:
+        """What the first pairs have most of."""
+        return values if self.positive else values.abs()
+
+    def in_order(self, values: Float[Tensor, "n j"], errors: Float[Tensor, "n j"]) -> Int[Tensor, "n j"]:
+        """Places by falling size; of opposite values that are equal up to half their error, the positive first."""
+        return values.argsort(dim=1, descending=True) if self.positive else by_magnitude(values, 0.5 * errors)
+
+
 @dataclass
 class Ritz:
-    """Ritz pairs of a batch by falling absolute value: `values` (n, j), `weights` (n, j, j) as rows, `residuals`."""
+    """Ritz pairs of a batch by falling size: `values` (n, j), `weights` (n, j, j) as rows, `residuals`."""
 
     values: Tensor
     weights: Tensor
@@ -131,19 +149,42 @@ class Ritz:
         return Ritz(*(t.to(dtype) for t in vars(self).values()))
 
 
-def errors_of(values: Tensor, residuals: Tensor, spectrum: Tensor, inside: Tensor) -> Tensor:
-    """`min(r, r^2 / gap)`, the gap to the nearest value of `spectrum` that is not `inside` the block (nor itself)."""
+def errors_of(
+    values: Tensor, residuals: Tensor, spectrum: Tensor, inside: Tensor, blur: Tensor | float = 0.0
+) -> Tensor:
+    """`min(r, r^2 / gap)`, the gap to the nearest value of `spectrum` that is not `inside` the block (nor itself).
+
+    The values of `spectrum` may be off by `blur`.
+    """
     distance = (values[:, :, None] - spectrum[:, None, :]).abs()
     hidden = inside[:, None, :].expand_as(distance)
     if distance.shape[1] == distance.shape[2]:
         itself = torch.eye(distance.shape[1], dtype=torch.bool, device=values.device)
         hidden = (hidden & inside[:, :, None]) | itself
-    gap = distance.masked_fill(hidden, torch.inf).amin(2)
+    gap = distance.masked_fill(hidden, torch.inf).amin(2) - blur
     return torch.minimum(residuals, residuals**2 / gap.clamp_min(torch.finfo(values.dtype).tiny))
 
 
+def crowded(ritz: Ritz, wanted: Wanted, carried: int, blur: float) -> Bool[Tensor, "n"]:
+    """Whether more Ritz values than are carried along are as large as the last one wanted, up to the search's blur.
+
+    So they are behind a giant one.
+    """
+    size = wanted.size(ritz.values)
+    last = size[:, min(wanted.k, size.shape[1]) - 1]
+    tied = (size >= (last - blur * ritz.values.abs().amax(1))[:, None]).sum(1)
+    return tied > carried
+
+
 def refine(
-    operator: InteractionOperator, half_c: Tensor, basis: Tensor, ritz: Ritz, tied: int, k: int, tolerance: float
+    operator: InteractionOperator,
+    half_c: Tensor,
+    basis: Tensor,
+    ritz: Ritz,
+    tied: int,
+    wanted: "Wanted",
+    rounding: Float[Tensor, "n"],
+    blur: float,
 ) -> Leading:
     """Rayleigh-Ritz in full precision on the `tied` first Ritz vectors, and Davidson corrections as long as needed.
 
@@ -153,10 +194,11 @@ def refine(
         basis: the search's, orthonormal rows.
         ritz: all Ritz pairs on it.
         tied: how many of them stand for the pairs wanted.
-        k: pairs wanted.
-        tolerance: relative error to reach.
+        wanted: how many pairs, which, and how exact.
+        rounding: how far the operator's own rounding may put the values off.
+        blur: how far the search may have, relative to the largest of them.
     """
-    n, d = len(half_c), basis.shape[-1]
+    (n, d), k = (len(half_c), basis.shape[-1]), wanted.k
     basis = basis[:, : ritz.values.shape[1]]
     result = Leading.empty(n, k, basis)
     at = torch.arange(n, device=basis.device)
@@ -164,20 +206,26 @@ def refine(
     space = torch.linalg.qr(torch.bmm(ritz.weights[:, :tied], basis).mT)[0].mT
     image = operator(space, half_c)
     for round_ in range(REFINEMENTS + 1):
-        values, turn = _rayleigh_ritz(space, image, tied, tolerance)
-        vectors = torch.bmm(turn, space)
-        residual = torch.bmm(turn, image) - values[..., None] * vectors
+        values, turn = _rayleigh_ritz(space, image, tied, wanted)
+        residual = torch.bmm(turn, image) - values[..., None] * torch.bmm(turn, space)
         norms = residual.norm(dim=2)
         outside = torch.zeros_like(outer, dtype=torch.bool)
-        errors = errors_of(values, norms, outer, outside) if outer.shape[1] else norms
-        size = values.abs()
-        target = tolerance * size[:, :k] + 8 * torch.finfo(space.dtype).eps * size[:, :1]
-        done = (errors[:, :k] <= target).all(1)
+        off = blur * values.abs().amax(1)[:, None]
+        errors = errors_of(values, norms, outer, outside, off) if outer.shape[1] else norms
+        errors = errors + rounding[at, None]
+        order = wanted.in_order(values, errors)
+        values, norms, errors = (part.gather(1, order) for part in (values, norms, errors))
+        turn, residual = (part.gather(1, order[..., None].expand_as(part)) for part in (turn, residual))
+        vectors = torch.bmm(turn[:, :k], space)
+        allowed = wanted.tolerance * values[:, :k].abs()
+        done = (errors[:, :k] <= torch.maximum(allowed, 2 * rounding[at, None])).all(1)
         room = min(tied, d - space.shape[1])
         finished = done | (round_ == REFINEMENTS or room == 0)
         for name, found in (("values", values), ("vectors", vectors), ("errors", errors), ("residuals", norms)):
             getattr(result, name)[at[finished]] = found[finished, :k]
-        result.resolved[at[finished]] = done[finished]
+        # Behind a giant value, rounding alone may be more than what is allowed.
+        exact = (errors[:, :k] <= allowed).all(1) & (rounding[at, None] <= ROUNDING_SHARE * allowed).all(1)
+        result.resolved[at[finished]] = exact[finished]
         going = ~finished
         if not going.any():
             break
@@ -189,11 +237,11 @@ def refine(
     return result
 
 
-def _rayleigh_ritz(x: Tensor, w: Tensor, count: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """The `count` largest Ritz values on orthonormal rows `x` with `w = Q x`, and the rows' combinations."""
+def _rayleigh_ritz(x: Tensor, w: Tensor, count: int, wanted: "Wanted") -> tuple[Tensor, Tensor]:
+    """The `count` first Ritz values on orthonormal rows `x` with `w = Q x`, and the rows' combinations."""
     product = torch.bmm(x, w.mT)
     values, columns = eigh(0.5 * (product + product.mT))
-    order = by_magnitude(values, tied_units(x.dtype, tolerance))[:, :count]
+    order = wanted.size(values).argsort(dim=1, descending=True)[:, :count]
     return values.gather(1, order), columns.mT.gather(1, order[..., None].expand(-1, -1, columns.shape[1]))
 
 
@@ -203,10 +251,10 @@ def _correction(basis: Tensor, ritz: Ritz, tied: int, values: Tensor, residual: 
     weights = ritz.weights[:, tied:]
     shift = ritz.values[:, None, tied:] - values[..., None]
     # Those tied are corrected by Rayleigh-Ritz; a near-singular shift only says so.
-    floor = 1e-4 * values.abs().amax(1)[:, None, None].clamp_min(torch.finfo(values.dtype).tiny)
+    floor = (1e-4 * values.abs()).clamp_min(torch.finfo(values.dtype).tiny)[..., None]
     shift = torch.where(shift.abs() < floor, floor, shift)
     small = torch.bmm(torch.bmm(inner, weights.mT) / shift, weights)
-    scale = torch.where(values.abs() < floor[..., 0], floor[..., 0], values)[..., None]
+    scale = torch.where(values == 0, floor[..., 0], values)[..., None]
     outer = (residual - torch.bmm(inner, basis)) / scale
     return outer - torch.bmm(small, basis)
 
