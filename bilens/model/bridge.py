@@ -31,6 +31,7 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from bilens.errors import TokenizationError
 from bilens.model.config import HF_ARCHITECTURE
 
 # Of the first two a bridge has its own; the others it can switch on for TransformerLens' attention classes only.
@@ -82,6 +83,21 @@ class AttentionComponent(HookedComponent):
         return super().forward(*args, **kwargs)
 
 
+class _Nowhere:
+    """Where the tokenizer of a folder without one would be: who looks there, as a bridge given none does, is told."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __fspath__(self) -> str:
+        raise TokenizationError(
+            f"{self.folder!r} has no tokenizer.json, and no other tokenizer is to be had: put one there, or pass "
+            "boot_transformers(..., tokenizer=...)."
+        )
+
+    __str__ = __fspath__
+
+
 class BilinearArchitectureAdapter(ArchitectureAdapter):
     """Where the modules of `bilens.model.hf.BilinearForCausalLM` are; TransformerLens makes one for each bridge.
 
@@ -113,11 +129,14 @@ class BilinearArchitectureAdapter(ArchitectureAdapter):
 
     def prepare_loading(self, model_name: str, model_kwargs: dict) -> None:
         """Name the tokenizer that the published config names, where the folder has none of its own."""
-        from bilens.model.loading import PUBLISHED_TOKENIZERS
+        from bilens.model.loading import load_tokenizer
 
-        published = PUBLISHED_TOKENIZERS.get(model_kwargs["config"].tokenizer)
-        if published is not None and not (Path(model_name) / "tokenizer.json").exists():
-            self.cfg.tokenizer_name = published.repo
+        folder, named = Path(model_name), model_kwargs["config"].tokenizer
+        if (folder / "tokenizer.json").exists() or (named is None and not folder.is_dir()):
+            return
+        # Not left to TransformerLens: without a connection transformers would try again for most of a minute.
+        tokenizer = load_tokenizer(folder, named)
+        self.cfg.tokenizer_name = _Nowhere(model_name) if tokenizer is None else tokenizer.name_or_path
 
     def prepare_model(self, hf_model: Any) -> None:
         """Take from the model what TransformerLens does not read from a Hugging Face configuration."""

@@ -39,7 +39,7 @@ HARMLESS = {
     *("attn_dropout", "resid_dropout", "mlp_dropout", "embed_dropout"),
 }
 # What `bilens.model.hf` is registered under; the Auto classes and TransformerLens find it by these.
-MODEL_TYPE, HF_ARCHITECTURE = "bilinear", "BilinearForCausalLM"
+MODEL_TYPE, HF_ARCHITECTURE, HF_TOKENIZER = "bilinear", "BilinearForCausalLM", "BilinearTokenizer"
 GATES = (None, "relu", "silu", "gelu")
 
 

@@ -39,6 +39,7 @@ from bilens.model.config import (
     config_from_published,
     config_to_published,
 )
+from bilens.model.hf_tokenizer import register_tokenizer
 from bilens.model.tokenization import attended
 from bilens.model.transformer import Embed, HookedBilinearTransformer, Rotary
 
@@ -344,6 +345,11 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
                 kwargs["attention_mask"] = mask
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """transformers' inputs for a step, without its positions: those that the mask implies follow padding too."""
+        kwargs.pop("position_ids", None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
     def _leading_padding(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
         """The mask of tokens that came without one: labels or the caller know what is padding behind a text."""
         special = self.generation_config
@@ -471,4 +477,5 @@ def tokenizer_beside(source: str | os.PathLike[str], **hub: Any) -> Any:
 
 AutoConfig.register(MODEL_TYPE, BilinearConfig)
 AutoModelForCausalLM.register(BilinearConfig, BilinearForCausalLM)
+register_tokenizer(BilinearConfig)
 register_adapter()

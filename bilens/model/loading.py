@@ -44,6 +44,7 @@ from bilens.model.config import (
     config_from_published,
     config_to_published,
 )
+from bilens.model.hf_tokenizer import save_tokenizer
 from bilens.model.hub import HubOptions, fetch_from_hub
 from bilens.model.transformer import HookedBilinearTransformer
 
@@ -181,7 +182,7 @@ def save_model(
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     if model.tokenizer is not None:
-        write_files(folder, model.tokenizer.save_pretrained)
+        write_files(folder, lambda beside: save_tokenizer(model.tokenizer, beside))
 
 
 def refuse_other_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -309,7 +310,7 @@ def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None
     Raises:
         CheckpointError: the tokenizer's own files are damaged.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, decoders, models
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (folder / "tokenizer.json").exists():
@@ -326,6 +327,8 @@ def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None
             backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises nothing narrower
             raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+        if isinstance(backend.model, models.WordPiece):  # in the file it is for transformers, see `hf_tokenizer`
+            backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
         length = read.get("model_max_length")
         # A special token that the vocabulary lacks would be added to it, with an id that the model has no row for.
         return PreTrainedTokenizerFast(

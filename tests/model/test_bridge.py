@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformer_lens import SVDInterpreter
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoTokenizer
 
-from bilens.errors import ArgumentError
+from bilens.errors import ArgumentError, TokenizationError
 from bilens.model.bridge import BilinearArchitectureAdapter
 from bilens.model.hf import BilinearForCausalLM
 from bilens.model.transformer import HookedBilinearTransformer
@@ -196,6 +197,31 @@ def test_stop_generate_and_pad(pair: tuple) -> None:
     found = bridge(model.to_tokens(texts, padding_side="left"), attention_mask=mask.long())
     for i, text in enumerate(texts):
         torch.testing.assert_close(found[i, mask[i]], model(text)[0], **CLOSE)
+
+
+def test_a_folder_without_a_tokenizer(text_model: HookedBilinearTransformer, tmp_path: Path) -> None:
+    """It is said where one is missed, and at once; one that is given serves."""
+    text_model.save_pretrained(tmp_path / "text")
+    folder = tmp_path / "tokens"
+    make_model(d_vocab=len(text_model.tokenizer)).save_pretrained(folder)
+    with pytest.raises(TokenizationError, match=r"has no tokenizer\.json.*boot_transformers\(\.\.\., tokenizer="):
+        TransformerBridge.boot_transformers(str(folder), device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "text")
+    bridge = TransformerBridge.boot_transformers(str(folder), device="cpu", tokenizer=tokenizer)
+    assert bridge("the fox").shape == (1, 3, bridge.cfg.d_vocab)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding(pair: tuple, side: Any) -> None:
+    """Padded texts, and left-padded tokens without a mask, come out as each text alone does."""
+    bridge, model, _ = pair
+    texts = ["the old gardener lost three stones", "Mira"]
+    kept = model.attention_mask(texts, padding_side=side).bool()
+    tokens = model.to_tokens(texts, padding_side=side)
+    for found in (bridge(texts, padding_side=side), bridge(tokens), bridge(tokens, attention_mask=kept.long())):
+        for i, text in enumerate(texts):
+            torch.testing.assert_close(found[i, kept[i]], model(text)[0], **CLOSE)
 
 
 def test_compatibility_mode(pair: tuple) -> None:

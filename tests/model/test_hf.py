@@ -6,6 +6,9 @@ The class calls the hooked model, so logits are compared to the bit where both t
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,25 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
-from bilens.errors import CheckpointError, ContextLengthError, OutOfRangeError
+from bilens.errors import ArgumentError, CheckpointError, ContextLengthError, OutOfRangeError
 from bilens.model.hf import BilinearConfig, BilinearForCausalLM, stored
+from bilens.model.hf_tokenizer import BilinearTokenizer
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from tests.conftest import Reference, make_model
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
+TEXTS = ["a tired owl found three stones near", "the fox"]
 TOKENS = torch.tensor([[1, 7, 42, 7, 3, 9], [2, 4, 8, 16, 32, 5]])
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -199,6 +212,64 @@ def test_padding(hf: BilinearForCausalLM, side: str) -> None:
     torch.testing.assert_close(logits[0], hf(TOKENS[:1]).logits[0], **CLOSE)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_the_loss_of_padded_tokens(text_model: HookedBilinearTransformer, side: Any) -> None:
+    """With labels that are the tokens, padding and what follows it left out or not: the texts' own mean loss.
+
+    Without a mask, leading padding is seen by itself; what is behind a text the labels must leave out.
+    """
+    hf = BilinearForCausalLM.from_hooked(text_model)
+    tokens = text_model.to_tokens(TEXTS, padding_side=side)
+    mask = text_model.attention_mask(TEXTS, padding_side=side)
+    losses = torch.cat([text_model(text, return_type="loss", loss_per_token=True)[0] for text in TEXTS])
+    left_out = tokens.masked_fill(mask == 0, -100)
+    for labels, attention_mask in ((tokens, mask), (left_out, mask), (left_out, None)):
+        found = hf(tokens, attention_mask=attention_mask, labels=labels)
+        torch.testing.assert_close(found.loss, losses.mean(), **CLOSE)
+        for row, kept, text in zip(found.logits, mask.bool(), TEXTS, strict=True):
+            torch.testing.assert_close(row[kept], text_model(text)[0], **CLOSE)
+    found = hf(tokens, attention_mask=mask, labels=tokens, num_items_in_batch=7).loss
+    torch.testing.assert_close(found, losses.sum() / 7, **CLOSE)
+
+
+@torch.no_grad()
+def test_what_else_transformers_passes(hf: BilinearForCausalLM) -> None:
+    """Positions that the mask implies, one kind of token and chosen logits are taken; anything else is refused."""
+    mask = torch.ones_like(TOKENS)
+    mask[0, :2] = 0
+    whole = hf(TOKENS, attention_mask=mask)
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    arguments = {"attention_mask": mask, "position_ids": positions, "token_type_ids": torch.zeros_like(TOKENS)}
+    assert torch.equal(hf(TOKENS, cache_position=torch.arange(6), **arguments).logits, whole.logits)
+    assert torch.equal(hf(TOKENS, position_ids=torch.arange(6)[None]).logits, hf(TOKENS).logits)
+    for wanted, kept in ((2, slice(-2, None)), (torch.tensor([0, 5]), [0, 5]), (0, slice(None))):
+        output = hf(TOKENS, attention_mask=mask, logits_to_keep=wanted, labels=TOKENS, output_hidden_states=True)
+        torch.testing.assert_close(output.logits, whole.logits[:, kept], **CLOSE)
+        assert output.hidden_states[-1].shape[1] == 6
+        torch.testing.assert_close(
+            hf(TOKENS, attention_mask=mask, logits_to_keep=wanted).logits, output.logits, **CLOSE
+        )
+    cache = DynamicCache()
+    hf(TOKENS[:, :4], past_key_values=cache)
+    step = hf(
+        TOKENS[:, 4:], past_key_values=cache, position_ids=torch.tensor([[4, 5]]), cache_position=torch.arange(4, 6)
+    )
+    torch.testing.assert_close(step.logits, hf(TOKENS).logits[:, 4:], **CLOSE)
+    for bad, message in (
+        (
+            {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
+            r"row 0 are \[0, 1, 2, 0, 1, 2\], expected \[0, 1, 2, 3,",
+        ),
+        ({"position_ids": torch.arange(6)[None], "attention_mask": mask}, r"expected \[0, 0, 0, 1, 2, 3\]"),
+        ({"cache_position": torch.arange(1, 7)}, "expected 0 to 5"),
+        ({"token_type_ids": torch.ones_like(TOKENS)}, "one kind of token"),
+        ({"attention_mask": torch.ones(2, 1, 6, 6)}, r"shape \(2, 1, 6, 6\)"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            hf(TOKENS, **bad)
+
+
 @torch.no_grad()
 def test_a_cache_in_pieces(hf: BilinearForCausalLM) -> None:
     """Run in pieces over transformers' cache, left padding included, the logits are those of one run."""
@@ -275,6 +346,50 @@ def test_a_padded_batch_generates_as_its_texts_do(text_model: HookedBilinearTran
         assert torch.equal(row[-10:], alone[-10:])
 
 
+def test_padding_that_generate_finds(text_model: HookedBilinearTransformer) -> None:
+    """Left-padded tokens without a mask, which transformers cannot infer where padding is [EOS], go on as alone."""
+    hf = BilinearForCausalLM.from_hooked(text_model)
+    batch = greedy(hf, text_model.to_tokens(TEXTS, padding_side="left"), eos_token_id=None)
+    for text, row in zip(TEXTS, batch, strict=True):
+        assert torch.equal(row[-10:], greedy(hf, text_model.to_tokens(text), eos_token_id=None)[0, -10:])
+
+
+def test_transformers_still_warns() -> None:
+    """Importing TransformerLens silences transformers; after bilens is imported, right padding is warned of again."""
+    script = (
+        "from bilens.decompose import Decomposer\n"  # imports TransformerLens before the model
+        "import logging, torch\n"
+        "from bilens.model.hf import BilinearConfig, BilinearForCausalLM\n"
+        "print(logging.getLogger('transformers').level)\n"
+        "model = BilinearForCausalLM(BilinearConfig(n_layer=1, n_head=2, d_model=8, d_hidden=8, vocab_size=9))\n"
+        "mask = torch.tensor([[1, 1, 1], [1, 1, 0]])\n"
+        "model.generate(mask, attention_mask=mask, max_new_tokens=2, pad_token_id=0)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.strip() == "30"
+    assert "right-padding was detected" in run.stderr
+
+
+def test_the_saved_tokenizer(text_model: HookedBilinearTransformer, tmp_path: Path) -> None:
+    """AutoTokenizer's encodings are to_tokens', one [BOS] however many are written out; decoded, it is proper text."""
+    text_model.save_pretrained(tmp_path)
+    saved, back = AutoTokenizer.from_pretrained(tmp_path), load_model(tmp_path, device="cpu")
+    assert type(saved) is BilinearTokenizer
+    for text in ("the fox", "[BOS] the foxes", "[BOS][BOS]the [BOS] fox", "Mira's kite, 3 stones!", "[BOS]"):
+        assert saved(text)["input_ids"] == saved.encode(text) == text_model.to_tokens(text)[0].tolist()
+        assert saved([text, text])["input_ids"] == 2 * [saved.encode(text)]
+        assert torch.equal(back.to_tokens(text), text_model.to_tokens(text))
+        assert back.to_str_tokens(text) == text_model.to_str_tokens(text)
+        assert back.to_string(back.to_tokens(text)[0]) == text_model.to_string(text_model.to_tokens(text)[0])
+    assert saved("the fox", add_special_tokens=False)["input_ids"] == saved.encode("the fox")[1:]
+    ids = saved.encode("Mira's foxes, a tired owl! then home.")
+    assert saved.decode(ids, skip_special_tokens=True) == " mira's foxes, a tired owl! then home."
+    saved.save_pretrained(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").encode("[BOS] the fox") == saved.encode("the fox")
+
+
 def test_pipeline(text_model: HookedBilinearTransformer, tmp_path: Path) -> None:
     """pipeline("text-generation") on a saved folder continues as the hooked model does."""
     text_model.save_pretrained(tmp_path)
@@ -283,6 +398,10 @@ def test_pipeline(text_model: HookedBilinearTransformer, tmp_path: Path) -> None
     tokens = found[0]["generated_token_ids"]
     expected = text_model.generate(text_model.to_tokens("the old gardener"), 6, temperature=0)
     assert tokens == expected[0].tolist()
+    found = generate("[BOS] the old gardener", max_new_tokens=6, do_sample=False, return_tensors=True)
+    assert found[0]["generated_token_ids"] == tokens
+    text = generate("the old gardener", max_new_tokens=6, do_sample=False)[0]["generated_text"]
+    assert text == generate.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def test_generation_ends_where_the_tokenizer_does(text_model: HookedBilinearTransformer, tmp_path: Path) -> None:
@@ -331,6 +450,26 @@ def test_trainer(tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
     again = BilinearForCausalLM.from_pretrained(tmp_path / "checkpoint-10")
     assert torch.equal(again(TOKENS % 20).logits, model.eval()(TOKENS % 20).logits)
+
+
+@torch.no_grad()
+def test_nnsight_with_two_prompts(text_model: HookedBilinearTransformer, tmp_path: Path) -> None:
+    """LanguageModel on a folder finds the tokenizer there; prompts of two lengths run together as alone."""
+    nnsight = pytest.importorskip("nnsight", reason="nnsight is not a dependency")
+    text_model.save_pretrained(tmp_path)
+    traced = nnsight.LanguageModel(str(tmp_path), device_map="cpu", dispatch=True)
+    assert type(traced.tokenizer) is BilinearTokenizer
+    with traced.trace(TEXTS):
+        together = traced.output.logits.save()
+    with traced.trace() as tracer:
+        with tracer.invoke(TEXTS[0]):
+            first = traced.lm_head.output[0, -1].save()
+        with tracer.invoke(TEXTS[1]):
+            second = traced.lm_head.output[0, -1].save()
+    for found, invoked, text in zip(together, (first, second), TEXTS, strict=True):
+        expected = text_model(text)[0, -1]
+        torch.testing.assert_close(found[-1], expected, **CLOSE)
+        torch.testing.assert_close(invoked, expected, **CLOSE)
 
 
 @torch.no_grad()
