@@ -17,6 +17,7 @@ so importing `bilens.model.hf`, which transformers needs anyway to know the clas
 `register_adapter`.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,11 @@ class BilinearArchitectureAdapter(ArchitectureAdapter):
         if (folder / "tokenizer.json").exists() or (named is None and not folder.is_dir()):
             return
         # Not left to TransformerLens: without a connection transformers would try again for most of a minute.
-        tokenizer = load_tokenizer(folder, named)
-        self.cfg.tokenizer_name = _Nowhere(model_name) if tokenizer is None else tokenizer.name_or_path
+        with warnings.catch_warnings():  # a bridge that is given a tokenizer misses none
+            warnings.simplefilter("ignore")
+            tokenizer = load_tokenizer(folder, named)
+        found: Any = _Nowhere(model_name) if tokenizer is None else tokenizer.name_or_path
+        self.cfg.tokenizer_name = found
 
     def prepare_model(self, hf_model: Any) -> None:
         """Take from the model what TransformerLens does not read from a Hugging Face configuration."""

@@ -31,10 +31,12 @@ TEXT = decoders.Sequence(
 class BilinearTokenizer(PreTrainedTokenizerFast):
     """The tokenizer of the published models: exactly one `[BOS]` in front of a text, whatever is written out in it."""
 
-    def _encode_plus(self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **kwargs: Any) -> Any:
+    def _encode_plus(  # type: ignore[override]  # transformers' other arguments go on by keyword
+        self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **kwargs: Any
+    ) -> Any:
         if add_special_tokens and self.bos_token is not None:
             text, text_pair = self._without_bos(text), self._without_bos(text_pair)
-        return super()._encode_plus(text, text_pair, add_special_tokens, **kwargs)  # type: ignore[misc]
+        return super()._encode_plus(text, text_pair, add_special_tokens, **kwargs)
 
     def _without_bos(self, text: Any) -> Any:
         if isinstance(text, str):

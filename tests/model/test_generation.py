@@ -1,11 +1,13 @@
 """Generation: the cache changes nothing, seeds decide everything, the context and [EOS] are kept to."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilens.errors import ContextLengthError, EmptyTextError, TokenizationError
+from bilens.errors import ArgumentError, ContextLengthError, EmptyTextError, TokenizationError
 from bilens.model.generation import sample, sample_texts
 from bilens.model.transformer import HookedBilinearTransformer
 from tests.conftest import make_model
@@ -217,3 +219,69 @@ def test_sample_texts(text_model: HookedBilinearTransformer) -> None:
     assert len(sample_texts(text_model, 1)) == 1
     assert sample_texts(text_model, 0) == []
     assert not any(special in text for text in texts for special in ("[BOS]", "[EOS]"))
+
+
+def test_texts_need_a_start(text_model: HookedBilinearTransformer) -> None:
+    """Without [BOS] there is nothing to start from, and that is said; so are counts that are none."""
+    with pytest.raises(ArgumentError, match="batch_size is 0"):
+        sample_texts(text_model, 2, batch_size=0)
+    with pytest.raises(ArgumentError, match="n is -1"):
+        sample_texts(text_model, -1)
+    text_model.tokenizer = copy.deepcopy(text_model.tokenizer)
+    text_model.tokenizer.bos_token = None
+    with pytest.raises(TokenizationError, match="no \\[BOS\\] token for a text to start from"):
+        sample_texts(text_model, 2)
+
+
+# --- what else is asked for -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"return_type": "foo"}, "return_type 'foo' is not one of 'input', 'str', 'tokens'"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+        ({"stop_at_eos": True}, "needs an end token"),
+        ({"attention_mask": torch.zeros(1, 4)}, "a row without a token"),
+        ({"attention_mask": torch.ones(1, 3)}, r"shape \(1, 3\)"),
+        ({"temperature": float("nan")}, "must be >= 0"),
+    ],
+)
+def test_what_generate_refuses(kwargs: dict, message: str) -> None:
+    """Unknown results, counts that are none, an end that cannot be told, and masks that do not fit."""
+    with pytest.raises(ArgumentError, match=message):
+        make_model().generate(PROMPT, **kwargs)
+
+
+def test_several_end_tokens() -> None:
+    """A row ends at the first of them."""
+    model = make_model()
+    free = model.generate(PROMPT, 12, temperature=0)[0].tolist()
+    ends = [free[9], free[6]]
+    first = min(free.index(end, 4) for end in ends)
+    assert model.generate(PROMPT, 12, temperature=0, eos_token_id=ends)[0].tolist() == free[: first + 1]
+
+
+@pytest.mark.parametrize("use_past_kv_cache", [True, False])
+@torch.no_grad()
+def test_logits_and_cache(text_model: HookedBilinearTransformer, use_past_kv_cache: bool) -> None:
+    """output_logits gives what each token was sampled from; return_cache one pass over what was generated.
+
+    1e-5: step by step, and in one run, sums of a few dozen terms round differently.
+    """
+    texts = ["a tired owl found", "the fox"]
+    kwargs = {"temperature": 0, "stop_at_eos": False, "use_past_kv_cache": use_past_kv_cache}
+    output, cache = text_model.generate(texts, 5, output_logits=True, return_cache=True, **kwargs)
+    tokens = text_model.generate(texts, 5, return_type="tokens", **kwargs)
+    assert torch.equal(output.sequences, tokens)
+    assert len(output.logits) == 5
+    assert torch.equal(torch.stack(output.logits, 1).argmax(-1), tokens[:, -5:])
+    mask = torch.cat([text_model.attention_mask(texts, padding_side="left"), torch.ones(2, 5).long()], dim=1)
+    logits, expected = text_model.run_with_cache(tokens, attention_mask=mask)
+    torch.testing.assert_close(torch.stack(output.logits, 1), logits[:, -6:-1], atol=1e-5, rtol=1e-5)
+    for name in expected:
+        assert torch.equal(cache[name], expected[name])
+    text, few = text_model.generate("the fox", 2, return_cache=True, names_filter="blocks.0.hook_mlp_out", **kwargs)
+    assert text == text_model.generate("the fox", 2, **kwargs)
+    assert list(few) == ["blocks.0.hook_mlp_out"]
