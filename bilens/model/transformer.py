@@ -467,7 +467,9 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
                 f"{tuple(residual.shape[:2])}."
             )
         if bool((mask[:, :-1] < mask[:, 1:]).any()):
-            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, past:]  # counted from the first token of the text
+            positions = (mask.cumsum(1) - 1)[
+                :, past:
+            ]  # counted from the first token of the text; before it nobody looks
             attended = mask
         else:  # causal attention never sees padding that nothing follows, and the fused kernel may run
             positions, attended = torch.arange(past, past + n_new, device=residual.device)[None], None

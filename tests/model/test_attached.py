@@ -608,6 +608,24 @@ def test_a_transcoder_and_an_sae_that_write_to_one_place(model):
 
 
 @torch.no_grad()
+def test_a_transcoder_and_an_sae_that_read_one_place(model):
+    """The newer replaces the older, wherever that writes: nothing of a transcoder stays where it wrote."""
+    it, sae = transcoder(), make_sae("topk", MLP_IN)
+    with untouched(model, sae, it):
+        for pair in ([it, sae], [sae, it]):
+            with model.saes(pair):
+                assert list(model.acts_to_saes.values()) == pair[1:]
+                assert torch.equal(model(TOKENS), model_with(pair[1])(TOKENS))
+
+
+def model_with(sae):
+    """A new model with this alone attached."""
+    model = make_model()
+    model.add_sae(sae)
+    return model
+
+
+@torch.no_grad()
 def test_hooks_that_were_there_before_stay(model):
     """They see what flows on; in SAELens they would be lost. The SAE's own setting decides where none is given."""
     sae = make_sae("topk", MLP_OUT)

@@ -194,3 +194,21 @@ def test_padded_tokens_go_on_as_alone(
         )
         assert torch.equal(found[:, -6:], torch.stack(alone))
         assert torch.equal(found[:, :-6], tokens)
+
+
+@torch.no_grad()
+def test_padding_that_nothing_follows_keeps_the_fused_kernel(
+    text_model: HookedBilinearTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Causal attention never sees it: only padding in front needs scores of its own."""
+    calls: list[int] = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: (calls.append(1), fused(*args, **kwargs))[1],
+    )
+    for side, layers in (("right", text_model.cfg.n_layers), ("left", 0)):
+        calls.clear()
+        text_model(["the little fox", "Mira found a red kite."], padding_side=side)
+        assert len(calls) == layers
