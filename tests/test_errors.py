@@ -42,6 +42,8 @@ def test_every_exception_shows_its_message(error: type[BilensError]) -> None:
         ("ContextLengthError", ValueError),
         ("TokenizationError", ValueError),
         ("TrainingError", RuntimeError),
+        ("OverwriteError", FileExistsError),
+        ("WriteError", OSError),
     ],
 )
 def test_the_builtin_behind_each(name: str, builtin: type[Exception]) -> None:

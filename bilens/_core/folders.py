@@ -107,6 +107,8 @@ def finish(record: Path, identity: Mapping[str, Any], files: Sequence[str], fact
     """Write the record of a finished run: what decided it, the digests of its files, and what else is to be known."""
     digests = {name: _digest(record.parent / name) for name in files}
     write_json(record, {"identity": identity, "files": digests, **facts})
+    for leftover in record.parent.glob(".*.part"):  # of writes that were killed
+        leftover.unlink(missing_ok=True)
 
 
 def other_work(folder: Path, why: str) -> OverwriteError:

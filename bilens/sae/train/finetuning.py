@@ -139,7 +139,8 @@ def finetune_saes(
             save_half(run.sae, folder)
             for file in FORMATS["published"]:  # it would be found first
                 (folder / file).unlink(missing_ok=True)
-            run.checkpoint.unlink(missing_ok=True)
+            for leftover in (run.checkpoint, *folder.glob(".*.part")):  # the latter of writes that were killed
+                leftover.unlink(missing_ok=True)
     return dict(saes)
 
 
