@@ -299,7 +299,7 @@ def _without(text: str, *special: str | None) -> str:
     """A text without what is written out of special tokens, and without the space that stood between."""
     bare = text
     for token in special:
-        bare = bare.replace(token, "") if token else bare
+        bare = re.sub(rf"\s*{re.escape(token)}", "", bare) if token else bare
     return text if bare == text else bare.strip()
 
 
