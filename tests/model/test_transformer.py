@@ -24,6 +24,7 @@ from bilens.errors import (
     OutOfRangeError,
     TokenizationError,
 )
+from bilens.model.config import config_from_published
 from bilens.model.loading import published_tensors
 from bilens.model.transformer import HookedBilinearTransformer, RMSNorm
 from tests.conftest import SMALL, Reference, make_model
@@ -792,6 +793,30 @@ def test_set_tokenizer(tokenizer: Any) -> None:
         model.set_tokenizer("gpt2")
     with pytest.raises(ArgumentError, match="'up' is not"):
         model.set_tokenizer(tokenizer, default_padding_side="up")  # type: ignore[arg-type]
+
+
+def test_initial_weights() -> None:
+    """Normal with `init_range`; of what writes into the stream, 1 / sqrt(2 n_layers) of that."""
+    published = {"n_head": 4, "n_layer": 8, "n_ctx": 8, "d_model": 64, "d_hidden": 128, "bias": True}
+    model = HookedBilinearTransformer(config_from_published(published, 500), seed=0)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            assert not weight.any(), name
+            continue
+        std = 0.02 * (0.25 if name.endswith((".o.weight", ".p.weight")) else 1.0)
+        assert weight.std().item() == pytest.approx(std, rel=0.1), name  # of 4,096 numbers: 1 % off in the mean
+
+
+def test_a_cache_of_the_layers_that_run() -> None:
+    """A negative `stop_at_layer` or `start_at_layer` counts the positions at the layers that it means."""
+    model, tokens = make_model(n_layer=3), torch.tensor([TOKENS])
+    whole = model(tokens, stop_at_layer=-1)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 1)
+    pieces = [model(part, stop_at_layer=-1, past_kv_cache=cache) for part in tokens.split(4, dim=1)]
+    close(torch.cat(pieces, dim=1), whole)
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", 1)
+    pieces = [model(part, start_at_layer=-1, past_kv_cache=cache) for part in whole.split(4, dim=1)]
+    close(torch.cat(pieces, dim=1), model(tokens))
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
