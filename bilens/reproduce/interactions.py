@@ -84,7 +84,9 @@ def interactions(settings: Settings) -> Made:
     }
     words = [
         f"The paper shows the feature not-good of its own model; here it is output feature {feature} of layer "
-        f"{d.layer}, which stands out most from a random matrix of those active on {MIN_ACTIVE} tokens or more. "
-        "Eigenvalues scale with the norms of the SAE's encoder, so only their ratios to the random ones compare."
+        f"{d.layer}, which stands out most from a random matrix of those active on {MIN_ACTIVE} tokens or more: its "
+        f"leading eigenvalue is {stands_out.max():.1f} times the largest to expect of one, the median feature's "
+        f"{stands_out.median():.1f} times. Eigenvalues scale with the norms of the SAE's encoder, so only their ratios "
+        "to the random ones compare.",
     ]
     return Made(ran_on(model, texts, d), rows, figures, words)

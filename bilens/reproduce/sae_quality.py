@@ -49,7 +49,8 @@ def sae_loss(settings: Settings) -> Made:
     across = line([d.layer for d in layers], curves, x_title="layer", y_title="loss added, share of the model's")
     clean = next(iter(scores.values())).loss_clean
     words = [
-        f"The model's own loss is {clean:.3f} nats per token. The paper's SAEs are on the MLP's output and on the "
+        f"Spliced in one by one, these SAEs add at most {max(map(loss_added, scores.values())):.1%} to the model's "
+        f"loss of {clean:.3f} nats per token. The paper's SAEs are on the MLP's output and on the "
         "stream before the MLP (resid_mid); ours are on the MLP's output and on its normalised input."
     ]
     return Made(ran_on(model, texts, *layers), rows, {"23: loss added across layers": across}, words)
