@@ -41,7 +41,19 @@ def test_every_public_name_resolves():
     for name in bilens.__all__:
         assert getattr(bilens, name) is not None
         assert name in dir(bilens)
-    for package in ("attribute", "decompose", "draw", "layer", "model", "pages", "reproduce", "sae", "toy", "train", "vision"):
+    for package in (
+        "attribute",
+        "decompose",
+        "draw",
+        "layer",
+        "model",
+        "pages",
+        "reproduce",
+        "sae",
+        "toy",
+        "train",
+        "vision",
+    ):
         assert getattr(bilens, package).__name__ == f"bilens.{package}"
     with pytest.raises(AttributeError, match="no attribute 'loadmodel'"):
         _ = bilens.loadmodel
