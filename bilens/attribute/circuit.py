@@ -332,7 +332,7 @@ def trace_circuit(
     probabilities = [probability(frozen, each) for each in targets]
     found = sweep(frozen, reads, _weights(reads, probabilities), max_nodes)
     kept, kept_share, n_found = _prune(found, max_nodes, node_threshold)
-    edges, hyperedges = _edges(found, kept, edge_threshold)
+    edges, hyperedges = _edges(frozen, found, kept, edge_threshold)
     nodes = _node_frame(frozen, found, kept, labels, reads.names)
     nodes.loc[nodes.kind == "target", "feature"] = [logit_token(frozen, each) for each in targets]
     ids = dict(zip(nodes.number, nodes.id, strict=True))
@@ -402,7 +402,9 @@ def _prune(found: Sweep, max_nodes: int, threshold: float) -> tuple[Int[Tensor, 
     return order[:n].sort().values, (cumulative[n - 1] / total).item() if n else 0.0, n_found
 
 
-def _edges(found: Sweep, kept: Int[Tensor, "n"], threshold: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _edges(
+    frozen: FrozenPass, found: Sweep, kept: Int[Tensor, "n"], threshold: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Edges and hyper-edges by the numbers of nodes; what is pruned goes to `len(nodes) + kind`."""
     nodes = found.nodes
     n = len(nodes)
@@ -417,17 +419,21 @@ def _edges(found: Sweep, kept: Int[Tensor, "n"], threshold: float) -> tuple[pd.D
         shares = found.influence[number] * row.abs() / row.abs().sum().clamp_min(1e-300)
         here = (row != 0).nonzero().flatten()
         linear.append(_table(source=nodes.linear[here], target=number, weight=row[here], influence=shares[here]))
-    for number, products in found.products.items():
+    for number, ids in found.sources.items():
         if not inside[number]:
             continue
-        once = products * (2.0 - torch.eye(len(products)))
-        s, t = once.tril().nonzero(as_tuple=True)
-        ids, weights = found.sources[number], once[s, t]
-        total = weights.abs().sum() + abs(found.constants[number])
-        shares = found.influence[number] * weights.abs() / total.clamp_min(1e-300)
-        pairs.append(_table(i=ids[t], j=ids[s], target=number, weight=weights, influence=shares))
+        # Pruned members are summed here already: of dense SAEs there are millions of pairs.
+        ids, at = torch.where(inside[ids], ids, rest[ids]).unique(return_inverse=True)
+        member = torch.nn.functional.one_hot(at).double()
+        products = found.products(frozen, number)
+        once = 2.0 - torch.eye(len(ids))
+        summed, sizes = ((member.T @ matrix @ member) * once for matrix in (products, products.abs()))
+        s, t = sizes.tril().nonzero(as_tuple=True)
+        total = found.sums[number][1]
+        shares = found.influence[number] * sizes[s, t] / max(total, 1e-300)
+        pairs.append(_table(i=ids[t], j=ids[s], target=number, weight=summed[s, t], influence=shares))
         if found.constants[number]:
-            share = found.influence[number] * abs(found.constants[number]) / total
+            share = found.influence[number] * abs(found.constants[number]) / max(total, 1e-300)
             constant = torch.tensor([nodes.constant])
             linear.append(
                 _table(source=constant, target=number, weight=torch.tensor([found.constants[number]]), influence=share)
@@ -435,7 +441,9 @@ def _edges(found: Sweep, kept: Int[Tensor, "n"], threshold: float) -> tuple[pd.D
     edges = pd.concat([_table(source=kept[:0], target=0, weight=kept[:0] * 0.0, influence=0.0), *linear])
     hyper = pd.concat([_table(i=kept[:0], j=kept[:0], target=0, weight=kept[:0] * 0.0, influence=0.0), *pairs])
     # An edge is kept if its ends are and it is among the strongest; edges of biases always are.
-    inner, biases, rest_of = inside.numpy(), (nodes.kind == BIAS).numpy(), rest.numpy()
+    pruned = torch.arange(n, n + len(KINDS))
+    inner = torch.cat([inside, pruned < 0]).numpy()
+    biases, rest_of = torch.cat([nodes.kind == BIAS, pruned < 0]).numpy(), torch.cat([rest, pruned]).numpy()
     ends_in = torch.from_numpy(np.concatenate([inner[edges.source], inner[hyper.i] & inner[hyper.j]]))
     strength = torch.tensor([*edges.influence, *hyper.influence])
     order = torch.where(ends_in, strength, 0.0).argsort(descending=True)
@@ -539,10 +547,7 @@ def _describe(
 
 def _relative_error(found: Sweep, number: int) -> float:
     """Of a node's parts, all of them, summed in float32."""
-    parts = found.rows[number] if number in found.rows else found.products[number].flatten()
-    constant = found.constants.get(number, 0.0)
-    total = (parts.float().sum() + constant).item()
-    absolute = parts.abs().sum().item() + abs(constant)
+    total, absolute = found.sums[number]
     return abs(total - found.actual[number]) / max(absolute, 1e-30)
 
 

@@ -189,19 +189,24 @@ class FrozenPass:
         """The SAE on the MLP's input: on `ln2.hook_normalized`, else on `hook_resid_mid`."""
         return next((self.saes[hook] for p in INPUT_POINTS if (hook := hook_of(p, layer)) in self.saes), None)
 
-    def input_sources(self, layer: int) -> tuple[Float[Tensor, "p source d_model"], Float[Tensor, "source"]]:
-        """What the MLP's input is made of at every position: each active feature's write, `b_dec`, the error, and the
-        constant that MLP biases multiply; and each one's last homogeneous coordinate (1 for the last)."""
+    def input_sources(
+        self, layer: int, position: int | None = None
+    ) -> tuple[Float[Tensor, "*p source d_model"], Float[Tensor, "source"]]:
+        """What the MLP's input is made of at every position (or the active part of it at one): each active feature's
+        write, `b_dec`, the error, and the constant that MLP biases multiply; and each one's last homogeneous coordinate
+        (1 for the last)."""
         sae = self.input_sae(layer)
         if sae is None:
             raise MissingSAEError(f"layer {layer} has no SAE on its MLP's input (ln2.hook_normalized).")
-        parts = torch.cat([sae.writes, sae.b_dec[:, None], sae.error[:, None]], 1)
+        at: Any = slice(None) if position is None else slice(position, position + 1)
+        writes = sae.writes[at] if position is None else sae.writes[at, sae.real[position]]
+        parts = torch.cat([writes, sae.b_dec[at, None], sae.error[at, None]], 1)
         if sae.point == "resid-mid":
-            parts = parts / self.scale2[layer][:, None, None]
+            parts = parts / self.scale2[layer][at, None, None]
         sources = torch.cat([parts, torch.zeros_like(parts[:, :1])], 1)
         ones = sources.new_zeros(sources.shape[1])
         ones[-1] = 1.0
-        return sources, ones
+        return sources if position is None else sources[0], ones
 
     def sae(self, hook: str) -> SAEPass:
         """The SAE on a hook, by the hook's name or the SAE's (`2-mlp-in`, or a folder name such as `2-mlp-in-x8-k32`).

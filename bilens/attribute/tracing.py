@@ -69,11 +69,13 @@ class Sweep:
         nodes: the numbering.
         influence: of every node.
         actual: the value of each expanded node as the model and its SAE computed it.
-        reads: of the nodes expanded linearly.
+        reads: of the expanded nodes.
         rows: contributions to these, by `nodes.linear`.
-        sources, products: of the nodes expanded over pairs: the numbers of the sources, and `C[s, t]`, half of each
-            pair; the sources' last is the constant.
+        sources: of the nodes expanded over pairs: the numbers of the sources; the last is the constant. Their products
+            `C[s, t]` (half of each pair) are made anew by `products` when they are asked for: of a thousand nodes with
+            a thousand active sources each they would fill gigabytes.
         constants: what else the constant node gives each of those.
+        sums: of every expanded node's parts, in float32, and of their absolute values.
     """
 
     nodes: Numbering
@@ -82,8 +84,13 @@ class Sweep:
     reads: dict[int, Reads]
     rows: dict[int, Float[Tensor, "column"]]
     sources: dict[int, Int[Tensor, "source"]]
-    products: dict[int, Float[Tensor, "source source"]]
     constants: dict[int, float]
+    sums: dict[int, tuple[float, float]]
+
+    def products(self, frozen: FrozenPass, number: int) -> Float[Tensor, "source source"]:
+        """`C[s, t]` of a node expanded over pairs."""
+        read = self.reads[number]
+        return pairs_at(frozen, int(read.levels[0]) // 2 - 1, int(read.positions[0]), read.vectors)[0]
 
 
 def number_nodes(frozen: FrozenPass, targets: Reads) -> Numbering:
@@ -226,33 +233,45 @@ def _expand_linear(frozen: FrozenPass, found: Sweep, numbers: Int[Tensor, "t"], 
         found.actual[number] = reads.actual[row].item()
         found.reads[number] = reads[row : row + 1]
         found.rows[number] = rows[row].double().cpu()
+        found.sums[number] = rows[row].float().sum().item(), found.rows[number].abs().sum().item()
 
 
 def _expand_pairs(frozen: FrozenPass, found: Sweep, layer: int, numbers: Int[Tensor, "t"], reads: Reads) -> None:
-    nodes, sae, mlp = found.nodes, frozen.input_sae(layer), frozen.mlp(layer)
+    nodes, sae = found.nodes, frozen.input_sae(layer)
     assert sae is not None
-    sources, ones = frozen.input_sources(layer)
-    positions, place = reads.positions.unique(return_inverse=True)
-    left, right = mlp_branches(mlp, sources[positions], ones)
-    slots = sae.features.shape[1]
-    for chunk in torch.arange(len(reads)).split(PAIRS_AT_ONCE):
-        at = place[chunk]
-        products = pair_products(mlp, reads.vectors[chunk], left[at], right[at], ones).double().cpu()
-        weights = products.abs().sum(2)
-        constants = reads.constants[chunk].double().cpu()
-        weights[:, -1] += constants.abs()
-        shares = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        first = nodes.in_features[layer]
-        assert first is not None
-        for row, t in enumerate(chunk.tolist()):
-            number, position = int(numbers[t]), int(reads.positions[t])
-            own = torch.arange(first + position * slots, first + (position + 1) * slots)
-            rest = torch.tensor([nodes.in_b_dec[layer], nodes.in_error[layer] + position, nodes.constant])
-            ids = torch.cat([own, rest])
-            found.influence.index_add_(0, ids, found.influence[number] * shares[row])
-            found.actual[number] = reads.actual[t].item()
-            found.sources[number], found.products[number] = ids, products[row]
-            found.constants[number] = constants[row].item()
+    first, slots = nodes.in_features[layer], sae.features.shape[1]
+    assert first is not None
+    for position in reads.positions.unique().tolist():
+        n_active = int(sae.real[position].sum())  # the other slots of the widest position are empty here
+        own = torch.arange(n_active) + first + position * slots
+        ids = torch.cat([own, torch.tensor([nodes.in_b_dec[layer], nodes.in_error[layer] + position, nodes.constant])])
+        rows = (reads.positions == position).nonzero().flatten()
+        for chunk in rows.split(max(1, min(PAIRS_AT_ONCE, FIELD_BYTES // (32 * len(ids) ** 2)))):
+            products = pairs_at(frozen, layer, position, reads.vectors[chunk])
+            weights = products.abs().sum(2)
+            constants = reads.constants[chunk].double().cpu()
+            weights[:, -1] += constants.abs()
+            totals = weights.sum(1, keepdim=True)
+            shares = weights / totals.clamp_min(torch.finfo(weights.dtype).tiny)
+            sums = (products.flatten(1).float().sum(1) + constants).tolist()
+            for row, t in enumerate(chunk.tolist()):
+                number = int(numbers[t])
+                found.influence.index_add_(0, ids, found.influence[number] * shares[row])
+                found.actual[number] = reads.actual[t].item()
+                found.reads[number], found.sources[number] = reads[t : t + 1], ids
+                found.sums[number] = sums[row], totals[row].item()
+                found.constants[number] = constants[row].item()
+
+
+def pairs_at(
+    frozen: FrozenPass, layer: int, position: int, u: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n source source"]:
+    """`C[s, t]` of the active sources of an MLP's input at one position, for several reads of its output."""
+    sae, mlp = frozen.input_sae(layer), frozen.mlp(layer)
+    assert sae is not None
+    sources, ones = frozen.input_sources(layer, position)
+    left, right = mlp_branches(mlp, sources, ones)
+    return pair_products(mlp, u, left[None], right[None], ones).double().cpu()
 
 
 def head_sums(

@@ -308,6 +308,7 @@ def trace(
         others: as for `freeze` and `read_targets`.
     """
     out = destination(out, PAGE)
+    check_sizes(max_nodes=max_nodes)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
     check_bilinear(model)  # no SAEs would help
     place = saes if saes is not None else sae_source(model.cfg.model_name)

@@ -139,8 +139,8 @@ def test_influence_by_brute_force():
             for source, part in zip(nodes.linear.tolist(), (row / row.sum()).tolist(), strict=True):
                 if part:
                     hand_on(source, share * part)
-        elif number in found.products:
-            parts = found.products[number].abs().clone()
+        elif number in found.sources:
+            parts = found.products(frozen, number).abs()
             parts[-1, -1] += abs(found.constants[number])
             for place, source in enumerate(found.sources[number].tolist()):
                 if part := (parts[place].sum() / parts.sum()).item():
