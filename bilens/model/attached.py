@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k")
+COPY_HOOKS = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_result")  # d_model for every head
 NEURON_HOOKS = ("hook_pre", "hook_pre_linear", "hook_post")
 
 
@@ -417,16 +418,20 @@ def hook_width(cfg: Any, name: str) -> int:
     """How many numbers a hook's activation has at one token, all heads together.
 
     Raises:
-        SAEMismatchError: attention scores or patterns, whose width is the length of the text.
+        SAEMismatchError: token ids, and attention scores or patterns, whose width is the length of the text.
     """
     last = name.rsplit(".", 1)[-1]
+    if last == "hook_tokens":
+        raise SAEMismatchError("'hook_tokens' shows token ids: an SAE cannot be on it.")
     if last in ("hook_attn_scores", "hook_pattern"):
         raise SAEMismatchError(f"{name!r} is as wide as the text is long: an SAE cannot be on it.")
     if last in HEAD_HOOKS:
         return cfg.n_heads * cfg.d_head
     if last in NEURON_HOOKS:
         return cfg.d_mlp
-    return {"hook_scale": 1, "hook_result": cfg.n_heads * cfg.d_model}.get(last, cfg.d_model)
+    if last == "hook_scale":
+        return 1
+    return cfg.n_heads * cfg.d_model if last in COPY_HOOKS else cfg.d_model
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
 from bilens.errors import ArgumentError, HookNameError, SAEMismatchError, TokenizationError
+from bilens.model.attached import hook_width
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from tests.conftest import make_model
@@ -605,6 +606,25 @@ def test_a_transcoder_and_an_sae_that_write_to_one_place(model):
             with model.saes(pair):
                 assert list(model.acts_to_saes.values()) == pair[1:]
                 assert torch.equal(model(TOKENS), replaced(make_model(), pair[1]))
+
+
+@torch.no_grad()
+def test_the_width_of_every_hook():
+    """Is that of its activation at one token, all heads together."""
+    model = make_model(d_hidden=40)
+    model.set_use_attn_result(True)
+    model.set_use_hook_mlp_in(True)
+    every = dict(model.run_with_cache(TOKENS)[1].items())
+    model.set_use_split_qkv_input(True)
+    every |= model.run_with_cache(TOKENS, names_filter=lambda name: name.endswith("_input"))[1].items()
+    for name, activation in every.items():
+        if name.endswith(("hook_attn_scores", "hook_pattern")):
+            with pytest.raises(SAEMismatchError, match="as wide as the text is long"):
+                hook_width(model.cfg, name)
+        else:
+            assert hook_width(model.cfg, name) == activation[0, 0].numel(), name
+    with pytest.raises(SAEMismatchError, match="token ids"):
+        hook_width(model.cfg, "hook_tokens")
 
 
 @torch.no_grad()
