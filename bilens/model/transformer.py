@@ -590,9 +590,6 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
 
     # --- hooks --------------------------------------------------------------------------------------------------------
 
-    def _is_hooked(self) -> bool:
-        return bool(self._splices) or super()._is_hooked()
-
     def _position_axis(self, name: str) -> int:
         """After the batch; that of the query in a score or pattern, which has the heads before."""
         return 2 if name.endswith(("hook_attn_scores", "hook_pattern")) else 1

@@ -444,9 +444,10 @@ def test_a_compiled_model_obeys_hooks() -> None:
     with model.hooks(bwd_hooks=[("hook_embed", lambda grad, hook: seen.append(hook.name))]):
         run(TOKENS, return_type="loss").backward()
     assert seen == ["hook_embed"]
-    sae = make_sae(hook="blocks.0.hook_mlp_out")
-    with model.saes(sae):
-        close(run(TOKENS), plain.run_with_saes(TOKENS, saes=[sae]))
+    for seed in (0, 1):  # exchanged for another of the same shape
+        sae = make_sae(hook="blocks.0.hook_mlp_out", seed=seed)
+        with model.saes(sae):
+            close(run(TOKENS), plain.run_with_saes(TOKENS, saes=[sae]))
     assert torch.equal(run(TOKENS), before)
 
 
