@@ -14,7 +14,7 @@ from bilens.decompose import Decomposer, between
 from bilens.decompose.between import apply_interaction, top_pairs
 from bilens.decompose.directions import head_basis, through_mlp_input, through_ov, token_basis, unembedding
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError, TokenizationError
-from bilens.layer.bilinear import interaction_matrix
+from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 from tests.conftest import make_model
 from tests.layer.test_inner import make_layer, random
 from tests.random_saes import D_SAE, make_sae
@@ -223,3 +223,14 @@ def test_what_is_refused(model):
         decomposer.between(u, u, k=1, left_names=["one"])
     with pytest.raises(ArgumentError, match="1 right_names for 0 right directions"):
         decomposer.between(u, u, k=1, right_names=["one"])
+
+
+def test_a_row_whose_bound_is_just_above_the_threshold_is_looked_at(monkeypatch):
+    """The longest row is off the direction by more than the next one, which lies along it, is shorter."""
+    monkeypatch.setattr(between, "BLOCK_ROWS", 1)
+    eye, zero = torch.eye(2), torch.zeros(2)
+    right = torch.tensor([[0.8, 0.6]])
+    left = torch.stack([torch.tensor([1.0, 0.0]), 0.9 * right[0]])
+    found = top_pairs(BilinearLayer(eye, eye, eye, zero, zero, zero), torch.ones(2), left, right, 1)
+    assert [part.tolist() for part in found[:2]] == [[1], [0]]
+    assert found[2].item() == pytest.approx(1.8)

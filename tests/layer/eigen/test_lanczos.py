@@ -511,6 +511,27 @@ def test_near_ties_of_a_trained_layer_are_not_missed(number, feature, seed, k):
     assert_close(found.double(), exact, rtol=TOLERANCE, atol=0)
 
 
+def test_eigen_of_many_features_forms_no_matrix(monkeypatch):
+    """As many numbers as the sweep finds, to the bit, in either order, and to its tolerance those of `eigh`."""
+    model = bilens.load_model()
+    decomposer = bilens.Decomposer(model, 3, output_sae=bilens.load_sae("ts-tiny", "mlp-out", 3))
+    features = torch.arange(0, 2048, 32)
+    every = decomposer.interaction(features).double()
+    monkeypatch.setattr("bilens.decompose.decomposer.interaction_matrix", None)
+    monkeypatch.setattr("bilens.layer.eigen.solve.sorted_eigenpairs", None)
+    found = decomposer.eigen(features, k=2)
+    assert torch.equal(found.values, decomposer.spectra(features, k=2, progress=False).eigen.values)
+    assert torch.equal(found.vectors, decomposer.eigen(features, k=2).vectors)
+    assert_close(found.norms.double(), torch.linalg.matrix_norm(every), rtol=1e-5, atol=0)
+    assert_close(found.values.abs().double(), sorted_eigenpairs(every, 2)[0].abs(), rtol=TOLERANCE, atol=0)
+    lowest = decomposer.eigen(features, k=3, order="negative")
+    assert_close(lowest.values.double(), torch.linalg.eigvalsh(every)[:, :3], rtol=TOLERANCE, atol=0)
+    with pytest.raises(
+        ArgumentError, match="256 eigenpairs of 2,048 outputs take 545,259,520 bytes"
+    ):
+        decomposer.eigen(torch.arange(2048), memory=1000)
+
+
 def test_the_method_follows_the_shapes_and_the_steps(monkeypatch):
     def fewest(d_model, d_mlp, n, k=2, steps=30, names=("lanczos", "block", "dense")):
         count = operations(d_model, d_mlp, n, k, steps)
