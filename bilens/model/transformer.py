@@ -425,6 +425,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         stop_at_layer: int | None = None,
         past_kv_cache: TransformerLensKeyValueCache | None = None,
         padding_side: PaddingSide | None = None,
+        shortformer_pos_embed: None = None,
     ) -> Any:
         """Run the model.
 
@@ -442,12 +443,15 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
                 (`TransformerLensKeyValueCache.init_cache(model.cfg, device, batch_size)`); the new ones are added to
                 it, unless it is frozen.
             padding_side: of texts, or of tokens of several; `None` takes the tokenizer's own.
+            shortformer_pos_embed: `None`, as `input_to_embed` gives it; positions are rotary.
 
         Raises:
             ArgumentError: an input or return type that is none, a loss without tokens, or a mask or cache that does not
                 belong to the input.
             ContextLengthError, EmptyTextError, OutOfRangeError: the input does not fit the model.
         """
+        if shortformer_pos_embed is not None:
+            raise ArgumentError("shortformer_pos_embed is given, expected None: this model's positions are rotary.")
         first, last = self._layer_bound(start_at_layer, 0), self._layer_bound(stop_at_layer, self.cfg.n_layers)
         if start_at_layer is None:
             residual, tokens, mask = self._embed(input, prepend_bos, padding_side, attention_mask)  # type: ignore[arg-type]
