@@ -77,7 +77,7 @@ def activation_functions(settings: Settings) -> Made:
     figure = line(steps, curves, x_title="step", y_title="nats per token, held-out texts")
     ran = (
         f"{len(train.rows)} texts of {train.n_tokens:,} tokens, read {config.epochs:g} times, {len(valid.rows)} held "
-        f"out (the paper: TinyStories, read 5 times, more than 2 B tokens); layers: {config.n_layer} (6), d_model: "
+        f"out (the paper: TinyStories, read 5 times, about 2 B tokens); layers: {config.n_layer} (6), d_model: "
         f"{config.d_model} (512), d_hidden: {config.d_hidden} (2048)"
     )
     last = {name: values[-1] for name, values in curves.items()}
