@@ -150,7 +150,7 @@ def load_model(
 def save_model(
     model: HookedBilinearTransformer,
     folder: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     overwrite: bool = False,
 ) -> None:
@@ -166,16 +166,18 @@ def save_model(
     Raises:
         OverwriteError: the folder holds another model, or this one with other weights.
         CheckpointError: a weight that is not finite, or not in this dtype: nothing could load the file.
+        ArgumentError: a dtype that holds no weights.
         ArgumentError, WriteError: the folder cannot be written to.
     """
+    dtype = resolve_dtype("auto" if dtype is None else dtype, model.cfg.dtype)
     folder = destination_folder(folder)
     tensors = {
-        name: weight.detach().to("cpu", dtype or model.cfg.dtype).contiguous()
+        name: weight.detach().to("cpu", dtype).contiguous()
         for name, weight in published_tensors(model).items()
     }
     for name, tensor in tensors.items():
         check_finite(name, tensor, "the model")
-    config = config_to_published(model.cfg) | {"dtype": str(dtype or model.cfg.dtype).removeprefix("torch.")}
+    config = config_to_published(model.cfg) | {"dtype": str(dtype).removeprefix("torch.")}
     if not overwrite:
         keys = ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden", "bilinear", "gate", "bias", "normalization")
         refuse_other_model(folder, {key: config[key] for key in keys}, tensors)

@@ -804,7 +804,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         return self
 
     def save_pretrained(
-        self, folder: str | PathLike[str], dtype: torch.dtype | None = None, *, overwrite: bool = False
+        self, folder: str | PathLike[str], dtype: torch.dtype | str | None = None, *, overwrite: bool = False
     ) -> None:
         """Write the published format; see `bilens.model.loading.save_model`."""
         from bilens.model.loading import save_model
@@ -819,7 +819,7 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         token: str | bool | None = None,
         revision: str | None = None,
         commit_message: str = "Upload model",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> Any:
         """Save into a Hugging Face hub repository, with a model card where it has none; see `bilens.model.hub`.
 
