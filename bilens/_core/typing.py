@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
+from types import FunctionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import numpy as np
@@ -19,7 +20,8 @@ PARAMETER = re.compile(r"parameter '(\w+)'\.\nActual value: (.*)\nExpected type:
 
 
 def typed(function: F) -> F:
-    """Check a function's arguments and result against its annotations.
+    """Check a function's arguments and result against its annotations, except for those in quotes, which only a type
+    checker resolves.
 
     Raises:
         ArgumentError: an argument of another type or shape; it names the argument, its value and what was expected.
@@ -27,7 +29,7 @@ def typed(function: F) -> F:
     numbers = {n for n, hint in function.__annotations__.items() if {int, float} & {hint, *get_args(hint)}}
     flags = {n for n, hint in function.__annotations__.items() if bool in (hint, *get_args(hint))}
     arguments = signature(function)
-    checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(hint_overrides=NUMBERS)))(function)
+    checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(hint_overrides=NUMBERS)))(_without_quoted(function))
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -51,3 +53,13 @@ def typed(function: F) -> F:
             raise ArgumentError(f"{function.__name__}: {name} is {actual}, expected {message}") from None
 
     return call  # type: ignore[return-value]
+
+
+def _without_quoted(function: Any) -> Any:
+    hints = {name: hint for name, hint in function.__annotations__.items() if not isinstance(hint, str)}
+    if hints == function.__annotations__:
+        return function
+    of = function
+    copy = FunctionType(of.__code__, of.__globals__, of.__name__, of.__defaults__, of.__closure__)
+    copy.__kwdefaults__, copy.__qualname__, copy.__annotations__ = of.__kwdefaults__, of.__qualname__, hints
+    return copy

@@ -26,6 +26,7 @@ from torch import Tensor
 from bilens._core.checks import check_sizes
 from bilens._core.completeness import is_rounding
 from bilens._core.display import Paged, Tabular
+from bilens._core.typing import typed
 from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
 from bilens.attribute.tracing import KINDS, Numbering, Sweep, head_sums, sweep
@@ -94,6 +95,7 @@ class Circuit(Paged, Tabular):
     supernodes: list[list[str]] = field(default_factory=list)
 
     @classmethod
+    @typed
     def trace(
         cls,
         model: HookedBilinearTransformer,

@@ -259,6 +259,8 @@ def freeze(
     if model.cfg.attention_bias:
         raise NotBilinearError("this model has biases in attention (attn.qkv.bias), which attribution does not split.")
     if not isinstance(text_or_tokens, str | Tensor):
+        if isinstance(text_or_tokens, bytes) or not hasattr(text_or_tokens, "__getitem__"):
+            raise ArgumentError(f"text_or_tokens is {text_or_tokens!r:.80}, expected a text or its tokens.")
         are_texts = any(isinstance(each, str) for each in text_or_tokens)
         text_or_tokens = list(text_or_tokens) if are_texts else torch.tensor(text_or_tokens, dtype=torch.long)
     tokens = model.input_to_tokens(text_or_tokens).clone()  # type: ignore[arg-type]
@@ -308,9 +310,13 @@ def check_saes(model: HookedBilinearTransformer, saes: SAEs) -> dict[str, SAEVie
     """
     if isinstance(saes, SAE):
         saes = [saes]
+    if not isinstance(saes, Mapping | Sequence) or isinstance(saes, str | bytes):
+        raise ArgumentError(f"saes is {saes!r:.80}, expected SAEs in a list, or by their hooks.")
     named = saes.items() if isinstance(saes, Mapping) else [(None, sae) for sae in saes]
     views: dict[str, SAEView] = {}
     for key, sae in named:
+        if not isinstance(sae, SAE):
+            raise ArgumentError(f"saes holds {sae!r:.80}, expected SAEs (bilens.load_sae gives one).")
         hook = sae.cfg.metadata.hook_name or key
         if hook is None:
             raise SAEMismatchError("an SAE's metadata names no hook; give saes={'blocks.0.hook_mlp_out': sae}.")

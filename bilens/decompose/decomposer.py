@@ -339,6 +339,7 @@ class Decomposer:
 
         return spectra(self, output, k, side, full=full, memory=memory, progress=progress)
 
+    @typed
     def fidelity(self, texts: Sequence[str], output: Output | None = None, k: int = 10) -> "Fidelity":
         """How well `k` eigencircuits reproduce features on texts; see `bilens.decompose.fidelity.fidelity`."""
         from bilens.decompose.fidelity import fidelity

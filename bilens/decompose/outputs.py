@@ -35,7 +35,10 @@ def read_output(output: Any, d_model: int) -> Int[Tensor, "*n"] | Float[Tensor, 
     if isinstance(output, Tensor):
         tensor = output
     elif isinstance(output, SupportsIndex) and not isinstance(output, np.ndarray):
-        tensor = torch.tensor(whole_number(output, "an output is a feature's number, or a direction"))
+        number = whole_number(output, "an output is a feature's number, or a direction")
+        if abs(number) >= 2**63:
+            raise ArgumentError(f"output {number} is no feature's number: no SAE has as many.")
+        tensor = torch.tensor(number)
     else:
         if isinstance(output, list | tuple) and any(isinstance(each, bool) for each in output):
             raise ArgumentError(f"output {output!r} holds a flag: expected features, or directions as floats.")

@@ -26,9 +26,10 @@ from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, read_json, to_path, write_atomically
 from bilens._core.fingerprint import fingerprint, model_fingerprint, sae_fingerprint
 from bilens._core.folders import alone_in, differing, other_work, write_json
+from bilens._core.typing import typed
 from bilens.decompose.decomposer import Decomposer, Side
 from bilens.decompose.spectra import Spectra, spectra
-from bilens.errors import CheckpointError, MissingSAEError, OutOfRangeError
+from bilens.errors import ArgumentError, CheckpointError, MissingSAEError, OutOfRangeError
 from bilens.layer.eigen.solve import EigenSweep, Method
 from bilens.model.loading import read_tensors
 
@@ -132,6 +133,7 @@ class Sweep(Tabular):
         return f"{self.folder}: medians over output features\n{frame.groupby('layer')[columns].median().round(4)}"
 
 
+@typed
 def sweep(
     decomposers: Sequence[Decomposer],
     out: str | os.PathLike[str],
@@ -164,6 +166,8 @@ def sweep(
     if not decomposers:
         raise MissingSAEError("there are no layers to sweep; give the Decomposer of at least one.")
     check_sizes(k=k, memory=memory)
+    if k > (d_model := decomposers[0].model.cfg.d_model):
+        raise ArgumentError(f"k is {k}, expected at most d_model, {d_model}.")
     check_flags(full=full)
     check_choice(get_args(Side), side=side)
     check_choice(get_args(Method), method=method)

@@ -388,6 +388,10 @@ def splice_hooks(model: Any, sae: Any, called: str = "the SAE") -> tuple[str, st
 
     if not isinstance(sae, SAE):
         raise ArgumentError(f"expected a SAELens SAE (bilens.load_sae gives one), not {type(sae).__name__} {sae!r}.")
+    if not hasattr(model, "check_hook_name"):
+        raise ArgumentError(
+            f"model is {model!r:.80}, expected a HookedBilinearTransformer (bilens.load_model gives one)."
+        )
     metadata = sae.cfg.metadata
     if metadata.hook_name is None:
         raise SAEMismatchError(f"{called} has no metadata.hook_name; set it to the hook it was trained on.")

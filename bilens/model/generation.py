@@ -10,12 +10,14 @@ from tqdm.auto import tqdm
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from bilens._core.checks import check_counts, check_sizes
+from bilens._core.typing import typed
 from bilens.errors import ArgumentError, TokenizationError
 from bilens.model.tokenization import PaddingSide
 
 if TYPE_CHECKING:
     from bilens.model.transformer import HookedBilinearTransformer
 
+LARGEST = 1e30  # temperature: anything above is as even
 RETURN_TYPES = ("input", "str", "tokens")
 
 
@@ -46,6 +48,7 @@ def sample(
 
 
 @torch.no_grad()  # not inference_mode: its tokens could not be run with gradients afterwards
+@typed
 def generate(
     model: "HookedBilinearTransformer",
     input: str | list[str] | Int[Tensor, "*batch pos"] = "",
@@ -104,8 +107,8 @@ def generate(
     if return_type not in RETURN_TYPES:
         raise ArgumentError(f"return_type {return_type!r} is not one of {', '.join(map(repr, RETURN_TYPES))}.")
     check_counts(max_new_tokens=max_new_tokens)
-    if not temperature >= 0 or (top_k is not None and top_k < 1):
-        raise ArgumentError(f"temperature {temperature} must be >= 0 and top_k {top_k} at least 1.")
+    if not 0 <= temperature < LARGEST or (top_k is not None and top_k < 1):
+        raise ArgumentError(f"temperature {temperature} must be 0 to {LARGEST:g} and top_k {top_k} at least 1.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ArgumentError(f"top_p {top_p} must be above 0 and at most 1.")
     eos = _end_tokens(model, eos_token_id, stop_at_eos)

@@ -21,6 +21,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.utilities import Slice
 from typing_extensions import Self
 
+from bilens._core.checks import check_flags
 from bilens.errors import ArgumentError, HookNameError, OutOfRangeError, SAEMismatchError, nearest
 
 # The published names of places in a block, and any other hook of a block by itself.
@@ -87,6 +88,7 @@ class CheckedHooks(HookedRootModule):
         Raises:
             ArgumentError, HookNameError, OutOfRangeError: as `get_caching_hooks`.
         """
+        check_flags(return_cache_object=return_cache_object, remove_batch_dim=remove_batch_dim)
         if kwargs.get("incl_bwd") and not torch.is_grad_enabled():
             raise ArgumentError("incl_bwd needs gradients, which torch.no_grad() or torch.inference_mode() turned off.")
         kwargs |= {"remove_batch_dim": remove_batch_dim, "pos_slice": _positions(pos_slice)}
@@ -146,6 +148,8 @@ class CheckedHooks(HookedRootModule):
                 raise ArgumentError(f"{hook.name!r} has no positions: leave pos_slice out.")
             try:
                 kept = positions.apply(activation, dim=axis)
+            except TypeError as error:
+                raise ArgumentError(f"pos_slice {positions.slice!r:.80} is no position.") from error
             except IndexError as error:
                 n = activation.shape[axis]
                 raise OutOfRangeError(f"pos_slice {positions.slice} is outside the {n} positions.") from error

@@ -12,9 +12,13 @@ def cached_positions(cache: TransformerLensKeyValueCache, layers: range) -> int:
     """How many positions are in the cache, at the layers that will run.
 
     Raises:
-        ArgumentError: not as many at one layer as at another (an earlier pass stopped between them).
+        ArgumentError: no cache of this model, or not as many at one layer as at another (an earlier pass stopped
+            between them).
     """
-    counts = {layer: cache[layer].past_keys.shape[1] for layer in layers}
+    try:
+        counts = {layer: cache[layer].past_keys.shape[1] for layer in layers}
+    except (TypeError, AttributeError, LookupError) as error:
+        raise ArgumentError(f"past_kv_cache is {cache!r:.80}, expected a KeyValueCache of this model.") from error
     if len(set(counts.values())) > 1:
         raise ArgumentError(
             f"past_kv_cache holds {counts} positions by layer; expected as many at each. A pass with stop_at_layer or "

@@ -171,10 +171,7 @@ def save_model(
     """
     dtype = resolve_dtype("auto" if dtype is None else dtype, model.cfg.dtype)
     folder = destination_folder(folder)
-    tensors = {
-        name: weight.detach().to("cpu", dtype).contiguous()
-        for name, weight in published_tensors(model).items()
-    }
+    tensors = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in published_tensors(model).items()}
     for name, tensor in tensors.items():
         check_finite(name, tensor, "the model")
     config = config_to_published(model.cfg) | {"dtype": str(dtype).removeprefix("torch.")}

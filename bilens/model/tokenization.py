@@ -103,6 +103,8 @@ class TokenizationMixin:
     def _prepends_bos(self, prepend_bos: bool | None) -> bool:
         """Whether `[BOS]` goes in front of a text; by default where the config says so and there is one."""
         bos = self._require_tokenizer().bos_token_id
+        if not isinstance(prepend_bos, bool | None):
+            raise ArgumentError(f"prepend_bos is {prepend_bos!r:.80}, expected True, False or None.")
         if prepend_bos and bos is None:
             raise TokenizationError("this tokenizer has no [BOS] token; pass prepend_bos=False.")
         return bos is not None and bool(self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos)
@@ -183,8 +185,10 @@ class TokenizationMixin:
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def _side(self, padding_side: PaddingSide | None) -> PaddingSide:
-        side = padding_side or ("right" if self.tokenizer is None else self.tokenizer.padding_side)
-        if side not in ("left", "right"):
+        side = padding_side
+        if padding_side is None:
+            side = "right" if self.tokenizer is None else self.tokenizer.padding_side
+        if not isinstance(side, str) or side not in ("left", "right"):
             raise ArgumentError(f"padding_side {side!r} is not 'left' or 'right'.")
         return side
 

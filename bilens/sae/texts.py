@@ -27,6 +27,8 @@ def text_starts(
     """
     if isinstance(texts, str):
         raise ArgumentError(f"texts is the one text {texts[:40]!r}; expected a list of them: [text].")
+    if not isinstance(texts, Iterable):
+        raise ArgumentError(f"texts is {texts!r:.80}, expected a list of texts.")
     texts = list(texts)
     other = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
     if other is not None:

@@ -69,6 +69,8 @@ class SAEView:
     @classmethod
     def of(cls, sae: SAE[Any]) -> "SAEView":
         """In float32 at least: directions are exact only where the SAE's own rounding is."""
+        if not isinstance(sae, SAE):
+            raise ArgumentError(f"{sae!r:.80} is no SAE; bilens.load_sae gives one.")
         if torch.finfo(sae.dtype).bits >= 32:
             return cls(sae)
         return cls(copy.deepcopy(sae).to(torch.float32), sae, Snapshot(saes={"the SAE": sae}))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Texts: TypeAlias = Union[str, os.PathLike[str], Sequence[str], "Dataset"]
 BROKEN = (OSError, ValueError, EOFError, zlib.error)  # what the readers of files raise; the last two: of a cut .gz
+LARGEST_VOCABULARY = 2**24
 SPECIAL_TOKENS = ("[UNK]", "[BOS]", "[EOS]")
 
 
@@ -51,6 +52,8 @@ def load_texts(source: Texts, split: str = "train", column: str = "text") -> lis
         data = list(data)
     except UnicodeDecodeError as error:  # datasets reads the rows only now
         raise TrainingError(f"{name} is not UTF-8: {error}.") from error
+    except TypeError as error:
+        raise ArgumentError(f"source is {source!r:.80}, expected texts, or where to load them.") from error
     other = next((text for text in data if not isinstance(text, str | None)), None)
     if other is not None:
         raise TrainingError(f"{where} holds {other!r}, expected text.")
@@ -179,6 +182,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, n_ctx: int = 2
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
+    if not isinstance(vocab_size, int) or not 0 < vocab_size <= LARGEST_VOCABULARY:
+        raise ArgumentError(f"vocab_size is {vocab_size!r:.80}, expected 1 to {LARGEST_VOCABULARY}.")
     unk, bos, eos = SPECIAL_TOKENS
     tokenizer = Tokenizer(models.WordPiece(unk_token=unk, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.Sequence(

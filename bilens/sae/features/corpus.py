@@ -10,7 +10,7 @@ What runs together depends on nothing but the stream and the sizes, whoever runs
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -80,6 +80,8 @@ def open_corpus(
         identity = _file_identity(path) if path.is_file() else {"dataset": str(source), "split": split}
         identity |= {"column": column, "max_texts": max_texts}
         return Corpus(lambda: islice(stream_texts(source, split, column), max_texts), identity, max_texts)
+    if not isinstance(source, Iterable) or isinstance(source, torch.Tensor | np.ndarray):
+        raise ArgumentError(f"source is {source!r:.80}, expected texts, or where to load them.")
     texts = list(source)[:max_texts]
     if not texts:
         raise EmptyTextError("the list of texts is empty.")

@@ -25,7 +25,7 @@ from sae_lens import SAE
 
 from bilens._core import parallel
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_file_name, check_memory
+from bilens._core.checks import check_amounts, check_file_name, check_memory
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, read_json, to_path
 from bilens._core.fingerprint import check_same, fingerprint, model_fingerprint, sae_fingerprint
@@ -134,7 +134,9 @@ def build_feature_store(
         CheckpointError: the folder holds a damaged store.
         WriteError: another process is at work in the folder, or the disk is full.
     """
-    config, folder = config or FeatureStoreConfig(), destination_folder(folder)
+    config = FeatureStoreConfig() if config is None else config
+    folder = destination_folder(folder)
+    check_amounts(checkpoint_seconds=checkpoint_seconds)
     if not isinstance(config, FeatureStoreConfig):
         raise ArgumentError(f"config is {config!r:.80}; expected a FeatureStoreConfig.")
     if not isinstance(saes, Mapping) or not saes:
