@@ -127,7 +127,7 @@ def sizes(settings: Settings) -> Made:
         f"units, the leading eigenvectors of the other sizes have a mean |cosine| of {', '.join(others)}, those of the "
         f"same size of {top[place, place]:.2f}.",
         f"Means over {seeds} seeds (the paper: 5) and all classes; within a size, over pairs of different seeds. "
-        f"{COMPARED} The paper's sizes are 30, 50, 100, 300, 500 and 1000, and figure 20B compares with 300.",
+        f"{COMPARED} The authors' script has sizes of 30, 50, 100, 300, 500 and 1000; figure 20B compares with 300.",
     ]
     return Made(ran_on(data, config, d_hidden=", ".join(models)), rows, figures, words)
 
