@@ -491,6 +491,8 @@ class FeatureStore(Tabular):
             if identity["format"] != FORMAT:
                 raise CheckpointError(f"{folder} has format {identity['format']}, not {FORMAT}. {BUILD_ANEW}")
             names = ("model_name", "n_tokens", "n_texts", "counts_all_tokens", "wordpiece", "saes")
+            if not all(type(manifest[name]) is int for name in ("n_tokens", "n_texts")):
+                raise TypeError("n_tokens and n_texts are no whole numbers")
             config = FeatureStoreConfig(**identity["config"])
             return cls(folder=folder, config=config, identity=identity, **{name: manifest[name] for name in names})
         except (KeyError, TypeError) as error:
