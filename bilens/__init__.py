@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilens._core.display import register_pages
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Importing TransformerLens silences transformers' warnings; `bilens.model` puts back what was set before.
 TRANSFORMERS_LEVEL = None if "transformer_lens" in sys.modules else logging.getLogger("transformers").level

@@ -6,12 +6,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from bilens import __version__
 from bilens._core.checks import check_amounts, check_rates, check_seeds, check_shares, check_sizes
 from bilens._core.files import PAGE, destination, destination_folder
 from bilens.errors import ArgumentError, BilensError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+class _Panels(TyperGroup):
+    """Lists the commands under the headings that they were registered with, each with its whole summary."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, command in self.commands.items():
+            panels.setdefault(str(command.rich_help_panel), []).append((name, command.get_short_help_str(limit=1000)))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
+
+app = typer.Typer(cls=_Panels, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+LOOK, TRAIN, MEASURE = "Look", "Train", "Measure"
 
 
 def _checked(check: Callable[..., object]) -> Callable[..., Any]:
@@ -34,52 +50,291 @@ def _file(replaces: bytes) -> Callable[..., Any]:
 
 
 size, rate, amount, share = map(_checked, (check_sizes, check_rates, check_amounts, check_shares))
-seeds, page = _checked(check_seeds), _file(PAGE)
+page = _file(PAGE)
 folder_to_write = _checked(lambda **given: [destination_folder(path) for path in given.values()])
-Size = Annotated[int, typer.Option(callback=size)]
-Amount = Annotated[float, typer.Option(callback=amount)]
-Seed = Annotated[int, typer.Option(callback=seeds)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove other work that is in the folder.")]
+
+
+def _size(about: str) -> Any:
+    return typer.Option(help=about, callback=size)
+
+
+def _rate(about: str) -> Any:
+    return typer.Option(help=about, callback=rate)
+
+
+def _amount(about: str) -> Any:
+    return typer.Option(help=about, callback=amount)
+
+
+def _folder(about: str) -> Any:
+    return typer.Argument(
+        help=f"{about} Run the command again to go on after an interruption.", callback=folder_to_write
+    )
+
+
+# Arguments and options that mean the same in every command that has them.
+Model = Annotated[str, typer.Argument(help="The model: a bundled name, a folder or a hub id.")]
+ModelOrBundled = Annotated[
+    str | None, typer.Argument(help="The model: a bundled name, a folder or a hub id. The default is the bundled one.")
+]
+Texts = Annotated[
+    str,
+    typer.Argument(help="The texts: a .jsonl, .json, .txt or .parquet file (.gz may follow), or a hub dataset."),
+]
+HeldOut = Annotated[
+    str | None, typer.Option(help="Texts for validation. By default 1 % of the training texts is set aside.")
+]
+Column = Annotated[str, typer.Option(help="The field that holds the text.")]
+Split = Annotated[str, typer.Option(help="The split of a hub dataset that is read.")]
+SAEs = Annotated[
+    str | None, typer.Option(help="The folder or hub id that holds the SAEs. By default those of the model are used.")
+]
+Expansion = Annotated[int | None, _size("Use the SAEs with this many features per dimension.")]
+K = Annotated[int | None, _size("Use the SAEs with this many active features per token.")]
+OneLayer = Annotated[int | None, typer.Option(help="The layer to look at. The default is the middle one.")]
+Layers = Annotated[list[int] | None, typer.Option(help="A layer; give it several times. The default is every layer.")]
+Examples = Annotated[
+    str | None, typer.Option(help="Texts to see what features fire on. By default the model's own examples are used.")
+]
+Page = Annotated[Path, typer.Option(help="The HTML file to write.", callback=page)]
+LearningRate = Annotated[float, _rate("The largest learning rate.")]
+Bf16 = Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")]
+Seed = Annotated[int, typer.Option(help="The seed of everything random.", callback=_checked(check_seeds))]
+Device = Annotated[str | None, typer.Option(help="The device to train on, such as cpu or cuda.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace other work that is in the folder.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bilens {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def bilens() -> None:
-    """Read bilinear transformers from their weights."""
+def bilens(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Read bilinear transformers from their weights. Begin with `bilens demo`."""
 
 
-@app.command("train-lm")
-def train_lm(
-    data: Annotated[str, typer.Argument(help="Texts: .jsonl/.json/.txt/.parquet (.gz may follow) or a hub dataset.")],
-    out: Annotated[
-        Path,
-        typer.Argument(help="Folder of the model; run again to go on after an interruption.", callback=folder_to_write),
-    ],
-    valid: Annotated[str | None, typer.Option(help="Validation texts; without, 1 % of the texts is set aside.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder, published name or hub id; without, one is trained.")
+@app.command(rich_help_panel=LOOK)
+def demo(out: Page = Path("bilens_demo.html")) -> None:
+    """Show circuits of the bundled language model on one page."""
+    from bilens.pages.report import demo as write
+
+    _tell(write(out, say=typer.echo), out)
+
+
+@app.command(rich_help_panel=LOOK)
+def report(
+    model: ModelOrBundled = None,
+    layer: OneLayer = None,
+    text: Annotated[
+        str | None, typer.Option(help="The text to explain. By default each feature is shown on its strongest example.")
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Of a tokenizer trained here.", callback=size)] = 4096,
-    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
-    d_model: Size = 256,
-    n_layer: Size = 4,
-    n_head: Size = 4,
-    d_hidden: Size = 1024,
-    n_ctx: Size = 256,
-    bias: Annotated[bool, typer.Option(help="Biases in the MLP.")] = False,
-    gate: Annotated[
-        str | None, typer.Option(help="relu, silu or gelu on the left branch: not bilinear any more.")
+    feature: Annotated[
+        list[int] | None,
+        typer.Option(help="An output feature; give it several times. By default the most interesting ones are shown."),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the texts.", callback=rate)] = 10.0,
-    batch_size: Annotated[int, typer.Option(help="Contexts per step.", callback=size)] = 16,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", callback=rate)] = 2e-3,
-    weight_decay: Amount = 0.1,
-    bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
+    n: Annotated[int, _size("How many interesting features to show.")] = 3,
+    saes: SAEs = None,
+    expansion: Expansion = None,
+    k: K = None,
+    examples: Examples = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="A folder that `bilens sweep` wrote: interesting features are found in it.")
+    ] = None,
+    out: Page = Path("bilens_report.html"),
+) -> None:
+    """Explain features of one layer, on your text, on one page."""
+    from bilens.pages.report import report as write
+    from bilens.train.data import load_texts
+
+    texts = None if examples is None else load_texts(examples)
+    circuits = write(
+        model,
+        layer=layer,
+        text=text,
+        features=feature,
+        n=n,
+        saes=saes,
+        expansion=expansion,
+        k=k,
+        examples=texts,
+        sweep=sweep,
+        out=out,
+        say=typer.echo,
+    )
+    _tell(circuits, out)
+
+
+@app.command(rich_help_panel=LOOK)
+def trace(
+    text: Annotated[str, typer.Option(help="The text that the model reads.")],
+    model: ModelOrBundled = None,
+    target: Annotated[
+        str | None, typer.Option(help="The token whose logit is explained. The default is the likeliest next token.")
+    ] = None,
+    minus: Annotated[
+        str | None, typer.Option(help="A second token: what is explained is how far the target's logit is above its.")
+    ] = None,
+    feature: Annotated[
+        str | None, typer.Option(help="Explain a feature instead: SAE/INDEX@POSITION, such as 2-mlp-in/137@11.")
+    ] = None,
+    position: Annotated[
+        int, typer.Option(help="The position of the target in the text. Negative numbers count from the end.")
+    ] = -1,
+    max_nodes: Annotated[int, _size("The largest number of nodes in the graph.")] = 200,
+    saes: SAEs = None,
+    expansion: Expansion = None,
+    k: K = None,
+    examples: Examples = None,
+    check: Annotated[bool, typer.Option(help="Check the graph by intervening on the model.")] = True,
+    out: Page = Path("bilens_trace.html"),
+) -> None:
+    """Explain a next token or a feature as an interactive graph."""
+    from bilens.pages.report import trace as write
+    from bilens.train.data import load_texts
+
+    texts = None if examples is None else load_texts(examples)
+    circuit = write(
+        model,
+        text=text,
+        target=target,
+        minus=minus,
+        feature=feature,
+        position=position,
+        max_nodes=max_nodes,
+        saes=saes,
+        expansion=expansion,
+        k=k,
+        examples=texts,
+        check=check,
+        out=out,
+        say=typer.echo,
+    )
+    _tell([circuit], out)
+
+
+@app.command(rich_help_panel=LOOK)
+def gallery(
+    model: ModelOrBundled = None,
+    layer: Layers = None,
+    n: Annotated[int, _size("How many pairs of each kind to show for each layer.")] = 3,
+    saes: SAEs = None,
+    expansion: Expansion = None,
+    k: K = None,
+    examples: Examples = None,
+    out: Page = Path("bilens_gallery.html"),
+) -> None:
+    """Find pairs of features that act like AND, XOR or inhibition."""
+    from bilens.pages.report import gallery as write
+    from bilens.train.data import load_texts
+
+    texts = None if examples is None else load_texts(examples)
+    found = write(
+        model, layers=layer, n=n, saes=saes, expansion=expansion, k=k, examples=texts, out=out, say=typer.echo
+    )
+    _tell([found], out)
+
+
+@app.command(rich_help_panel=LOOK)
+def features(
+    model: Model,
+    data: Texts,
+    out: Annotated[Path, _folder("The folder of the store.")],
+    saes: SAEs = None,
+    expansion: Expansion = None,
+    k: K = None,
+    sae: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An SAE's name, such as 1-mlp-out-x8-k32; give it several times. The default is all of them."
+        ),
+    ] = None,
+    max_texts: Annotated[int | None, _size("The largest number of texts to read.")] = None,
+    n_top: Annotated[int, _size("How many of each feature's strongest contexts to store.")] = 12,
+    split: Split = "train",
+    column: Column = "text",
     seed: Seed = 0,
-    dtype: Annotated[str, typer.Option(help="Of the weights on disk: float32, bfloat16, float16.")] = "float32",
-    device: str | None = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a bilinear language model (and its tokenizer) and write it in the published format."""
+    """Store what every SAE feature fires on, over a large corpus.
+
+    Texts are read as they are needed. Under torchrun the processes share the work.
+    """
+    from bilens._core import parallel
+    from bilens.model.loading import load_model
+    from bilens.pages.report import model_saes
+    from bilens.sae.features.store import FeatureStoreConfig, build_feature_store
+
+    with parallel.processes():
+        loaded = load_model(model, device=parallel.local_device())
+        found = model_saes(loaded, saes, expansion, k)
+        if unknown := [name for name in sae or () if name not in found]:
+            raise ArgumentError(f"there is no SAE {unknown[0]!r} among {', '.join(found)}.")
+        found = {name: found[name] for name in sae or found}
+        config = FeatureStoreConfig(max_texts=max_texts, n_top=n_top, seed=seed)
+        store = build_feature_store(
+            loaded, found, data, out, config=config, split=split, column=column, overwrite=overwrite
+        )
+        if parallel.is_main():
+            typer.echo(f"{store}\nwritten to {out}")
+
+
+@app.command(rich_help_panel=LOOK)
+def dashboard(
+    store: Annotated[Path, typer.Argument(help="The folder that `bilens features` wrote.")],
+    sae: Annotated[str, typer.Option(help="The SAE's name, such as 1-mlp-out-x8-k32.")],
+    feature: Annotated[list[int], typer.Option(help="A feature to show; give it several times.")],
+    out: Page = Path("bilens_features.html"),
+) -> None:
+    """Show what features of such a store fire on, on one page."""
+    from bilens.pages.dashboard import FeatureDashboard
+    from bilens.sae.features.store import FeatureStore
+
+    features = FeatureStore.load(store)[sae]
+    records = [features.feature(index) for index in feature]
+    FeatureDashboard(records).save(out)
+    for record in records:
+        typer.echo(f"{record}\n")
+    typer.echo(f"{out.resolve()} written ({out.stat().st_size / 1e6:.1f} MB): open it in a browser.")
+
+
+@app.command("train-lm", rich_help_panel=TRAIN)
+def train_lm(
+    data: Texts,
+    out: Annotated[Path, _folder("The folder of the model.")],
+    valid: HeldOut = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer's folder, published name or hub id. By default one is trained.")
+    ] = None,
+    vocab_size: Annotated[int, _size("The size of the vocabulary of a tokenizer that is trained.")] = 4096,
+    column: Column = "text",
+    d_model: Annotated[int, _size("The width of the residual stream.")] = 256,
+    n_layer: Annotated[int, _size("The number of layers.")] = 4,
+    n_head: Annotated[int, _size("The number of attention heads in a layer.")] = 4,
+    d_hidden: Annotated[int, _size("The number of hidden units of an MLP.")] = 1024,
+    n_ctx: Annotated[int, _size("The number of tokens in a context.")] = 256,
+    bias: Annotated[bool, typer.Option(help="Give the MLPs biases.")] = False,
+    gate: Annotated[
+        str | None, typer.Option(help="Put relu, silu or gelu on the left branch. The model is then not bilinear.")
+    ] = None,
+    epochs: Annotated[float, _rate("The number of passes over the texts.")] = 10.0,
+    batch_size: Annotated[int, _size("The number of contexts in a step.")] = 16,
+    lr: LearningRate = 2e-3,
+    weight_decay: Annotated[float, _amount("The weight decay of AdamW.")] = 0.1,
+    bf16: Bf16 = True,
+    seed: Seed = 0,
+    dtype: Annotated[
+        str, typer.Option(help="The type of the saved weights: float32, bfloat16 or float16.")
+    ] = "float32",
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a bilinear language model and its tokenizer."""
     from bilens.train.language_model import TrainConfig
     from bilens.train.language_model import train_lm as train
 
@@ -113,124 +368,42 @@ def train_lm(
     typer.echo(f"{result.validations[-1]}\nmodel written to {out}")
 
 
-@app.command()
-def anneal(
-    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id; with a gate, or with norms.")],
-    data: Annotated[str, typer.Argument(help="Texts, as for train-lm.")],
-    out: Annotated[
-        Path,
-        typer.Argument(help="Folder of the model; run again to go on after an interruption.", callback=folder_to_write),
-    ],
-    valid: Annotated[str | None, typer.Option(help="Validation texts; without, 1 % of the texts is set aside.")] = None,
-    normalization: Annotated[
-        bool, typer.Option("--normalization", help="Take the norms away too; without, only the gate.")
-    ] = False,
-    scratch: Annotated[
-        str | None, typer.Option(help="A model to compare with, such as a bilinear one trained from scratch.")
-    ] = None,
-    ramp: Annotated[
-        float, typer.Option(help="Share of the steps in which the nonlinearity goes.", callback=share)
-    ] = 0.5,
-    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
-    epochs: Annotated[float, typer.Option(help="Passes over the texts.", callback=rate)] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Contexts per step.", callback=size)] = 16,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", callback=rate)] = 1e-3,
-    bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
-    seed: Seed = 1,
-    overwrite: Overwrite = False,
-) -> None:
-    """Turn a gated or normalised model into a bilinear one while training it on."""
-    from bilens.train.annealing import AnnealConfig
-    from bilens.train.annealing import anneal as run
-
-    config = AnnealConfig(
-        normalization=normalization, ramp=ramp, epochs=epochs, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed
-    )
-    result = run(model, data, out, config, valid=valid, scratch=scratch, column=column, overwrite=overwrite)
-    typer.echo(f"{result}\nmodel written to {out}")
-
-
-@app.command("train-image")
-def train_image(
-    data: Annotated[str, typer.Argument(help="digits, mnist, fashion_mnist, a folder, an .npz file or a hub dataset.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the model.", callback=folder_to_write)],
-    d_hidden: Size = 256,
-    n_layer: Size = 1,
-    bias: Annotated[bool, typer.Option(help="Biases on both branches.")] = False,
-    residual: Annotated[bool, typer.Option(help="Every layer adds its input.")] = False,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.", callback=size)] = 40,
-    batch_size: Annotated[int, typer.Option(help="Images per step.", callback=size)] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start.", callback=rate)] = 3e-3,
-    weight_decay: Amount = 0.5,
-    noise: Annotated[
-        float, typer.Option(help="Standard deviation of noise on the pixels, which are 0 to 1.", callback=amount)
-    ] = 0.3,
-    latent_noise: Annotated[
-        float, typer.Option(help="Of noise on every layer's input, in its own size.", callback=amount)
-    ] = 0.0,
-    rotation: Annotated[float, typer.Option(help="Degrees either way.", callback=amount)] = 0.0,
-    translation: Annotated[float, typer.Option(help="Pixels either way.", callback=amount)] = 0.0,
-    blur: Annotated[float, typer.Option(help="Largest standard deviation, in pixels.", callback=amount)] = 0.0,
-    seed: Seed = 0,
-    device: str | None = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train a bilinear image classifier and write it as config.json and model.safetensors."""
-    from bilens.vision.training import ImageTrainConfig, train_classifier
-
-    config = ImageTrainConfig(
-        d_hidden=d_hidden,
-        n_layer=n_layer,
-        bias=bias,
-        residual=residual,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        noise=noise,
-        latent_noise=latent_noise,
-        rotation=rotation,
-        translation=translation,
-        blur=blur,
-        seed=seed,
-    )
-    trained = train_classifier(data, config, out, device=device, overwrite=overwrite)
-    typer.echo(f"{trained}\nmodel written to {out}")
-
-
-@app.command("train-sae")
+@app.command("train-sae", rich_help_panel=TRAIN)
 def train_sae(
-    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
-    data: Annotated[str, typer.Argument(help="Texts, as for train-lm.")],
-    out: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder of the SAE folders; run again to go on after an interruption.", callback=folder_to_write
-        ),
-    ],
+    model: Model,
+    data: Texts,
+    out: Annotated[Path, _folder("The folder in which every SAE has a folder.")],
     hook: Annotated[
         list[str] | None,
-        typer.Option(help="Repeatable; READ:WRITE is a transcoder; without, every MLP's input and output."),
+        typer.Option(
+            help="A hook to train an SAE on, or READ:WRITE for a transcoder; give it several times. "
+            "The default is the input and output of every MLP."
+        ),
     ] = None,
     architecture: Annotated[
-        str, typer.Option(help="topk, batchtopk, matryoshka_batchtopk, jumprelu, standard, gated or scope.")
+        str,
+        typer.Option(
+            help="The kind of SAE: topk, batchtopk, matryoshka_batchtopk, jumprelu, standard, gated or scope."
+        ),
     ] = "topk",
-    expansion: Annotated[int, typer.Option(help="Features per dimension.", callback=size)] = 8,
-    k: Annotated[int, typer.Option(help="Active features per token; jumprelu aims at it.", callback=size)] = 32,
-    l1: Annotated[float, typer.Option(help="Sparsity of standard and gated, in place of k.", callback=amount)] = 5.0,
-    bilinear_encoder: Annotated[bool, typer.Option(help="Of scope.")] = False,
-    encoder_bias: Annotated[bool, typer.Option(help="Of scope.")] = False,
-    tokens: Annotated[int, typer.Option(help="Training tokens.", callback=size)] = 1_000_000,
-    batch_size: Annotated[int, typer.Option(help="Tokens per step.", callback=size)] = 1024,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", callback=rate)] = 1e-3,
-    bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
-    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Of a hub dataset.")] = "train",
-    streaming: Annotated[bool, typer.Option(help="Read texts as they are needed: data larger than memory.")] = False,
+    expansion: Annotated[int, _size("The number of features per dimension.")] = 8,
+    k: Annotated[int, _size("The number of active features per token. For jumprelu it is the aim.")] = 32,
+    l1: Annotated[float, _amount("The sparsity penalty of the standard and gated kinds, which have no k.")] = 5.0,
+    bilinear_encoder: Annotated[bool, typer.Option(help="Give the scope kind a bilinear encoder.")] = False,
+    encoder_bias: Annotated[bool, typer.Option(help="Give the scope kind an encoder bias.")] = False,
+    tokens: Annotated[int, _size("The number of training tokens.")] = 1_000_000,
+    batch_size: Annotated[int, _size("The number of tokens in a step.")] = 1024,
+    lr: LearningRate = 1e-3,
+    bf16: Bf16 = True,
+    column: Column = "text",
+    split: Split = "train",
+    streaming: Annotated[
+        bool, typer.Option(help="Read texts as they are needed, for data larger than memory.")
+    ] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train SAEs or transcoders with SAELens, all hooks from one pass over the model."""
+    """Train SAEs or transcoders, all from one pass over the model."""
     from bilens._core import parallel
     from bilens.model.loading import load_model
     from bilens.sae.train.training import SAETrainConfig, train_saes
@@ -266,24 +439,26 @@ def train_sae(
             typer.echo(f"{len(trained)} SAEs written to {out}: {', '.join(trained)}")
 
 
-@app.command("finetune-sae")
+@app.command("finetune-sae", rich_help_panel=TRAIN)
 def finetune_sae(
-    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
-    data: Annotated[str, typer.Argument(help="Texts, as for train-lm.")],
+    model: Model,
+    data: Texts,
     folder: Annotated[
         Path,
-        typer.Argument(help="Folder of the SAE folders; what is tuned replaces what was.", callback=folder_to_write),
+        typer.Argument(
+            help="The folder of the SAEs. The tuned SAEs replace those they were made from.", callback=folder_to_write
+        ),
     ],
-    sae: Annotated[list[str], typer.Option(help="Repeatable: the SAE's folder, such as 2-mlp-out-x8-k32.")],
-    tokens: Annotated[int, typer.Option(help="Training tokens.", callback=size)] = 4_000_000,
-    batch_size: Annotated[int, typer.Option(help="Contexts per step.", callback=size)] = 8,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", callback=rate)] = 1e-3,
-    bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.")] = True,
-    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+    sae: Annotated[list[str], typer.Option(help="An SAE's name, such as 2-mlp-out-x8-k32; give it several times.")],
+    tokens: Annotated[int, _size("The number of training tokens.")] = 4_000_000,
+    batch_size: Annotated[int, _size("The number of contexts in a step.")] = 8,
+    lr: LearningRate = 1e-3,
+    bf16: Bf16 = True,
+    column: Column = "text",
     seed: Seed = 1,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fine-tune trained SAEs on the output of the model they are spliced into; run again to go on."""
+    """Tune trained SAEs on the output of the model they run in."""
     from bilens.model.loading import load_model
     from bilens.sae.loading import load_sae_folder
     from bilens.sae.train.finetuning import FinetuneConfig, finetune_saes
@@ -298,267 +473,164 @@ def finetune_sae(
     typer.echo(f"{len(saes)} SAEs in {folder} fine-tuned: {', '.join(saes)}")
 
 
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
-    data: Annotated[str, typer.Argument(help="Texts that neither the model nor the SAEs were trained on.")],
-    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.", callback=_file(b"{"))] = None,
-    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
+@app.command("train-image", rich_help_panel=TRAIN)
+def train_image(
+    data: Annotated[
+        str,
+        typer.Argument(help="The images: digits, mnist, fashion_mnist, a folder, an .npz file or a hub dataset."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder of the model.", callback=folder_to_write)],
+    d_hidden: Annotated[int, _size("The number of hidden units of a layer.")] = 256,
+    n_layer: Annotated[int, _size("The number of layers.")] = 1,
+    bias: Annotated[bool, typer.Option(help="Give both branches biases.")] = False,
+    residual: Annotated[bool, typer.Option(help="Let every layer add its input to its output.")] = False,
+    epochs: Annotated[int, _size("The number of passes over the training images.")] = 40,
+    batch_size: Annotated[int, _size("The number of images in a step.")] = 128,
+    lr: LearningRate = 3e-3,
+    weight_decay: Annotated[float, _amount("The weight decay of AdamW.")] = 0.5,
+    noise: Annotated[float, _amount("The standard deviation of noise on the pixels, which are 0 to 1.")] = 0.3,
+    latent_noise: Annotated[
+        float, _amount("The standard deviation of noise on every layer's input, relative to the input.")
+    ] = 0.0,
+    rotation: Annotated[float, _amount("The largest rotation of an image, in degrees.")] = 0.0,
+    translation: Annotated[float, _amount("The largest shift of an image, in pixels.")] = 0.0,
+    blur: Annotated[float, _amount("The largest standard deviation of a blur, in pixels.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Validation loss of a model; sparsity, explained variance and loss recovered of its SAEs."""
+    """Train a bilinear image classifier."""
+    from bilens.vision.training import ImageTrainConfig, train_classifier
+
+    config = ImageTrainConfig(
+        d_hidden=d_hidden,
+        n_layer=n_layer,
+        bias=bias,
+        residual=residual,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        noise=noise,
+        latent_noise=latent_noise,
+        rotation=rotation,
+        translation=translation,
+        blur=blur,
+        seed=seed,
+    )
+    trained = train_classifier(data, config, out, device=device, overwrite=overwrite)
+    typer.echo(f"{trained}\nmodel written to {out}")
+
+
+@app.command(rich_help_panel=TRAIN)
+def anneal(
+    model: Annotated[
+        str, typer.Argument(help="The model: a bundled name, a folder or a hub id. It has a gate, or norms.")
+    ],
+    data: Texts,
+    out: Annotated[Path, _folder("The folder of the model.")],
+    valid: HeldOut = None,
+    normalization: Annotated[
+        bool, typer.Option("--normalization", help="Take the norms away too. By default only the gate goes.")
+    ] = False,
+    scratch: Annotated[
+        str | None,
+        typer.Option(help="A model to compare with, for example a bilinear one that was trained from scratch."),
+    ] = None,
+    ramp: Annotated[
+        float, typer.Option(help="The share of the steps over which the nonlinearity goes.", callback=share)
+    ] = 0.5,
+    column: Column = "text",
+    epochs: Annotated[float, _rate("The number of passes over the texts.")] = 1.0,
+    batch_size: Annotated[int, _size("The number of contexts in a step.")] = 16,
+    lr: LearningRate = 1e-3,
+    bf16: Bf16 = True,
+    seed: Seed = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a gated or normalised model bilinear by training it on."""
+    from bilens.train.annealing import AnnealConfig
+    from bilens.train.annealing import anneal as run
+
+    config = AnnealConfig(
+        normalization=normalization, ramp=ramp, epochs=epochs, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed
+    )
+    result = run(model, data, out, config, valid=valid, scratch=scratch, column=column, overwrite=overwrite)
+    typer.echo(f"{result}\nmodel written to {out}")
+
+
+@app.command(rich_help_panel=MEASURE)
+def evaluate(
+    model: Model,
+    data: Texts,
+    saes: SAEs = None,
+    expansion: Expansion = None,
+    k: K = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write the figures to.", callback=_file(b"{"))] = None,
+    column: Column = "text",
+) -> None:
+    """Measure the loss of a model and the quality of its SAEs.
+
+    Neither the model nor the SAEs should have been trained on the texts.
+    """
     from bilens.pages.report import evaluate as run
     from bilens.train.data import load_texts
 
-    card = run(model, load_texts(data, column=column), saes)
+    card = run(model, load_texts(data, column=column), saes, expansion=expansion, k=k)
     typer.echo(str(card))
     if out is not None:
         card.save(out)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def sweep(
-    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
-    out: Annotated[
-        Path,
-        typer.Argument(help="Folder of the sweep; run again to go on after an interruption.", callback=folder_to_write),
-    ],
-    layer: Annotated[list[int] | None, typer.Option(help="Repeatable; without, every layer.")] = None,
-    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
-    expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.", callback=size)] = None,
-    sparsity: Annotated[
-        int | None, typer.Option(help="The k of the SAEs, where there are several.", callback=size)
-    ] = None,
-    k: Annotated[int, typer.Option(help="Leading eigenpairs of every output feature.", callback=size)] = 2,
-    full: Annotated[bool, typer.Option(help="Effective ranks too, from all eigenvalues.")] = False,
-    memory: Annotated[float, typer.Option(help="GB to use besides the model.", callback=rate)] = 1.0,
+    model: Model,
+    out: Annotated[Path, _folder("The folder of the sweep.")],
+    layer: Layers = None,
+    saes: SAEs = None,
+    expansion: Expansion = None,
+    k: K = None,
+    pairs: Annotated[int, _size("The number of leading eigenpairs of every output feature.")] = 2,
+    full: Annotated[bool, typer.Option(help="Compute effective ranks too, from all eigenvalues.")] = False,
+    memory: Annotated[float, _rate("The gigabytes of memory to use besides the model's.")] = 1.0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Spectra of all output features of a whole model; under torchrun, its processes share the work."""
+    """Compute the spectra of all output features of a whole model.
+
+    Under torchrun the processes share the work.
+    """
     from bilens.decompose.sweep import sweep as write
     from bilens.model.loading import load_model
     from bilens.pages.report import layer_decomposers
 
-    loaded = load_model(model)
-    decomposers = layer_decomposers(loaded, layer, saes, expansion, sparsity)
-    typer.echo(str(write(decomposers, out, k=k, full=full, memory=round(memory * 2**30), overwrite=overwrite)))
+    decomposers = layer_decomposers(load_model(model), layer, saes, expansion, k)
+    typer.echo(str(write(decomposers, out, k=pairs, full=full, memory=round(memory * 2**30), overwrite=overwrite)))
 
 
-@app.command()
-def features(
-    model: Annotated[str, typer.Argument(help="Bundled name, folder or hub id.")],
-    data: Annotated[str, typer.Argument(help="Texts, as for train-lm; streamed, so of any size.")],
-    out: Annotated[
-        Path,
-        typer.Argument(help="Folder of the store; run again to go on after an interruption.", callback=folder_to_write),
-    ],
-    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
-    sae: Annotated[
-        list[str] | None, typer.Option(help="Repeatable: an SAE's folder, such as 1-mlp-out-x8-k32; without, all.")
-    ] = None,
-    max_texts: Annotated[int | None, typer.Option(help="At most this many texts.", callback=size)] = None,
-    n_top: Annotated[int, typer.Option(help="Strongest contexts kept of each feature.", callback=size)] = 12,
-    split: Annotated[str, typer.Option(help="Of a hub dataset.")] = "train",
-    column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
-    seed: Annotated[int, typer.Option(help="Of the random contexts.", callback=seeds)] = 0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Store what every SAE feature fires on over a corpus; several processes share it under torchrun."""
-    from bilens._core import parallel
-    from bilens.model.loading import load_model
-    from bilens.pages.report import sae_source
-    from bilens.sae.features.store import FeatureStoreConfig, build_feature_store
-    from bilens.sae.loading import list_saes, load_sae
-
-    with parallel.processes():
-        device = parallel.local_device()
-        loaded = load_model(model, device=device)
-        place = saes or sae_source(loaded.cfg.model_name)
-        entries = {entry.folder: entry for entry in list_saes(place)}
-        if not entries:
-            raise ArgumentError(f"{place} holds no SAEs: say where they are (--saes).")
-        if unknown := [name for name in sae or () if name not in entries]:
-            raise ArgumentError(f"{place} has no SAE {unknown[0]!r}; it has {', '.join(entries)}.")
-        found = {
-            name: load_sae(
-                place,
-                e.point,
-                e.layer,
-                e.expansion,
-                e.k,
-                e.tag or "",
-                device=device,
-                n_layers=loaded.cfg.n_layers,
-                scale_attn=loaded.cfg.scale_attn,
-            )
-            for name, e in entries.items()
-            if not sae or name in sae
-        }
-        config = FeatureStoreConfig(max_texts=max_texts, n_top=n_top, seed=seed)
-        store = build_feature_store(
-            loaded, found, data, out, config=config, split=split, column=column, overwrite=overwrite
-        )
-        if parallel.is_main():
-            typer.echo(f"{store}\nwritten to {out}")
-
-
-@app.command()
-def dashboard(
-    store: Annotated[Path, typer.Argument(help="Folder that `bilens features` wrote.")],
-    sae: Annotated[str, typer.Option(help="Which SAE, such as 1-mlp-out-x8-k32.")],
-    feature: Annotated[list[int], typer.Option(help="Repeatable: the features to show.")],
-    out: Annotated[Path, typer.Option(help="The HTML file.", callback=page)] = Path("bilens_features.html"),
-) -> None:
-    """Write what features fire on to one self-contained HTML file."""
-    from bilens.pages.dashboard import FeatureDashboard
-    from bilens.sae.features.store import FeatureStore
-
-    features = FeatureStore.load(store)[sae]
-    records = [features.feature(index) for index in feature]
-    FeatureDashboard(records).save(out)
-    for record in records:
-        typer.echo(f"{record}\n")
-    typer.echo(f"{out.resolve()} written ({out.stat().st_size / 1e6:.1f} MB): open it in a browser.")
-
-
-@app.command()
-def report(
-    model: Annotated[
-        str | None, typer.Argument(help="Bundled name, folder or hub id; without, the bundled one.")
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="Which MLP; without, the middle one.")] = None,
-    text: Annotated[str | None, typer.Option(help="To explain; without, each feature's strongest example.")] = None,
-    feature: Annotated[list[int] | None, typer.Option(help="Repeatable; without, the most interesting ones.")] = None,
-    n: Annotated[int, typer.Option(help="How many interesting ones.", callback=size)] = 3,
-    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
-    expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.", callback=size)] = None,
-    k: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.", callback=size)] = None,
-    examples: Annotated[str | None, typer.Option(help="Texts for examples; without, the model's own.")] = None,
-    sweep: Annotated[
-        Path | None, typer.Option(help="What `bilens sweep` wrote: interesting features are found from it.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The HTML file.", callback=page)] = Path("bilens_report.html"),
-) -> None:
-    """Write a report on the circuits of one layer: one self-contained HTML file."""
-    from bilens.pages.report import report as write
-    from bilens.train.data import load_texts
-
-    texts = None if examples is None else load_texts(examples)
-    circuits = write(
-        model,
-        layer=layer,
-        text=text,
-        features=feature,
-        n=n,
-        saes=saes,
-        expansion=expansion,
-        k=k,
-        examples=texts,
-        sweep=sweep,
-        out=out,
-        say=typer.echo,
-    )
-    _tell(circuits, out)
-
-
-@app.command()
-def trace(
-    text: Annotated[str, typer.Option(help="What the model reads.")],
-    model: Annotated[
-        str | None, typer.Argument(help="Bundled name, folder or hub id; without, the bundled one.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Token whose logit to explain; without, the likeliest next one.")
-    ] = None,
-    minus: Annotated[str | None, typer.Option(help="Token whose logit is taken off.")] = None,
-    feature: Annotated[
-        str | None, typer.Option(help="A feature to explain instead, such as 2-mlp-in/137@11 (index, position).")
-    ] = None,
-    position: Annotated[int, typer.Option(help="Of the target; negative counts from the end.")] = -1,
-    max_nodes: Annotated[int, typer.Option(help="Kept at most.", callback=size)] = 200,
-    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
-    expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.", callback=size)] = None,
-    k: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.", callback=size)] = None,
-    examples: Annotated[str | None, typer.Option(help="Texts for examples; without, the model's own.")] = None,
-    check: Annotated[bool, typer.Option(help="Check the circuit by intervention.")] = True,
-    out: Annotated[Path, typer.Option(help="The HTML file.", callback=page)] = Path("bilens_trace.html"),
-) -> None:
-    """Trace a logit or a feature back to the tokens: an interactive graph in one self-contained HTML file."""
-    from bilens.pages.report import trace as write
-    from bilens.train.data import load_texts
-
-    texts = None if examples is None else load_texts(examples)
-    circuit = write(
-        model,
-        text=text,
-        target=target,
-        minus=minus,
-        feature=feature,
-        position=position,
-        max_nodes=max_nodes,
-        saes=saes,
-        expansion=expansion,
-        k=k,
-        examples=texts,
-        check=check,
-        out=out,
-        say=typer.echo,
-    )
-    _tell([circuit], out)
-
-
-@app.command()
-def gallery(
-    model: Annotated[
-        str | None, typer.Argument(help="Bundled name, folder or hub id; without, the bundled one.")
-    ] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="Repeatable; without, every layer.")] = None,
-    n: Annotated[int, typer.Option(help="Entries of each kind and layer.", callback=size)] = 3,
-    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
-    expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.", callback=size)] = None,
-    k: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.", callback=size)] = None,
-    examples: Annotated[str | None, typer.Option(help="Texts for examples; without, the model's own.")] = None,
-    out: Annotated[Path, typer.Option(help="The HTML file.", callback=page)] = Path("bilens_gallery.html"),
-) -> None:
-    """Pairs of features that make an AND, XOR, AND NOT or inhibition: a gallery in one self-contained HTML file."""
-    from bilens.pages.report import gallery as write
-    from bilens.train.data import load_texts
-
-    texts = None if examples is None else load_texts(examples)
-    found = write(
-        model, layers=layer, n=n, saes=saes, expansion=expansion, k=k, examples=texts, out=out, say=typer.echo
-    )
-    _tell([found], out)
-
-
-@app.command()
-def demo(out: Annotated[Path, typer.Option(help="The HTML file.", callback=page)] = Path("bilens_demo.html")) -> None:
-    """Circuits of the bundled model: which pairs of input features build an output feature, in which tokens."""
-    from bilens.pages.report import demo as write
-
-    _tell(write(out, say=typer.echo), out)
-
-
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def reproduce(
-    names: Annotated[list[str] | None, typer.Argument(help="Which recipes; without, they are listed.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the pages and tables.", callback=folder_to_write)] = Path(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="The recipes to run. Without a name, all recipes are listed.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Run all recipes.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder of the pages and tables.", callback=folder_to_write)] = Path(
         "bilens_reproductions"
     ),
-    model: Annotated[
-        str | None, typer.Option(help="Bundled name, folder or hub id, for the recipes on language models.")
+    model: Annotated[str | None, typer.Option(help="The language model: a bundled name, a folder or a hub id.")] = None,
+    saes: SAEs = None,
+    expansion: Expansion = None,
+    k: K = None,
+    layer: Annotated[
+        int | None, typer.Option(help="The only layer to measure. By default each recipe chooses its layers.")
     ] = None,
-    saes: Annotated[str | None, typer.Option(help="Folder or hub id of the SAEs; without, the model's own.")] = None,
-    layer: Annotated[int | None, typer.Option(help="The one layer to measure; without, the recipe's choice.")] = None,
-    expansion: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.", callback=size)] = None,
-    k: Annotated[int | None, typer.Option(help="Which SAEs, where there are several.", callback=size)] = None,
-    texts: Annotated[str | None, typer.Option(help="Held-out texts; without, the model's own examples.")] = None,
-    images: Annotated[str, typer.Option(help="As for train-image, for the recipes on image classifiers.")] = "digits",
-    reduced: Annotated[bool, typer.Option(help="Everything small, to see that it runs.")] = False,
+    texts: Annotated[
+        str | None, typer.Option(help="Held-out texts. By default the model's own examples are used.")
+    ] = None,
+    images: Annotated[str, typer.Option(help="The images for recipes on classifiers, as for train-image.")] = "digits",
+    reduced: Annotated[bool, typer.Option(help="Make everything small, to see that it runs.")] = False,
     seed: Seed = 0,
 ) -> None:
-    """Make figures of the papers again, as far as this machine can: a page each, and a table "paper / here"."""
+    """Make figures of the papers again, beside what the paper says."""
     from bilens.reproduce import RECIPES, Settings, check_settings, recipe
 
     chosen = list(RECIPES.values()) if everything else [recipe(name) for name in names or []]

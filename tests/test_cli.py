@@ -3,12 +3,17 @@
 import gzip
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
+import bilens
 from bilens.cli import app
 from bilens.errors import BilensError
 from bilens.sae.train.training import SAETrainConfig, train_saes
@@ -45,12 +50,16 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         "tiny texts.jsonl tiny-scope --sae 0-mlp-in-x2-k4",
         {"tokens": "size", "batch-size": "size", "lr": "rate", "seed": "seed"},
     ),
-    "sweep": ("tiny OUT", {"k": "size", "expansion": "size", "sparsity": "size", "memory": "rate"}),
-    "features": ("tiny texts.jsonl OUT", {"max-texts": "size", "n-top": "size", "seed": "seed"}),
+    "evaluate": ("tiny texts.jsonl", {"expansion": "size", "k": "size"}),
+    "sweep": ("tiny OUT", {"k": "size", "expansion": "size", "pairs": "size", "memory": "rate"}),
+    "features": (
+        "tiny texts.jsonl OUT",
+        dict.fromkeys(("max-texts", "n-top", "expansion", "k"), "size") | {"seed": "seed"},
+    ),
     "report": ("tiny --out page.html", {"n": "size", "expansion": "size", "k": "size"}),
     "trace": ("tiny --text fox --out page.html", {"max-nodes": "size", "expansion": "size", "k": "size"}),
     "gallery": ("tiny --out page.html", {"n": "size", "expansion": "size", "k": "size"}),
-    "reproduce": ("--out OUT", {"seed": "seed"}),
+    "reproduce": ("--out OUT", {"seed": "seed", "expansion": "size", "k": "size"}),
 }
 WRONG_VALUES = [
     f"{command} {arguments} --{option} {value}"
@@ -104,6 +113,7 @@ WRONG = {
     "finetune-sae tiny texts.jsonl tiny-scope --sae 0-mlp-in-x2-k4 --tokens 1": "fewer than the",
     "finetune-sae tiny texts.jsonl tiny-scope": "--sae",
     "evaluate tiny texts.jsonl --saes nowhere": "nowhere",
+    "evaluate tiny texts.jsonl --k 5": "no SAE of expansion any and k 5; it holds 0-mlp-in-x2-k4",
     "evaluate tiny texts.jsonl --saes tiny-scope --out texts.jsonl/x": "no folder to be had",
     "evaluate tiny texts.jsonl --saes tiny-scope --out page.txt": "of another kind",
     "evaluate tiny texts.jsonl --saes tiny-scope --out /dev/null": "device",
@@ -215,3 +225,44 @@ def test_there_are_many(place: Path) -> None:
     assert len(lines) > 300
     commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert commands <= {line[0] for line in lines}
+
+
+def test_help_groups_the_commands_and_cuts_nothing_off() -> None:
+    """At the width of a terminal of 80 columns; `demo` comes first."""
+    shown = CliRunner().invoke(app, ["--help"], terminal_width=80).output
+    headings = [line.rstrip(":") for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Options", "Look", "Train", "Measure"]
+    assert shown.split("Look:")[1].split()[0] == "demo"
+    assert "..." not in shown.split("Look:")[1]
+    for command in app.registered_commands:
+        name = command.name or str(getattr(command.callback, "__name__", ""))
+        [line] = [line for line in shown.splitlines() if line.split()[:1] == [name]]
+        assert line.endswith("."), f"the summary of {name} does not fit on a line"
+
+
+def test_every_option_says_in_a_sentence_what_it_is() -> None:
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    for name, command in group.commands.items():
+        for one in command.params:
+            text = str(getattr(one, "help", ""))
+            assert text[:1].isupper(), f"{name} {one.name}: {text!r}"
+            assert text.endswith("."), f"{name} {one.name}: {text!r}"
+            assert one.name != "k" or "active features per token" in text, f"--k of {name} is the SAE's everywhere"
+
+
+def test_version() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"bilens {bilens.__version__}\n")
+
+
+def test_recipes_are_listed_at_once() -> None:
+    """Nothing heavy is imported for the list."""
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom bilens.cli import app\n"
+        "shown = CliRunner().invoke(app, ['reproduce'])\n"
+        "assert 'figure 2A' in shown.output, shown\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'pandas'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

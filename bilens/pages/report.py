@@ -442,21 +442,72 @@ class ModelCard:
 
 
 def evaluate(
-    source: str | os.PathLike[str] | None, texts: list[str], saes: str | os.PathLike[str] | None = None
+    source: str | os.PathLike[str] | None,
+    texts: list[str],
+    saes: str | os.PathLike[str] | None = None,
+    *,
+    expansion: int | None = None,
+    k: int | None = None,
 ) -> ModelCard:
-    """Measure a model and all of its SAEs.
+    """Measure a model and its SAEs.
 
     Args:
         source: what `load_model` takes.
-        texts: not seen in training.
-        saes: where `list_saes` finds them; `None` is as for `report`.
+        texts: texts that neither the model nor the SAEs were trained on.
+        saes, expansion, k: the SAEs, as for `model_saes`.
+
+    Raises:
+        ArgumentError: there are no such SAEs.
     """
     model = load_model(source)
-    place = saes if saes is not None else sae_source(model.cfg.model_name)
-    found = {e.folder: load_sae(place, e.point, e.layer, e.expansion, e.k, e.tag or "") for e in list_saes(place)}
+    found = model_saes(model, saes, expansion, k)
     loss = validate(model, TokenizedTexts.from_texts(texts, model.tokenizer, bool(model.n_bos)))
     scores = evaluate_saes(model, found, texts)
     return ModelCard(model.cfg.model_name, len(texts), loss.nats_per_token, loss.nats_per_character, scores)
+
+
+def model_saes(
+    model: HookedBilinearTransformer,
+    saes: str | os.PathLike[str] | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+) -> dict[str, SAE[Any]]:
+    """All SAEs of a model, by the names of their folders, on the model's device.
+
+    Args:
+        model: the model.
+        saes: where `list_saes` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion: only SAEs with this many features per dimension.
+        k: only SAEs with this many active features per token.
+
+    Raises:
+        ArgumentError: there are no such SAEs.
+    """
+    place = saes if saes is not None else sae_source(model.cfg.model_name)
+    entries = list_saes(place)
+    if not entries:
+        raise ArgumentError(f"{place} holds no SAEs: say where they are (saes=, --saes).")
+    chosen = [one for one in entries if expansion in (None, one.expansion) and k in (None, one.k)]
+    if not chosen:
+        there = ", ".join(one.folder for one in entries)
+        raise ArgumentError(
+            f"{place} holds no SAE of expansion {expansion or 'any'} and k {k or 'any'}; it holds {there}."
+        )
+    cfg, device = model.cfg, model.W_E.device
+    return {
+        one.folder: load_sae(
+            place,
+            one.point,
+            one.layer,
+            one.expansion,
+            one.k,
+            one.tag or "",
+            device=device,
+            n_layers=cfg.n_layers,
+            scale_attn=cfg.scale_attn,
+        )
+        for one in chosen
+    }
 
 
 def sae_source(model_name: str) -> str:
