@@ -104,7 +104,6 @@ class Fixtures:
         self.frozen = attribute.freeze(self.model, TEXTS[0], self.saes)
         self.circuit = Circuit.trace(self.model, self.saes, TEXTS[0])
         self.circuit.save(root / "circuit.safetensors")
-        self.circuit.save_graphml(root / "circuit.graphml")
         (root / "graph.json").write_text(json.dumps(self.circuit.to_attribution_graph()))
         self.classifier = vision.BilinearClassifier(vision.ClassifierConfig(16, 6, 3), seed=0)
         self.classifier.save_pretrained(root / "classifier")
@@ -159,7 +158,6 @@ def calls(f: Fixtures) -> dict[str, tuple[Callable, dict[str, Any]]]:
         "trace": (Circuit.trace, {"model": m, "saes": f.saes, "text_or_tokens": fox, "target": None}),
         "Circuit.save": (f.circuit.save, {"path": "OUT"}),
         "Circuit.load": (Circuit.load, {"path": f.root / "circuit.safetensors"}),
-        "load_graphml": (Circuit.load_graphml, {"path": f.root / "circuit.graphml"}),
         "page.save": (f.circuit.to_page().save, {"path": "OUT"}),
         "FeatureStore.load": (bilens.FeatureStore.load, {"folder": f.root / "store"}),
         "build_store": (bilens.build_feature_store, {"model": m, "saes": f.saes, "source": TEXTS, "folder": "OUT"}),
@@ -212,7 +210,6 @@ def readers(f: Fixtures) -> dict[str, Callable[[Path], Any]]:
     return found | {
         "images.npz": lambda root: vision.load_images(root / "images.npz"),
         "circuit.safetensors": lambda root: str(Circuit.load(root / "circuit.safetensors").to_page().to_html()),
-        "circuit.graphml": lambda root: Circuit.load_graphml(root / "circuit.graphml"),
         "graph.json": lambda root: attribute.from_attribution_graph(read_json(root / "graph.json")),
         "texts.jsonl": lambda root: load_texts(root / "texts.jsonl"),
     }

@@ -2,7 +2,6 @@
 
 from bilens.attribute.chains import Chain, trace_chain
 from bilens.attribute.circuit import Circuit, trace_circuit
-from bilens.attribute.circuit_files import from_attribution_graph
 from bilens.attribute.faithfulness import (
     CircuitChecks,
     EdgeCheck,
@@ -19,6 +18,7 @@ from bilens.attribute.gradients import (
     gradient_times_input,
     integrated_gradients,
 )
+from bilens.attribute.imported_graphs import from_attribution_graph
 from bilens.attribute.split import Split, split
 from bilens.attribute.targets import Target
 from bilens.attribute.tokens import TokenAttribution, attribute_tokens

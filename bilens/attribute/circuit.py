@@ -13,8 +13,7 @@ without an SAE on its MLP's input, and MLPs without one on their output, are whe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from os import PathLike
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +26,14 @@ from bilens._core.checks import check_sizes
 from bilens._core.completeness import is_rounding
 from bilens._core.display import Paged, Tabular
 from bilens._core.typing import typed
+from bilens.attribute.attribution_graphs import to_attribution_graph
+from bilens.attribute.circuit_tables import (
+    EDGE_COLUMNS,
+    HEAD_COLUMNS,
+    HYPEREDGE_COLUMNS,
+    NODE_COLUMNS,
+    CircuitTables,
+)
 from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
 from bilens.attribute.tracing import KINDS, Numbering, Sweep, head_sums, sweep
@@ -35,64 +42,17 @@ from bilens.model.hook_points import hook_of
 from bilens.model.transformer import HookedBilinearTransformer
 
 if TYPE_CHECKING:
-    import networkx as nx
     import plotly.graph_objects as go
 
-NODE_COLUMNS = (
-    *("id", "kind", "layer", "point", "hook", "position", "token", "feature", "name"),
-    *("value", "influence", "expanded", "relative_error"),
-)
-EDGE_COLUMNS = ("source", "target", "weight", "influence", "via", "via_weight")
-HYPEREDGE_COLUMNS = ("i", "j", "target", "weight", "influence")
-HEAD_COLUMNS = ("source", "target", "layer", "head", "weight")
 BIAS = KINDS.index("bias")
 
 
 @dataclass(frozen=True)
-class Circuit(Paged, Tabular):
+class Circuit(CircuitTables, Paged, Tabular):
     """An attribution graph of one target on one text; made by `Circuit.trace`.
 
-    Attributes:
-        model_name: of the model.
-        target: its name; the names of several.
-        position: of the (first) target.
-        tokens: of the text.
-        nodes: one row per node: `id, kind` (target, embedding, feature, error, mlp, bias, other), `layer, point, hook,
-            position, token, feature, name, value` (an activation; the norm of an embedding or error), `influence` on
-            the targets, whether it is `expanded`, and the `relative_error` of its completeness. The feature of an
-            embedding and of a logit is the token's number. -1 where there is none.
-        edges: linear: `source, target, weight, influence, via` (the last head on the way with the largest part, or
-            `direct`) and `via_weight`, that part.
-        hyperedges: pairs: `i, j, target, weight, influence`; a pair stands once with its whole contribution.
-        heads: every linear edge's parts by the last head on the way: `source, target, layer, head, weight`, -1 direct.
-        shares: of the target's influence, what ends in each kind of node where the graph ends; what ends in `other ...`
-            was pruned.
-        kept_share: the kept nodes' part of the influence of all nodes.
-        n_found: how many nodes had any influence.
-        probabilities: by the id of each target that is a logit (`target`, or `target 1`, ...), its token's; of a
-            difference of logits, that of the first token.
-        dtype: of the model's activations; empty where that is not known.
-        fingerprints: of the model (`model`) and of the SAEs by hook that it was made from.
-        pinned, supernodes: the ids of the nodes that a reader pinned in a viewer, and those put together there, each
-            group with its label first (see `circuit_files`).
+    The fields are those of `CircuitTables`.
     """
-
-    model_name: str
-    target: str
-    position: int
-    tokens: list[str] = field(repr=False)
-    nodes: pd.DataFrame = field(repr=False)
-    edges: pd.DataFrame = field(repr=False)
-    hyperedges: pd.DataFrame = field(repr=False)
-    heads: pd.DataFrame = field(repr=False)
-    shares: dict[str, float]
-    kept_share: float
-    n_found: int
-    probabilities: dict[str, float] = field(default_factory=dict)
-    dtype: str = ""
-    fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
-    pinned: list[str] = field(default_factory=list)
-    supernodes: list[list[str]] = field(default_factory=list)
 
     @classmethod
     @typed
@@ -187,17 +147,6 @@ class Circuit(Paged, Tabular):
         """Whether the gaps are no larger than rounding of the model's activations makes them."""
         return is_rounding(self.relative_error, getattr(torch, self.dtype or "float32"))
 
-    def folded_edges(self) -> pd.DataFrame:
-        """All edges between two nodes, hyper-edges folded half to each member (their Shapley value):
-        `source, target, weight, influence`."""
-        halves = []
-        for side in ("i", "j"):
-            half = self.hyperedges.rename(columns={side: "source"})[["source", "target", "weight", "influence"]].copy()
-            half[["weight", "influence"]] *= 0.5
-            halves.append(half)
-        both = pd.concat([self.edges[["source", "target", "weight", "influence"]], *halves])
-        return both.groupby(["source", "target"], as_index=False, sort=False)[["weight", "influence"]].sum()
-
     def merged(self) -> "Circuit":
         """The same graph with a feature's (error's, token's) nodes at all positions as one; weights and values add."""
         merged = {row.id: row.id.split("@")[0] for row in self.nodes.itertuples()}
@@ -240,61 +189,15 @@ class Circuit(Paged, Tabular):
         frame = frame[frame.kind != "target"].head(top)
         return bars(frame.name.tolist(), frame.influence.tolist(), f"influence on {self.target}")
 
-    def to_networkx(self) -> "nx.DiGraph":
-        """A directed graph; a hyper-edge is a node of kind `pair` that its members point to. See `circuit_files`."""
-        from bilens.attribute.circuit_files import to_networkx
-
-        return to_networkx(self)
-
-    @classmethod
-    def from_networkx(cls, graph: "nx.DiGraph") -> "Circuit":
-        """What `to_networkx` gave, taken back; nodes and edges may have been removed.
-
-        Raises:
-            CheckpointError: another graph.
-        """
-        from bilens.attribute.circuit_files import from_networkx
-
-        return from_networkx(graph)
-
-    def save_graphml(self, path: str | PathLike[str]) -> None:
-        """Write `to_networkx()` as GraphML (Gephi, Cytoscape, yEd)."""
-        from bilens.attribute.circuit_files import save_graphml
-
-        save_graphml(self, path)
-
-    @classmethod
-    def load_graphml(cls, path: str | PathLike[str]) -> "Circuit":
-        """Read what `save_graphml` wrote.
-
-        Raises:
-            CheckpointError: a file that `save_graphml` did not write.
-        """
-        from bilens.attribute.circuit_files import load_graphml
-
-        return load_graphml(path)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write everything into one safetensors file; `Circuit.load` reads it back."""
-        from bilens.attribute.circuit_files import save_circuit
-
-        save_circuit(self, path)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Circuit":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: a file that `save` did not write.
-        """
-        from bilens.attribute.circuit_files import load_circuit
-
-        return load_circuit(path)
-
     def to_attribution_graph(self, slug: str = "bilens") -> dict[str, Any]:
-        """The attribution-graph JSON of circuit-tracer and Neuronpedia; see `circuit_files.to_attribution_graph`."""
-        from bilens.attribute.circuit_files import to_attribution_graph
+        """The attribution-graph JSON of circuit-tracer and Neuronpedia; see `attribution_graphs`.
 
+        Args:
+            slug: the graph's name there, of letters, digits, `.`, `-` and `_`.
+
+        Raises:
+            ArgumentError: another `slug`, or a merged circuit, which has no positions.
+        """
         return to_attribution_graph(self, slug)
 
     def __str__(self) -> str:

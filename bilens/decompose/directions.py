@@ -4,7 +4,8 @@ Output directions (`u` of `Q_u`: wherever a `Decomposer` method takes an `output
 
 - a token's logit: `unembedding`
 - what a head of a later layer reads: `through_ov`
-- what a later MLP reads (an eigenvector of its interaction matrix, a feature of its input SAE): `through_mlp_input`
+- what a later MLP reads: an eigenvector of its interaction matrix or a feature of its input SAE as it is, since the
+  norm between them only divides by a number of each token
 - differences and sums are plain arithmetic: `unembedding(model, "he") - unembedding(model, "she")`
 
 Input directions (rows `left` and `right` of `Decomposer.between`):
@@ -100,30 +101,6 @@ def through_ov(
     W_V, W_O = _ov(model, layer, head, u)
     rows = u.to(W_O).reshape(-1, u.shape[-1])
     return _divided((rows @ W_O.mT) @ W_V.mT, scale).reshape(*W_V.shape[:-2], *u.shape)
-
-
-@typed
-def through_mlp_input(
-    model: HookedBilinearTransformer, layer: SupportsIndex, v: Float[Tensor, "*n d_model"], *, scale: Scale = None
-) -> Float[Tensor, "*n d_model"]:
-    """What the residual stream before a layer's MLP is dotted with, to read `v` of the MLP's input.
-
-    The norm between them divides by a number of each token, so this is `v` itself, over that number where it is given:
-    an eigenvector of a later layer is an output direction of an earlier one as it is.
-
-    Args:
-        model: the model.
-        layer: of the MLP; negative counts from the end.
-        v: directions in its input, such as `decomposer.eigen(feature).vectors`.
-        scale: the norm's divisor at a position (`ln2.hook_scale`); `None` leaves it out.
-
-    Raises:
-        ArgumentError, OutOfRangeError: no such layer.
-        SAEMismatchError: directions of another width.
-    """
-    _check_layer(model, layer)
-    _check_width(model, v)
-    return _divided(v, scale)
 
 
 # --- input directions -------------------------------------------------------------------------------------------------

@@ -251,10 +251,6 @@ def test_edits_are_saved(circuit, tmp_path):
     edited = replace(circuit, pinned=[name], supernodes=[["group", name]])
     edited.save(tmp_path / "circuit.safetensors")
     same(Circuit.load(tmp_path / "circuit.safetensors"), edited)
-    edited.save_graphml(tmp_path / "circuit.graphml")
-    read = Circuit.load_graphml(tmp_path / "circuit.graphml")
-    assert (read.pinned, read.supernodes) == (edited.pinned, edited.supernodes)
-    assert read.probabilities == edited.probabilities
 
 
 def test_graphs_of_other_programs(circuit):
