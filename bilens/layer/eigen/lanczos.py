@@ -91,7 +91,7 @@ def leading_eigenpairs(
         proven[rows] = largest
         done = rows.clone()
         done[rows] = reach <= (1 - share[rows]) * last[rows]
-        done |= (steps == d) & ~hopeless
+        done |= (steps == d) & ~hopeless & (last >= (1 - blur) * proven)
         for tied in count[done].unique().tolist():
             rows = (done & (count == tied)).nonzero().flatten()
             part, parts = index[rows], (lanczos.basis[rows], ritz.take(rows))
