@@ -15,8 +15,8 @@ import time
 import torch
 
 import bilens
-from bilens.decompose.topn import Triples, coefficients_of, top_triples
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
+from bilens.layer.triples import Triples, coefficients_of, top_triples
 
 N, CHUNK = 1000, 64
 D_MODEL, D_MLP, FEATURES = 512, 2048, 2048

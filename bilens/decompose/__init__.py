@@ -1,9 +1,10 @@
 """Interaction tensors, eigencircuits, and the `Decomposer` over them."""
 
 from bilens.decompose.decomposer import Decomposer
+from bilens.decompose.interactions import Interactions
+from bilens.decompose.layers import strongest_interactions
 from bilens.decompose.replacing import replace_mlp
-from bilens.decompose.results import Attribution, TopInteractions
-from bilens.decompose.topn import strongest_interactions
+from bilens.decompose.results import Attribution
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.inner import LayerSimilarity, layer_similarity
 
@@ -11,8 +12,8 @@ __all__ = [
     "Attribution",
     "Decomposer",
     "Eigencircuits",
+    "Interactions",
     "LayerSimilarity",
-    "TopInteractions",
     "layer_similarity",
     "replace_mlp",
     "strongest_interactions",

@@ -11,22 +11,24 @@
 Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; DESIGN section 4.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_index
+from bilens._core.checks import check_index, check_sizes
 from bilens._core.typing import typed
-from bilens.decompose.between import PairInteractions, top_pairs
+from bilens.decompose.fidelity import Fidelity, measure_fidelity
+from bilens.decompose.interactions import Interactions, PairNames, unequal_rows
 from bilens.decompose.motifs import Motifs, find_motifs
 from bilens.decompose.outputs import Output, read_output
-from bilens.decompose.results import Attribution, TopInteractions, unequal_rows
+from bilens.decompose.results import Attribution
 from bilens.decompose.similarity import (
     FeatureClusters,
     FeatureCosines,
@@ -36,8 +38,8 @@ from bilens.decompose.similarity import (
     feature_cosines,
     nearest_others,
 )
-from bilens.decompose.sparsity import Outliers, Sparsity, outliers, sparsity
-from bilens.decompose.topn import StrongestInteractions, strongest_interactions
+from bilens.decompose.sparsity import Sparsity, find_outliers, measure_sparsity
+from bilens.decompose.spectra import Spectra, find_spectra
 from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError, SAEMismatchError
 from bilens.layer.bilinear import (
     BilinearLayer,
@@ -51,16 +53,15 @@ from bilens.layer.bilinear import (
 from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.pairs import Order, check_pairs
-from bilens.layer.eigen.solve import top_eigenpairs
+from bilens.layer.eigen.solve import Method, top_eigenpairs
 from bilens.layer.hosvd import HOSVD, input_gram, output_gram, singular
 from bilens.layer.inner import double, inner_products
+from bilens.layer.pairs import top_pairs
 from bilens.layer.reading import Lexicon
+from bilens.layer.triples import top_triples
 from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.texts import text_starts
 from bilens.sae.view import SAEView
-
-if TYPE_CHECKING:
-    from bilens.decompose.fidelity import Fidelity
-    from bilens.decompose.spectra import Spectra
 
 Side = Literal["encoder", "decoder"]
 Basis = Literal["residual", "features"]
@@ -218,50 +219,44 @@ class Decomposer:
         parts = (found.values, found.vectors, found.norms)
         values, vectors, norms = (part.view(batch + part.shape[1:]) for part in parts)
         decoder = None if self._input is None else self.input_view.decoder.to(vectors)
-        return Eigencircuits(values, vectors, norms, self.output_indices(output), decoder, self.input_names)
+        return Eigencircuits(values, vectors, norms, self._numbers(output), decoder, self.input_names)
 
     @typed
     def top_interactions(
         self,
         output: Output,
-        k: int = 50,
+        n: int = 50,
         side: Side = "encoder",
         *,
         activations: Float[Tensor, "d_sae"] | None = None,
-    ) -> TopInteractions:
-        """The `k` largest interactions of each output between input features, self and cross together.
+    ) -> Interactions:
+        """The `n` largest interactions of each output between input features, self and cross together.
 
         Args:
             output: as for `interaction`.
-            k: at most `d_sae (d_sae + 1) / 2`.
+            n: of each output, at most `d_sae (d_sae + 1) / 2`.
             side: as for `interaction`.
-            activations: typical activation of each input feature, such as `typical_activations` of `motifs`: ranks by
-                `|coefficient * f_i * f_j|`. Without, by `|coefficient|`, which is per unit of activation; where the
-                decoder rows are not of one length, that says more of the SAE's units than of the layer, and the result
-                says so.
+            activations: typical activation of each input feature, such as `FeatureActivations.typical_activations`
+                gives: ranks by `|coefficient * f_i * f_j|`. Without, by `|coefficient|`, which is per unit of
+                activation; where the decoder rows are not of one length, that says more of the SAE's units than of the
+                layer, and the result says so.
         """
         matrix = self.interaction(output, basis="features", side=side)
         batch = matrix if matrix.ndim == 3 else matrix[None]
         d_sae = batch.shape[-1]
         rows, columns = torch.tril_indices(d_sae, d_sae, device=batch.device)
-        if not 1 <= k <= len(rows):
-            raise OutOfRangeError(f"k is {k}, expected 1 to {len(rows)}, the number of pairs of {d_sae} features.")
+        if not 1 <= n <= len(rows):
+            raise OutOfRangeError(f"n is {n}, expected 1 to {len(rows)}, the number of pairs of {d_sae} features.")
         coefficients = batch[:, rows, columns] * torch.where(rows == columns, 1.0, 2.0)
         fires = None if activations is None else activations.to(batch)[rows] * activations.to(batch)[columns]
-        scores = coefficients if fires is None else coefficients * fires
-        top = scores.abs().topk(k, dim=-1).indices
-        i, j = columns[top], rows[top]
-        features = torch.cat([i.flatten(), j.flatten()]).unique()
-        return TopInteractions(
-            outputs=self.output_indices(output),
-            i=i,
-            j=j,
-            coefficients=coefficients.gather(-1, top),
-            features=features,
-            submatrix=matrix[..., features, :][..., :, features],
-            input_names=self.input_names,
-            output_names=self.output_names_of(output),
-            typical=None if fires is None else scores.gather(-1, top),
+        top = (coefficients if fires is None else coefficients * fires).abs().topk(n, dim=-1).indices
+        return self._interactions(
+            output,
+            torch.arange(len(batch)).repeat_interleave(n),
+            columns[top].flatten(),
+            rows[top].flatten(),
+            coefficients.gather(-1, top).flatten(),
+            weight=None if fires is None else fires[top].flatten(),
             note=unequal_rows(self.input_directions()) if fires is None else "",
         )
 
@@ -269,30 +264,30 @@ class Decomposer:
     def between(
         self,
         output: Output,
-        left: Float[Tensor, "n _"],
-        right: Float[Tensor, "m _"] | None = None,
-        k: int = 50,
+        left: Float[Tensor, "l _"],
+        right: Float[Tensor, "r _"] | None = None,
+        n: int = 50,
         side: Side = "encoder",
         *,
         left_names: Sequence[str] | None = None,
         right_names: Sequence[str] | None = None,
-    ) -> PairInteractions:
-        """The `k` largest interactions of each output between any two sets of input directions.
+    ) -> Interactions:
+        """The `n` largest interactions of each output between any two sets of input directions.
 
         Such as tokens with tokens, or with what a head moves here: `bilens.decompose.directions`. The matrix of all
         pairs is never held whole, so both sets may be a vocabulary.
 
         Args:
             output: as for `interaction`.
-            left: directions in the layer's input.
-            right: of the other set; `None` is pairs within `left`.
-            k: at most the number of pairs.
+            left: directions in the layer's input: the `i` of the pairs.
+            right: of the other set, the `j`; `None` is pairs within `left`.
+            n: of each output, at most the number of pairs.
             side: as for `interaction`.
             left_names, right_names: one each, for tables and plots.
 
         Raises:
             ArgumentError: as many names as directions are needed.
-            OutOfRangeError: fewer than `k` pairs.
+            OutOfRangeError: fewer than `n` pairs.
             SAEMismatchError: directions of another width.
         """
         sides = {"left": (left, left_names), "right": (right, right_names)}
@@ -306,22 +301,13 @@ class Decomposer:
                 raise ArgumentError(
                     f"{len(names)} {name}_names for {0 if rows is None else len(rows)} {name} directions."
                 )
-        like = self.weights.W_out
-        rows = left.to(like)
-        columns = None if right is None else right.to(like)
-        found = [
-            top_pairs(self.weights, u, rows, columns, k) for u in self.directions(output, side).view(-1, len(rows.T))
-        ]
-        i, j, coefficients = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return PairInteractions(
-            outputs=self.output_indices(output),
-            i=i,
-            j=j,
-            coefficients=coefficients,
-            left_names=left_names,
-            right_names=left_names if right is None else right_names,
-            output_names=self.output_names_of(output),
-        )
+        layer, u = self.weights, torch.atleast_2d(self.directions(output, side))
+        others = None if right is None else right.to(u)
+        found = [top_pairs(layer, direction, left.to(u), others, n) for direction in u]
+        i, j, coefficients = (torch.cat(parts) for parts in zip(*found, strict=True))
+        row = torch.arange(len(u)).repeat_interleave(n)
+        ends = left_names, left_names if right is None else right_names
+        return self._interactions(output, row, i, j, coefficients, ends=ends, one_set=right is None)
 
     @typed
     def spectra(
@@ -332,19 +318,58 @@ class Decomposer:
         *,
         full: bool = False,
         memory: int = 2**30,
+        method: Method = "auto",
         progress: bool = True,
-    ) -> "Spectra":
-        """Leading eigenpairs, shares, norms and traces of all outputs; see `bilens.decompose.spectra.spectra`."""
-        from bilens.decompose.spectra import spectra  # it takes a Decomposer: the import goes the other way
+    ) -> Spectra:
+        """Leading eigenpairs, shares, norms and traces of outputs, all features at once by default.
 
-        return spectra(self, output, k, side, full=full, memory=memory, progress=progress)
+        Args:
+            output: as for `interaction`; `None` is every output feature.
+            k: leading eigenpairs of each.
+            side: as for `interaction`.
+            full: also the effective rank, from all eigenvalues: the cost of forming and solving each matrix.
+            memory: bytes to use besides the layer and the result.
+            method: how the leading pairs are found; see `bilens.layer.eigen.solve.top_eigenpairs`.
+            progress: show a bar.
+
+        Raises:
+            MissingSAEError: features, or all of them, without an output SAE.
+            OutOfRangeError: no such feature, or `k` is not in 1..d_model.
+        """
+        output = self._every(output)
+        u = torch.atleast_2d(self.directions(output, side))
+        inputs = self.input_directions() if self._reads_layer_input else None
+        options = {"full": full, "memory": memory, "method": method, "progress": progress}
+        found = find_spectra(self.weights, u, k, inputs=inputs, **options)  # type: ignore[arg-type]
+        return replace(found, outputs=self._numbers(output), names=self._output_names_of(output))
 
     @typed
-    def fidelity(self, texts: Sequence[str], output: Output | None = None, k: int = 10) -> "Fidelity":
-        """How well `k` eigencircuits reproduce features on texts; see `bilens.decompose.fidelity.fidelity`."""
-        from bilens.decompose.fidelity import fidelity
+    @torch.no_grad()
+    def fidelity(
+        self, texts: Sequence[str], output: Output | None = None, k: int = 10, *, batch_size: int = 16
+    ) -> Fidelity:
+        """How well the `k` leading eigencircuits, and every smaller number of them, reproduce features on texts.
 
-        return fidelity(self, texts, output=output, k=k)
+        Args:
+            texts: each is run from its `[BOS]`, cut to the context.
+            output: output features; `None` is all of them.
+            k: the largest number of eigenpairs.
+            batch_size: texts at a time.
+
+        Raises:
+            AlteredModelError: SAEs are attached to the model, or there are hooks on it or on the SAE.
+            ArgumentError: a batch size that is no positive whole number; directions instead of features.
+            EmptyTextError: no texts, or one with nothing in it.
+            MissingSAEError: no output SAE.
+            OutOfRangeError: no such feature, or more eigenpairs than `d_model`.
+        """
+        view = self.output_view
+        require_bare(self.model, view.sae)
+        features = self._features(self._every(output))
+        run = self.run_texts(texts, batch_size)
+        batches = ((x, y, view.activations(y)[:, features]) for x, y in run)
+        found = measure_fidelity(self.weights, self.directions(features), batches, k)
+        return replace(found, features=features, names=self.output_names)
 
     # --- sparse structure ---------------------------------------------------------------------------------------------
 
@@ -359,7 +384,7 @@ class Decomposer:
         weights: Float[Tensor, "d_sae d_sae"] | None = None,
         memory: int = 2**30,
         progress: bool = True,
-    ) -> StrongestInteractions:
+    ) -> Interactions:
         """The `n` largest interactions over all (output, input, input) triples of the layer, exactly.
 
         Of several layers: `bilens.decompose.strongest_interactions`.
@@ -369,14 +394,45 @@ class Decomposer:
             output: as for `interaction`; `None` is every output feature.
             side: as for `interaction`.
             inputs: between these input features only.
-            weights: of every pair of input features, such as `bilens.decompose.topn.cofiring` of their activations:
-                ranks by `|coefficient * weight|`.
+            weights: of every pair of input features, such as `FeatureActivations.cofiring` gives: ranks by
+                `|coefficient * weight|`.
             memory: bytes to use besides the weights.
             progress: show a bar.
+
+        Raises:
+            ArgumentError: weights that are not finite or not symmetric, or less memory than the smallest step takes.
+            OutOfRangeError: no such feature, or fewer than `n` triples.
+            SAEMismatchError: weights of another size than there are input features.
         """
-        return strongest_interactions(
-            [self], n, output, side, inputs=inputs, weights=weights, memory=memory, progress=progress
-        )
+        found = self._strongest(n, output, side, inputs, weights, memory=memory, progress=progress)
+        note = unequal_rows(self.input_directions()) if weights is None else ""
+        return replace(found, note=note)
+
+    def _strongest(
+        self,
+        n: int,
+        output: Output | None,
+        side: Side,
+        inputs: Output | None,
+        weights: Float[Tensor, "d_sae d_sae"] | None,
+        *,
+        floor: float = 0.0,
+        at_most: bool = False,
+        **options: Any,
+    ) -> Interactions:
+        """Those of `|score|` of at least `floor`; with `at_most`, fewer where there are fewer triples than `n`."""
+        output = self._every(output)
+        u, directions = torch.atleast_2d(self.directions(output, side)), self.input_directions()
+        features = torch.arange(len(directions))
+        if inputs is not None:
+            features = self._input_features(inputs).unique()
+            weights = None if weights is None else weights[features][:, features]
+        if at_most:
+            n = min(n, len(u) * len(features) * (len(features) + 1) // 2)
+        found = top_triples(self.weights, u, directions[features], n, weights=weights, floor=floor, **options)
+        weight = None if weights is None else weights.cpu().double()[found.i, found.j]
+        pairs = found.outputs, features[found.i], features[found.j], found.coefficients
+        return self._interactions(output, *pairs, weight=weight, method=found.method)
 
     @typed
     def sparsity(
@@ -390,28 +446,27 @@ class Decomposer:
             fence: outliers are beyond `q1 - fence iqr` or `q3 + fence iqr`.
             progress: show a bar.
         """
-        output = self.every_output(output)
+        output = self._every(output)
         u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
-        found = sparsity(self.weights, u, inputs, fence=fence, progress=progress)
-        return replace(found, outputs=self.output_indices(output), output_names=self.output_names_of(output))
+        found = measure_sparsity(self.weights, u, inputs, fence=fence, progress=progress)
+        return replace(found, outputs=self._numbers(output), output_names=self._output_names_of(output))
 
     @typed
     def outliers(
-        self, output: Output, k: int | None = 1000, side: Side = "encoder", *, fence: float = 1.5, progress: bool = True
-    ) -> Outliers:
-        """The outlier interactions of each output, at most `k` of each (`None` is all), the largest first.
+        self, output: Output, n: int | None = 1000, side: Side = "encoder", *, fence: float = 1.5, progress: bool = True
+    ) -> Interactions:
+        """The outlier interactions of each output, the largest first.
 
         Args:
             output: as for `interaction`.
-            k: of each output.
+            n: of each output, at most; `None` is all.
             side: as for `interaction`.
             fence: as for `sparsity`.
             progress: show a bar.
         """
         u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
-        found = outliers(self.weights, u, inputs, fence=fence, k=k, progress=progress)
-        names = {"input_names": self.input_names, "output_names": self.output_names_of(output)}
-        return replace(found, outputs=self.output_indices(output)[found.outputs.cpu()], **names)  # type: ignore[arg-type]
+        found = find_outliers(self.weights, u, inputs, n, fence=fence, progress=progress)
+        return self._interactions(output, *found)
 
     @typed
     def motifs(
@@ -433,12 +488,13 @@ class Decomposer:
             kind: one of them alone: `"and"`, `"xor"`, `"negation"` or `"inhibition"`.
             n: how many, over all outputs.
             side: as for `interaction`.
-            activations: typical activation of each input feature, such as `typical_activations` of `motifs`.
-            together: only pairs where this is not zero, such as `bilens.decompose.topn.cofiring`.
+            activations: typical activation of each input feature, such as
+                `FeatureActivations.typical_activations` gives.
+            together: only pairs where this is not zero, such as `FeatureActivations.cofiring` gives.
             fence: as for `sparsity`.
             progress: show a bar.
         """
-        output = self.every_output(output)
+        output = self._every(output)
         u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
         found = find_motifs(
             self.weights,
@@ -451,8 +507,12 @@ class Decomposer:
             fence=fence,
             progress=progress,
         )
-        names = {"input_names": self.input_names, "output_names": self.output_names_of(output)}
-        return replace(found, outputs=self.output_indices(output)[found.outputs.cpu()], **names)  # type: ignore[arg-type]
+        return replace(
+            found,
+            outputs=self._numbers(output)[found.outputs.cpu()],
+            input_names=self.input_names,
+            output_names=self._output_names_of(output),
+        )
 
     # --- between outputs ----------------------------------------------------------------------------------------------
 
@@ -494,7 +554,7 @@ class Decomposer:
             OutOfRangeError: no such feature, or fewer than `k` others.
         """
         everything = torch.arange(self.output_view.d_sae)
-        chosen = everything if output is None else self.feature_indices(output)
+        chosen = everything if output is None else self._features(output)
         both = self._feature_cosines(everything, basis, side, against)
         return Neighbours(
             outputs=chosen,
@@ -531,7 +591,7 @@ class Decomposer:
         """
         if not -1 <= threshold <= 1:
             raise OutOfRangeError(f"threshold is {threshold}, expected a cosine, -1 to 1.")
-        features = torch.arange(self.output_view.d_sae) if output is None else self.feature_indices(output)
+        features = torch.arange(self.output_view.d_sae) if output is None else self._features(output)
         both = self._feature_cosines(features, basis, side, against)
         return FeatureClusters(
             features, cluster(both.interaction, threshold, linkage), threshold, both, self.output_names
@@ -588,7 +648,39 @@ class Decomposer:
             raise ArgumentError("ranks is empty, expected numbers of hidden units.")
         return CPCurve([self.cp(rank, max_sweeps=max_sweeps, tolerance=tolerance, progress=progress) for rank in ranks])
 
-    # --- on a text ----------------------------------------------------------------------------------------------------
+    # --- on texts -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(
+        self, tokens: Int[Tensor, "text pos"]
+    ) -> tuple[Float[Tensor, "text pos d_model"], Float[Tensor, "text pos d_model"]]:
+        """What the layer reads (`ln2.hook_normalized`) and what it writes (`hook_mlp_out`) on every token."""
+        require_bare(self.model)
+        hooks = [self.normalized_hook, self.out_hook]
+        tokens = tokens.to(self.model.cfg.device)
+        _, cache = self.model.run_with_cache(
+            tokens, names_filter=hooks, stop_at_layer=self.layer + 1, return_cache_object=False
+        )
+        return cache[hooks[0]], cache[hooks[1]]
+
+    @torch.no_grad()
+    def run_texts(
+        self, texts: Sequence[str], batch_size: int = 16
+    ) -> Iterator[tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]]:
+        """`run` on all tokens of texts but their `[BOS]`, in batches of texts; in the dtype of `weights`.
+
+        Raises:
+            AlteredModelError: SAEs are attached to the model, or there are hooks on it.
+            EmptyTextError: no texts, or one with nothing in it.
+        """
+        check_sizes(batch_size=batch_size)
+        require_bare(self.model)
+        tokens, mask = text_starts(self.model, texts)
+        mask[:, : self.model.n_bos] = 0
+        rows = list(zip(tokens.split(batch_size), mask.bool().split(batch_size), strict=True))
+        for batch, kept in tqdm(rows, desc="texts", unit="batch"):
+            x, y = (part[kept.to(part.device)].to(self.weights.W_out) for part in self.run(batch))
+            yield x, y
 
     @typed
     @torch.no_grad()
@@ -682,20 +774,20 @@ class Decomposer:
     def _read(self, output: Output) -> Tensor:
         return read_output(output, self.model.cfg.d_model)
 
-    def output_indices(self, output: Output) -> Int[Tensor, "n"]:
+    def _numbers(self, output: Output) -> Int[Tensor, "n"]:
         """What to call the outputs: features by their numbers, directions by their places."""
         read = self._read(output)
         return torch.arange(read[..., 0].numel()) if read.is_floating_point() else read.reshape(-1)
 
-    def every_output(self, output: Output | None) -> Output:
+    def _every(self, output: Output | None) -> Output:
         """`output` itself, or every output feature for `None`."""
         return torch.arange(self.output_view.d_sae) if output is None else output
 
-    def output_names_of(self, output: Output) -> Sequence[str] | None:
-        """The names that `output_indices` are numbers of; `None` for directions, and where there are none."""
+    def _output_names_of(self, output: Output) -> Sequence[str] | None:
+        """The names that `_numbers` are of; `None` for directions, and where there are none."""
         return None if self._read(output).is_floating_point() else self.output_names
 
-    def feature_indices(self, output: Output) -> Int[Tensor, "n"]:
+    def _features(self, output: Output) -> Int[Tensor, "n"]:
         """Output features as a tensor of their numbers.
 
         Raises:
@@ -707,20 +799,44 @@ class Decomposer:
             raise ArgumentError("these are directions; this needs output features, as integers.")
         return torch.tensor([self.check_feature(feature) for feature in read.reshape(-1).tolist()], dtype=torch.long)
 
-    def input_indices(self, inputs: Output) -> Int[Tensor, "n"]:
-        """Input features as a tensor of their numbers; raises as `feature_indices` does."""
+    def _input_features(self, inputs: Output) -> Int[Tensor, "n"]:
+        """Input features as a tensor of their numbers; raises as `_features` does."""
         read, n = self._read(inputs), self.input_view.d_sae
         if read.is_floating_point():
             raise ArgumentError("these are directions; this needs input features, as integers.")
         what = "feature {} is outside the input SAE's {}"
         return torch.tensor([check_index(feature, n, what) for feature in read.reshape(-1).tolist()], dtype=torch.long)
 
+    def _interactions(
+        self,
+        output: Output,
+        row: Int[Tensor, "n"],
+        i: Int[Tensor, "n"],
+        j: Int[Tensor, "n"],
+        coefficient: Float[Tensor, "n"],
+        ends: tuple[Sequence[str] | None, Sequence[str] | None] | None = None,
+        **facts: Any,
+    ) -> Interactions:
+        """Pairs found for the outputs of these rows, on the CPU and with this layer's names."""
+        names = PairNames(self._output_names_of(output), *(ends or (self.input_names, self.input_names)))
+        weight = facts.pop("weight", None)
+        return Interactions(
+            layer=torch.full((len(i),), self.layer),
+            output=self._numbers(output).cpu()[row.cpu()],
+            i=i.cpu(),
+            j=j.cpu(),
+            coefficient=coefficient.cpu(),
+            weight=None if weight is None else weight.cpu(),
+            names={self.layer: names},
+            **facts,
+        )
+
     def check_feature(self, feature: SupportsIndex) -> int:
         """An output feature's index as an int; raises `OutOfRangeError` outside the output SAE."""
         return check_index(feature, self._need("output").d_sae, "feature {} is outside the output SAE's {}")
 
     @property
-    def reads_layer_input(self) -> bool:
+    def _reads_layer_input(self) -> bool:
         """Whether there is an input SAE, and on what the layer reads: then features have fixed interactions."""
         return self._input is not None and not self._on_resid_mid(self._input)
 

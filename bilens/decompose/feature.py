@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+TEXTS = 32  # run at a time
+
 
 @dataclass(frozen=True)
 class FeatureCircuit(Paged):
@@ -258,7 +260,7 @@ def rank_features(
     if not len(candidates):
         empty = torch.zeros(0)
         return RankedFeatures(candidates, empty, empty, empty, decomposer.output_names)
-    x = layer_inputs(decomposer, outputs.tokens)
+    x = torch.cat([decomposer.run(tokens)[0].cpu() for tokens in outputs.tokens.split(TEXTS)])
     correlations, shares = [], []
     if swept is None:
         eigen = top_eigenpairs(decomposer.weights, decomposer.directions(candidates), k, progress=False)
@@ -279,24 +281,6 @@ def rank_features(
     return RankedFeatures(
         candidates[order], result.correlation[order], result.cross_share[order], result.density[order], result.names
     )
-
-
-@torch.no_grad()
-def layer_inputs(
-    decomposer: Decomposer, tokens: Int[Tensor, "text pos"], batch_size: int = 32
-) -> Float[Tensor, "text pos d_model"]:
-    """What the decomposer's layer reads (`ln2.hook_normalized`) on every token."""
-    require_bare(decomposer.model)
-    parts = []
-    for rows in tokens.split(batch_size):
-        _, cache = decomposer.model.run_with_cache(
-            rows.to(decomposer.model.cfg.device),
-            names_filter=decomposer.normalized_hook,
-            stop_at_layer=decomposer.layer + 1,
-            return_cache_object=False,
-        )
-        parts.append(cache[decomposer.normalized_hook].cpu())
-    return torch.cat(parts)
 
 
 def _correlation(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> float:

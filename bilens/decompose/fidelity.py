@@ -13,23 +13,18 @@ give its value. With all d_model eigenpairs the second is 1.
 Source: Pearce et al. 2025 (arXiv 2410.08417), section 5.2 and figure 9 (correlation over active tokens).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from bilens._core.bare import require_bare
-from bilens._core.checks import check_sizes
 from bilens._core.display import Tabular
-from bilens.decompose.decomposer import Decomposer
-from bilens.decompose.outputs import Output
 from bilens.errors import ArgumentError, OutOfRangeError
+from bilens.layer.bilinear import BilinearLayer, constant_term, linear_term
 from bilens.layer.eigen.solve import top_eigenpairs
-from bilens.sae.texts import text_starts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,66 +168,32 @@ class Fidelity(Tabular):
 
 
 @torch.no_grad()
-def fidelity(
-    decomposer: Decomposer, texts: Sequence[str], *, output: Output | None = None, k: int = 10, batch_size: int = 16
+def measure_fidelity(
+    layer: BilinearLayer,
+    u: Float[Tensor, "n d_model"],
+    batches: Iterable[tuple[Float[Tensor, "p d_model"], Float[Tensor, "p d_model"], Float[Tensor, "p n"]]],
+    k: int = 10,
 ) -> Fidelity:
-    """How well the `k` leading eigencircuits, and every smaller number of them, reproduce output features on texts.
+    """How well the `k` leading eigencircuits, and every smaller number of them, reproduce output features on data.
 
     Args:
-        decomposer: with an output SAE.
-        texts: each is run from its `[BOS]`, cut to the context.
-        output: output features; `None` is all of them.
+        layer: its weights.
+        u: the features' directions in the layer's output.
+        batches: of tokens: what the layer reads and writes, and the features' activations.
         k: the largest number of eigenpairs.
-        batch_size: texts at a time.
 
     Raises:
-        AlteredModelError: SAEs are attached to the model, or there are hooks on it or on the SAE.
-        ArgumentError: a batch size that is none.
-        EmptyTextError: no texts, or one with nothing in it.
-        MissingSAEError: no output SAE.
-        OutOfRangeError: no such feature, or more eigenpairs than `d_model`.
+        OutOfRangeError: more eigenpairs than `d_model`.
     """
-    check_sizes(batch_size=batch_size)
-    view = decomposer.output_view
-    require_bare(decomposer.model, view.sae)
-    features = torch.arange(view.d_sae) if output is None else decomposer.feature_indices(output)
-    e = decomposer.directions(features)
-    eigen = top_eigenpairs(decomposer.weights, e, k, progress=False)
-    linear, constant = decomposer.linear(features), decomposer.constant(features)
-    sums = _Sums(len(features), k, e.device)
-    for x, y in read_and_written(decomposer, texts, batch_size):
-        for part in torch.arange(len(x)).split(max(1, PAIRS_AT_ONCE // (len(features) * k))):
-            f = view.activations(y[part])[:, features].to(e)
+    eigen = top_eigenpairs(layer, u, k, progress=False)
+    linear, constant = linear_term(layer, u), constant_term(layer, u)
+    sums = _Sums(len(u), k, u.device)
+    for x, y, f in batches:
+        for part in torch.arange(len(x)).split(max(1, PAIRS_AT_ONCE // (len(u) * k))):
             projections = (x[part] @ eigen.vectors.flatten(0, 1).T).unflatten(-1, eigen.values.shape)
             q = (eigen.values * projections**2).cumsum(-1)
-            target = y[part] @ e.T - x[part] @ linear.T - constant
-            sums.add(q, f, target)
-    return sums.result(features, decomposer.output_names)
-
-
-@torch.no_grad()
-def read_and_written(
-    decomposer: Decomposer, texts: Sequence[str], batch_size: int = 16
-) -> Iterator[tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]]:
-    """What the layer reads and what it writes on every token of the texts but their `[BOS]`, in batches of texts; in
-    the dtype of the decomposer's weights.
-
-    Raises:
-        AlteredModelError: SAEs are attached to the model, or there are hooks on it.
-        EmptyTextError: No texts, or one with nothing in it.
-    """
-    require_bare(decomposer.model)
-    model, hooks = decomposer.model, [decomposer.normalized_hook, decomposer.out_hook]
-    tokens, mask = text_starts(model, texts)
-    for at in tqdm(range(0, len(tokens), batch_size), desc="texts", unit="batch"):
-        rows = tokens[at : at + batch_size].to(model.cfg.device)
-        kept = mask[at : at + batch_size].bool().to(rows.device)
-        kept[:, : model.n_bos] = False
-        _, cache = model.run_with_cache(
-            rows, names_filter=hooks, stop_at_layer=decomposer.layer + 1, return_cache_object=False
-        )
-        x, y = (cache[hook][kept].to(decomposer.weights.W_out) for hook in hooks)
-        yield x, y
+            sums.add(q, f[part].to(u), y[part] @ u.T - x[part] @ linear.T - constant)
+    return sums.result()
 
 
 class _Sums:
@@ -258,7 +219,7 @@ class _Sums:
         for name, value in new.items():
             self.active[name].index_add_(0, feature, value)
 
-    def result(self, features: Int[Tensor, "n"], names: Sequence[str] | None) -> Fidelity:
+    def result(self) -> Fidelity:
         a, n_active = self.active, self.active["1"]
         over_active = _correlation(n_active, a["f"], a["ff"], a["q"], a["qq"], a["qf"])
         n_tokens = torch.full_like(n_active, self.n_tokens)
@@ -266,13 +227,12 @@ class _Sums:
         variance = _squares(n_active, a["t"], a["tt"])
         enough = n_active >= 2
         return Fidelity(
-            features=features.cpu(),
+            features=torch.arange(len(n_active)),
             n_active=n_active[:, 0].long().cpu(),
             n_tokens=self.n_tokens,
             correlation=over_active.where(enough, torch.nan).float().cpu(),
             correlation_all=over_all.where(enough, torch.nan).float().cpu(),
             explained_variance=(1 - a["residual"] / variance).where(enough, torch.nan).float().cpu(),
-            names=names,
         )
 
 

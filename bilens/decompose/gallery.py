@@ -35,11 +35,11 @@ from bilens._core.bare import require_bare
 from bilens._core.checks import name_of
 from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
-from bilens.decompose.motifs import MOTIFS, classify, negated_first, typical_activations
+from bilens.decompose.motifs import MOTIFS, classify, negated_first
 from bilens.decompose.similarity import cluster
-from bilens.decompose.topn import coefficients_of, cofiring
 from bilens.errors import ArgumentError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer
+from bilens.layer.triples import coefficients_of
 from bilens.sae.features.examples import Example, FeatureActivations
 
 if TYPE_CHECKING:
@@ -230,14 +230,14 @@ def _layer_entries(
 ) -> tuple[list[GalleryEntry], list[dict[str, object]]]:
     """The `n` first families of each kind of one layer, and how many of everything there are."""
     directions = d.input_directions()
-    typical = typical_activations(outputs).to(directions)
+    typical = outputs.typical_activations().to(directions)
     often = ((outputs.offsets.diff() >= min_tokens) & (typical.cpu() > 0)).nonzero().flatten()
     candidates = pair_motifs(
         d.weights,
         d.directions(often),
         directions,
         *pairs_together(inputs, min_tokens),
-        typical_activations(inputs).to(directions),
+        inputs.typical_activations().to(directions),
         typical[often],
         CANDIDATES,
         title=f"layer {d.layer}",
@@ -327,25 +327,15 @@ class Candidates:
 
 def pairs_together(inputs: FeatureActivations, min_tokens: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
     """Pairs `i < j` that fire on one token at least so often, each as often without the other, and on other tokens."""
-    n = int(inputs.mask.sum())
-    both = (cofiring(replace(inputs, values=torch.ones_like(inputs.values))) * n).round()
+    both = inputs.cofiring_counts()
     alone = both.diagonal()[:, None] - both
-    different = token_cosines(inputs) <= SAME_TOKENS
+    different = inputs.token_cosines() <= SAME_TOKENS
     i, j = (
         (different & (both >= min_tokens) & (alone >= min_tokens) & (alone.mT >= min_tokens))
         .triu(1)
         .nonzero(as_tuple=True)
     )
     return i, j
-
-
-def token_cosines(activations: FeatureActivations) -> Float[Tensor, "d_sae d_sae"]:
-    """Of every two features' activation summed by token of the vocabulary: 1 if they fire on the same words."""
-    words = activations.tokens[activations.rows, activations.positions]
-    mass = torch.zeros(activations.d_sae, len(activations.strings))
-    mass.index_put_((_features(activations), words), activations.values.abs(), accumulate=True)
-    mass = torch.nn.functional.normalize(mass, dim=-1)
-    return mass @ mass.T
 
 
 def pair_motifs(
@@ -463,18 +453,12 @@ class _OnTexts:
     def of(cls, d: Decomposer, inputs: FeatureActivations) -> "_OnTexts":
         mask = inputs.mask.bool()
         places = mask.flatten().cumsum(0).view_as(mask) - 1
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[tuple[Tensor, ...]] = []
         for rows, kept in zip(inputs.tokens.split(ROWS), mask.split(ROWS), strict=True):
-            _, cache = d.model.run_with_cache(
-                rows.to(d.model.cfg.device),
-                names_filter=[d.normalized_hook, d.out_hook],
-                stop_at_layer=d.layer + 1,
-                return_cache_object=False,
-            )
-            found.append((cache[d.normalized_hook].cpu()[kept], cache[d.out_hook].cpu()[kept]))
+            found.append(tuple(part.cpu()[kept] for part in d.run(rows)))
         x, y = (torch.cat(parts) for parts in zip(*found, strict=True))
         acts = torch.zeros(inputs.d_sae, len(x))
-        acts[_features(inputs), places[inputs.rows, inputs.positions]] = inputs.values
+        acts[inputs.features, places[inputs.rows, inputs.positions]] = inputs.values
         return cls(places, acts, x, d.output_view.pre_activations(y), d.output_view.activations(y) > 0)
 
     def cases(self, i: int, j: int) -> Int[Tensor, "token"]:
@@ -527,11 +511,6 @@ class _OnTexts:
             if len(found) == EXAMPLES:
                 break
         return list(found.values())
-
-
-def _features(activations: FeatureActivations) -> Int[Tensor, "entry"]:
-    """The feature of every entry."""
-    return torch.repeat_interleave(torch.arange(activations.d_sae), activations.offsets.diff())
 
 
 def _some(places: Int[Tensor, "n"], generator: torch.Generator) -> Int[Tensor, "m"]:

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from bilens.sae.features.examples import FeatureActivations
-
 MOTIFS = ("and", "xor", "negation", "inhibition")
 ON, OFF = 0.5, 0.25
 
@@ -106,13 +104,6 @@ class Motifs(Tabular):
         return f"{counts} among the outlier pairs\n{self.to_frame().head(20).to_string(index=False)}"
 
 
-def typical_activations(activations: "FeatureActivations") -> Float[Tensor, "d_sae"]:
-    """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""
-    counts = activations.offsets.diff()
-    features = torch.repeat_interleave(torch.arange(activations.d_sae), counts)
-    return torch.zeros(activations.d_sae).index_add_(0, features, activations.values) / counts.clamp_min(1)
-
-
 def classify(
     first: Float[Tensor, "n"], second: Float[Tensor, "n"], both: Float[Tensor, "n"]
 ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
@@ -160,7 +151,8 @@ def find_motifs(
         n: how many, over all outputs and kinds.
         kind: one of `MOTIFS` alone.
         activations: typical activation of each input feature; 1 without. Pairs with a feature at zero have no motif.
-        together: only pairs where this is not zero, such as `topn.cofiring`: those that fire on one token somewhere.
+        together: only pairs where this is not zero, such as `FeatureActivations.cofiring`: those that fire on one
+            token somewhere.
         fence: the `f` of the outlier pairs.
         progress: show a bar.
 

@@ -1,7 +1,4 @@
-"""What the analyses return: frozen, and able to print, tabulate and plot themselves.
-
-Plots come from `bilens.draw`, imported when asked for: numbers here, pictures there.
-"""
+"""The exact expansion of an output feature on a text, as a result that prints, tabulates and plots itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,96 +15,6 @@ from bilens._core.display import Tabular
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-
-ONE_LENGTH = 1.01  # decoder rows whose lengths differ by less are of one length
-
-
-@dataclass(frozen=True)
-class TopInteractions(Tabular):
-    """The largest interactions of each output, self and cross together.
-
-    A cross pair `(i, j)` with `i < j` stands once, with coefficient `2 Q_ij`; a self interaction has `Q_ii`. One
-    output's contribution on a token is `coefficient * f_i * f_j`.
-
-    Attributes:
-        outputs: the output features, or 0..n-1 for directions.
-        i, j: input features, `i <= j`.
-        coefficients: by falling absolute value.
-        features: all input features that occur, ascending.
-        submatrix: the interaction matrices restricted to `features`: the smallest that hold every listed pair.
-        typical: `coefficient * f_i * f_j` at typical activations, which they are ranked by where those are given.
-        note: what to know of the ranking.
-    """
-
-    outputs: Int[Tensor, "n"]
-    i: Int[Tensor, "n k"]
-    j: Int[Tensor, "n k"]
-    coefficients: Float[Tensor, "n k"]
-    features: Int[Tensor, "m"]
-    submatrix: Float[Tensor, "*n m m"] = field(repr=False)
-    input_names: Sequence[str] | None = field(default=None, repr=False)
-    output_names: Sequence[str] | None = field(default=None, repr=False)
-    typical: Float[Tensor, "n k"] | None = field(default=None, repr=False)
-    note: str = field(default="", repr=False)
-
-    def to_frame(self) -> "pd.DataFrame":
-        """One row per interaction: `output, i, j, kind, coefficient, output_name, i_name, j_name`, and `typical` where
-        activations were given."""
-        import pandas as pd
-
-        rows = []
-        for row, output in enumerate(self.outputs.tolist()):
-            for i, j, coefficient in zip(
-                self.i[row].tolist(), self.j[row].tolist(), self.coefficients[row].tolist(), strict=True
-            ):
-                rows.append(
-                    {
-                        "output": output,
-                        "i": i,
-                        "j": j,
-                        "kind": "self" if i == j else "cross",
-                        "coefficient": coefficient,
-                        "output_name": name_of(self.output_names, output),
-                        "i_name": name_of(self.input_names, i),
-                        "j_name": name_of(self.input_names, j),
-                    }
-                )
-        frame = pd.DataFrame(rows)
-        if self.typical is not None:
-            frame.insert(5, "typical", self.typical.flatten().tolist())
-        return frame
-
-    def _repr_html_(self) -> str:
-        return f"{super()._repr_html_()}<p>{self.note}</p>" if self.note else super()._repr_html_()
-
-    def plot(self) -> "go.Figure":
-        """Heat map of the sub-matrix (of the first output, where there are several)."""
-        from bilens.draw.plots import heatmap
-
-        matrix = self.submatrix if self.submatrix.ndim == 2 else self.submatrix[0]
-        names = [name_of(self.input_names, i) for i in self.features.tolist()]
-        return heatmap(matrix.tolist(), names, names, "interactions")
-
-    def __str__(self) -> str:
-        table = self.to_frame().head(20).to_string(index=False)
-        return f"{table}\n{self.note}" if self.note else table
-
-
-def unequal_rows(directions: Float[Tensor, "d_sae d_model"]) -> str:
-    """What to know of coefficients per unit of activation, where the features' decoder rows are not of one length.
-
-    An SAE whose rows are longer and activations smaller by the same factor is the same SAE with other coefficients.
-    """
-    lengths = directions.norm(dim=-1)
-    lengths = lengths[lengths > 0]
-    if not len(lengths) or lengths.max() <= ONE_LENGTH * lengths.min():
-        return ""
-    return (
-        f"Coefficients are per unit of activation, and the input SAE's decoder rows are {lengths.min():.3g} to "
-        f"{lengths.max():.3g} long: features with long rows lead, however weakly they fire. Give typical activations "
-        "to rank by what pairs contribute."
-    )
 
 
 BIAS_SOURCES = ("b_dec", "error", "mlp bias")

@@ -110,59 +110,6 @@ class Sparsity(Tabular):
         return self.to_frame().head(20).to_string(index=False)
 
 
-@dataclass(frozen=True)
-class Outliers(Tabular):
-    """Outlier interactions by output, and by falling `|Q_ij|` within each.
-
-    Attributes:
-        outputs, i, j: `i <= j`; one entry per interaction.
-        entries: `Q_ij` (a cross pair contributes twice that).
-    """
-
-    outputs: Int[Tensor, "n"]
-    i: Int[Tensor, "n"]
-    j: Int[Tensor, "n"]
-    entries: Float[Tensor, "n"]
-    input_names: Sequence[str] | None = field(default=None, repr=False)
-    output_names: Sequence[str] | None = field(default=None, repr=False)
-
-    def to_frame(self) -> "pd.DataFrame":
-        """One row per interaction: `output, i, j, kind, entry, output_name, i_name, j_name`."""
-        import pandas as pd
-
-        outputs, i, j = self.outputs.tolist(), self.i.tolist(), self.j.tolist()
-        return pd.DataFrame(
-            {
-                "output": outputs,
-                "i": i,
-                "j": j,
-                "kind": ["self" if a == b else "cross" for a, b in zip(i, j, strict=True)],
-                "entry": self.entries.tolist(),
-                "output_name": [name_of(self.output_names, output) for output in outputs],
-                "i_name": [name_of(self.input_names, a) for a in i],
-                "j_name": [name_of(self.input_names, b) for b in j],
-            }
-        )
-
-    def plot(self, top: int = 12) -> "go.Figure":
-        """The first output's outliers between its `top` features, as a heat map; other pairs are left white."""
-        from bilens.draw.plots import heatmap
-
-        first = self.outputs == self.outputs[0] if len(self.outputs) else self.outputs == 0
-        i, j, entries = self.i[first].tolist(), self.j[first].tolist(), self.entries[first].tolist()
-        shown = sorted(list(dict.fromkeys(f for pair in zip(i, j, strict=True) for f in pair))[:top])
-        place = {feature: at for at, feature in enumerate(shown)}
-        matrix = torch.zeros(len(shown), len(shown))
-        for a, b, entry in zip(i, j, entries, strict=True):
-            if a in place and b in place:
-                matrix[place[a], place[b]] = matrix[place[b], place[a]] = entry
-        labels = [name_of(self.input_names, feature) for feature in shown]
-        return heatmap(matrix, labels, labels, "outlier interactions")
-
-    def __str__(self) -> str:
-        return self.to_frame().head(20).to_string(index=False)
-
-
 # --- pure functions ---------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +225,7 @@ def excess_kurtosis(*parts: Float[Tensor, "_"]) -> float:
     return n * fourth / second**2 - 3 if second else float("nan")
 
 
-def sparsity(
+def measure_sparsity(
     layer: BilinearLayer,
     outputs: Float[Tensor, "n d_model"],
     inputs: Float[Tensor, "d_sae d_model"],
@@ -326,45 +273,44 @@ def sparsity(
     )
 
 
-def outliers(
+def find_outliers(
     layer: BilinearLayer,
-    outputs: Float[Tensor, "n d_model"],
+    outputs: Float[Tensor, "n_out d_model"],
     inputs: Float[Tensor, "d_sae d_model"],
+    n: int | None = 1000,
     *,
     fence: float = 1.5,
-    k: int | None = 1000,
     progress: bool = True,
-) -> Outliers:
-    """The outlier interactions themselves.
+) -> tuple[Int[Tensor, "pair"], Int[Tensor, "pair"], Int[Tensor, "pair"], Float[Tensor, "pair"]]:
+    """The outlier interactions themselves: `output, i, j, coefficient` (`2 Q_ij` of a cross pair), by output.
 
     Args:
         layer: its weights.
         outputs: output directions.
         inputs: input directions.
+        n: at most this many of each output, the largest coefficients; `None` gives all (on a trained layer some percent
+            of all pairs).
         fence: the `f` of the outliers.
-        k: at most this many of each output, the largest `|Q_ij|`; `None` gives all (on a trained layer some percent of
-            all pairs).
         progress: show a bar.
 
     Raises:
         ArgumentError: a negative fence.
-        OutOfRangeError: `k` below 1.
+        OutOfRangeError: `n` below 1.
     """
     check_fence(fence)
-    if k is not None and k < 1:
-        raise OutOfRangeError(f"k is {k}, expected at least 1, or None for all.")
-    triangle, found = Triangle(len(inputs)), []
+    if n is not None and n < 1:
+        raise OutOfRangeError(f"n is {n}, expected at least 1, or None for all.")
+    triangle = Triangle(len(inputs))
+    none = torch.zeros(0, dtype=torch.long, device=inputs.device)
+    found = [(none, none, none, inputs.new_zeros(0))]
     for row, (cross, self_) in enumerate(feature_entries(layer, outputs, inputs, progress=progress, title="outliers")):
         places, own = outside(cross, fence), outside(self_, fence)
-        entries = torch.cat([cross[places], self_[own]])
+        coefficients = torch.cat([2 * cross[places], self_[own]])
         i, j = (torch.cat([of_pairs, own]) for of_pairs in triangle.pairs(places))
-        order = entries.abs().argsort(descending=True, stable=True)[:k]
-        found.append((torch.full_like(order, row), i[order], j[order], entries[order]))
-    if not found:
-        none = torch.zeros(0, dtype=torch.long)
-        return Outliers(none, none, none, torch.zeros(0))
-    rows, i, j, entries = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Outliers(rows, i, j, entries)
+        order = coefficients.abs().argsort(descending=True, stable=True)[:n]
+        found.append((torch.full_like(order, row), i[order], j[order], coefficients[order]))
+    rows, i, j, coefficients = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return rows, i, j, coefficients
 
 
 def check_fence(fence: float) -> None:

@@ -20,8 +20,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.display import Tabular
-from bilens.decompose.decomposer import Decomposer, Side
-from bilens.decompose.outputs import Output
 from bilens.errors import ArgumentError, nearest
 from bilens.layer.bilinear import BilinearLayer, hidden_coefficients, interaction_matrix
 from bilens.layer.eigen.solve import EigenSweep, Method, top_eigenpairs
@@ -91,44 +89,38 @@ class Spectra(Tabular):
         return f"{self.eigen!r}\n{self.ranked().head(10).to_string(index=False)}"
 
 
-def spectra(
-    decomposer: Decomposer,
-    output: Output | None = None,
+def find_spectra(
+    layer: BilinearLayer,
+    u: Float[Tensor, "n d_model"],
     k: int = 2,
-    side: Side = "encoder",
     *,
+    inputs: Float[Tensor, "d_sae d_model"] | None = None,
     full: bool = False,
     memory: int = 2**30,
     method: Method = "auto",
     progress: bool = True,
 ) -> Spectra:
-    """Spectra of a layer's outputs, all output features at once by default.
+    """Spectra of the interaction matrices of some output directions.
 
     Args:
-        decomposer: of the layer.
-        output: features or directions; `None` is every output feature.
+        layer: its weights.
+        u: output directions.
         k: leading eigenpairs of each.
-        side: the encoder or decoder direction of features.
+        inputs: input directions, for the cross share between them.
         full: also the effective rank, from all eigenvalues of every output: the cost of forming and solving each `Q`.
         memory: bytes to use besides the layer and the result.
         method: how the leading pairs are found; see `top_eigenpairs`.
         progress: show a bar.
 
     Raises:
-        MissingSAEError: features, or all of them, without an output SAE.
-        OutOfRangeError: no such feature, or `k` is not in 1..d_model.
+        OutOfRangeError: `k` is not in 1..d_model.
     """
-    if output is None:
-        output = torch.arange(decomposer.output_view.d_sae)
-    u = torch.atleast_2d(decomposer.directions(output, side))
-    eigen = top_eigenpairs(decomposer.weights, u, k, memory=memory, method=method, progress=progress)
-    inputs = decomposer.input_directions() if decomposer.reads_layer_input else None
+    eigen = top_eigenpairs(layer, u, k, memory=memory, method=method, progress=progress)
     return Spectra(
-        outputs=decomposer.output_indices(output),
+        outputs=torch.arange(len(u)),
         eigen=eigen,
-        cross_share=None if inputs is None else cross_shares(decomposer.weights, u, inputs, memory),
-        effective_rank=effective_ranks(decomposer.weights, u, memory) if full else None,
-        names=decomposer.output_names_of(output),
+        cross_share=None if inputs is None else cross_shares(layer, u, inputs, memory),
+        effective_rank=effective_ranks(layer, u, memory) if full else None,
     )
 
 

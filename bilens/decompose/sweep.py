@@ -28,7 +28,7 @@ from bilens._core.fingerprint import fingerprint, model_fingerprint, sae_fingerp
 from bilens._core.folders import alone_in, differing, other_work, write_json
 from bilens._core.typing import typed
 from bilens.decompose.decomposer import Decomposer, Side
-from bilens.decompose.spectra import Spectra, spectra
+from bilens.decompose.spectra import Spectra
 from bilens.errors import ArgumentError, CheckpointError, MissingSAEError, OutOfRangeError
 from bilens.layer.eigen.solve import EigenSweep, Method
 from bilens.model.loading import read_tensors
@@ -152,7 +152,7 @@ def sweep(
         out: the folder.
         k: leading eigenpairs of every feature.
         side: the encoder or decoder direction.
-        full: also effective ranks; see `spectra`.
+        full: also effective ranks; see `Decomposer.spectra`.
         method: see `top_eigenpairs`.
         memory: bytes to use besides the layer and the result.
         overwrite: remove another sweep that is in the folder, instead of refusing.
@@ -188,8 +188,8 @@ def sweep(
         )
         for place, (decomposer, number, block) in enumerate(todo):
             if place % parallel.world_size() == parallel.rank():
-                found = spectra(
-                    decomposer, block, k, side, full=full, memory=memory, method=facts["solver"], progress=False
+                found = decomposer.spectra(
+                    block, k, side, full=full, memory=memory, method=facts["solver"], progress=False
                 )
                 _write(_block_file(folder, decomposer.layer, number), found)
             bar.update(len(block))

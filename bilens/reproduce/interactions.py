@@ -5,7 +5,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilens.decompose import Decomposer
-from bilens.decompose.fidelity import fidelity
 from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.reproduce.language_runs import model_and_texts, one_decomposer, ran_on
 from bilens.reproduce.reproduction import NOT_IN_PAPER, PICTURE, Made, Settings
@@ -34,7 +33,7 @@ def self_and_cross(Q: Float[Tensor, "d_sae d_sae"]) -> tuple[Float[Tensor, "d_sa
 def chosen_feature(decomposer: Decomposer, texts: list[str]) -> tuple[int, Tensor, float]:
     """The output feature, among those that fire, whose leading eigenvalue stands out most from a random matrix; how
     far it does, of all; and its correlation with two eigenvectors."""
-    found = fidelity(decomposer, texts, k=2)
+    found = decomposer.fidelity(texts, k=2)
     u = decomposer.directions(found.features)
     sweep = top_eigenpairs(decomposer.weights, u, 1, progress=False)
     d_model = decomposer.model.cfg.d_model

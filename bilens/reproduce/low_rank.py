@@ -7,7 +7,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.decompose import Decomposer
-from bilens.decompose.fidelity import fidelity, read_and_written
 from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.reproduce.language_runs import decomposers, model_and_texts, ran_on
 from bilens.reproduce.reproduction import NOT_IN_PAPER, Made, Settings
@@ -28,7 +27,7 @@ def approximations(
     linear = decomposer.linear(features)
     constant = decomposer.constant(features) + view.encoder_bias[features].to(e)
     found: list[list[Tensor]] = [[] for _ in features]
-    for x, y in read_and_written(decomposer, texts):
+    for x, y in decomposer.run_texts(texts):
         activations = view.activations(y)[:, features].to(e)
         for row, (values, vectors) in enumerate(zip(eigen.values, eigen.vectors, strict=True)):
             active = activations[:, row] != 0
@@ -44,7 +43,7 @@ def low_rank(settings: Settings) -> Made:
 
     model, texts = model_and_texts(settings)
     layers = decomposers(settings, model)
-    measured = {f"layer {d.layer}": fidelity(d, texts, k=4 if settings.reduced else 16) for d in layers}
+    measured = {f"layer {d.layer}": d.fidelity(texts, k=4 if settings.reduced else 16) for d in layers}
     rows, means = [], {}
     for name, found in measured.items():
         kept = found.correlation[found.eligible(MIN_ACTIVE)]

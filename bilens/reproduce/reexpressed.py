@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.decompose.fidelity import read_and_written
 from bilens.layer.bilinear import BilinearLayer, biases_as_weights
 from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.model.transformer import HookedBilinearTransformer
@@ -107,7 +106,7 @@ def reexpressed_layer(settings: Settings) -> Made:
     model, texts = model_and_texts(settings)
     d, texts = one_decomposer(settings, model), texts[:MOST_TEXTS]
     U = d.output_view.encoder.to(d.weights.W_out)
-    x, y = (torch.cat(parts) for parts in zip(*read_and_written(d, texts), strict=True))
+    x, y = (torch.cat(parts) for parts in zip(*d.run_texts(texts), strict=True))
     ranks = (1, 4) if settings.reduced else (1, 2, 4, 8, 16)
     inverted, plain, losses = [], [], []
     for r in ranks:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bilens.decompose import Decomposer
-from bilens.decompose.fidelity import fidelity
 from bilens.reproduce.language_runs import decomposers, model_and_texts, one_layer, ran_on
 from bilens.reproduce.reproduction import PICTURE, Made, Settings
 from bilens.sae.train.evaluation import SAEScore, evaluate_saes
@@ -85,7 +84,7 @@ def training_time(settings: Settings) -> Made:
             longer = replace(config, tokens=config.tokens * relative)
             (sae,) = train_saes(model, train, folder, longer, hooks=[plain.out_hook]).values()
         scores.append(evaluate_saes(model, {"sae": sae}, measured).scores[0])
-        found = fidelity(Decomposer(model, layer, output_sae=sae), measured, k=2)
+        found = Decomposer(model, layer, output_sae=sae).fidelity(measured, k=2)
         kept.append(found.correlation[found.eligible(MIN_ACTIVE), 1])
     columns = {
         CORRELATION: [values.mean().item() for values in kept],

@@ -11,7 +11,7 @@ import torch
 from bilens._core.bare import require_bare
 from bilens.attribute import Circuit, Target, check_circuit, feature_means, freeze
 from bilens.decompose import Decomposer
-from bilens.decompose.feature import feature_circuit, layer_inputs
+from bilens.decompose.feature import feature_circuit
 from bilens.decompose.gallery import motif_gallery
 from bilens.errors import AlteredModelError
 from bilens.model.transformer import HookedBilinearTransformer
@@ -61,7 +61,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Any]] = {
     "attribute": lambda s: s.decomposer.attribute(TOKENS, 3, -1),
     "fidelity": lambda s: s.decomposer.fidelity(s.texts, k=2),
     "feature_circuit": lambda s: feature_circuit(s.decomposer, s.texts[0], 3),
-    "layer_inputs": lambda s: layer_inputs(s.decomposer, TOKENS[None]),
+    "run": lambda s: s.decomposer.run(TOKENS[None]),
     "freeze": lambda s: freeze(s.model, TOKENS, list(s.saes.values())),
     "trace": lambda s: Circuit.trace(s.model, list(s.saes.values()), TOKENS, s.target),
     "check_circuit": lambda s: check_circuit(s.frozen, s.circuit, s.target),
@@ -77,7 +77,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Any]] = {
     ),
 }
 
-WITHOUT_SAE = {"train", "validate", "train_saes", "layer_inputs", "check_circuit"}
+WITHOUT_SAE = {"train", "validate", "train_saes", "run", "check_circuit"}
 
 
 @contextmanager

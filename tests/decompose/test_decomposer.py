@@ -118,7 +118,7 @@ def test_the_feature_basis_is_the_decoders(decomposer):
 def test_results_carry_no_gradient(decomposer):
     assert not decomposer.interaction(3, basis="features").requires_grad
     assert not decomposer.eigen(3).vectors.requires_grad
-    assert not decomposer.top_interactions(3, k=2).coefficients.requires_grad
+    assert not decomposer.top_interactions(3, n=2).coefficient.requires_grad
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_name)
@@ -180,55 +180,48 @@ def brute_force(Q):
 
 @settings(max_examples=15)
 @given(st.integers(0, D_SAE - 1), st.integers(1, D_SAE * (D_SAE + 1) // 2), st.sampled_from(["encoder", "decoder"]))
-def test_the_k_largest_of_all_pairs(decomposer, output, k, side):
+def test_the_largest_of_all_pairs(decomposer, output, n, side):
     Q = decomposer.interaction(output, basis="features", side=side)
-    top, expected = decomposer.top_interactions(output, k=k, side=side), brute_force(Q)[:k]
-    assert top.outputs.tolist() == [output]
-    assert top.i.shape == top.j.shape == top.coefficients.shape == (1, k)
+    top, expected = decomposer.top_interactions(output, n=n, side=side), brute_force(Q)[:n]
+    assert top.output.tolist() == [output] * n
     # Coefficients are read off one matrix: equal to the bit, and no two of these random ones are equal.
-    assert list(zip(top.i[0].tolist(), top.j[0].tolist(), top.coefficients[0].tolist(), strict=True)) == expected
-    assert len({(i, j) for i, j, _ in expected}) == k
+    assert list(zip(top.i.tolist(), top.j.tolist(), top.coefficient.tolist(), strict=True)) == expected
+    assert len({(i, j) for i, j, _ in expected}) == n
     assert (top.i <= top.j).all()
-
-    occurring = sorted({i for pair in expected for i in pair[:2]})
-    assert top.features.tolist() == occurring
-    assert torch.equal(top.submatrix, Q[occurring][:, occurring])
 
 
 def test_all_pairs_of_several_outputs(decomposer):
-    outputs, d = torch.tensor([8, 2]), D_SAE
+    outputs = torch.tensor([8, 2])
     Q = decomposer.interaction(outputs, basis="features")
-    top = decomposer.top_interactions(outputs, k=5)
-    assert top.outputs.tolist() == [8, 2]
-    for row in range(2):
-        expected = brute_force(Q[row])[:5]
-        assert list(zip(top.i[row].tolist(), top.j[row].tolist(), strict=True)) == [(i, j) for i, j, _ in expected]
-    occurring = sorted({*top.i.flatten().tolist(), *top.j.flatten().tolist()})
-    assert top.features.tolist() == occurring
-    assert torch.equal(top.submatrix, Q[:, occurring][:, :, occurring])
-    assert decomposer.top_interactions(outputs, k=d * (d + 1) // 2).features.tolist() == list(range(d))
+    top = decomposer.top_interactions(outputs, n=5)
+    assert top.output.tolist() == [8] * 5 + [2] * 5
+    for row, output in enumerate(outputs.tolist()):
+        some, expected = top[top.output == output], brute_force(Q[row])[:5]
+        assert list(zip(some.i.tolist(), some.j.tolist(), strict=True)) == [(i, j) for i, j, _ in expected]
+    assert len(decomposer.top_interactions(outputs, n=D_SAE * (D_SAE + 1) // 2)) == D_SAE * (D_SAE + 1)
 
 
 def test_the_default_is_fifty(decomposer):
-    assert decomposer.top_interactions(1).coefficients.shape == (1, 50)
+    assert len(decomposer.top_interactions(1)) == 50
 
 
-@pytest.mark.parametrize("k", [0, -3, D_SAE * (D_SAE + 1) // 2 + 1])
-def test_k_is_checked(decomposer, k):
-    with pytest.raises(OutOfRangeError, match=f"k is {k}, expected 1 to {D_SAE * (D_SAE + 1) // 2}"):
-        decomposer.top_interactions(0, k=k)
+@pytest.mark.parametrize("n", [0, -3, D_SAE * (D_SAE + 1) // 2 + 1])
+def test_the_number_of_pairs_is_checked(decomposer, n):
+    with pytest.raises(OutOfRangeError, match=f"n is {n}, expected 1 to {D_SAE * (D_SAE + 1) // 2}"):
+        decomposer.top_interactions(0, n=n)
 
 
 def test_the_table_has_indices_kinds_and_names(models):
     names_in, names_out = [f"in {i}" for i in range(D_SAE)], [f"out {i}" for i in range(D_SAE)]
     decomposer = make(models(False, True), input_names=names_in, output_names=names_out)
-    top = decomposer.top_interactions(torch.tensor([8, 2]), k=40)
+    top = decomposer.top_interactions(torch.tensor([8, 2]), n=40)
     frame = top.to_frame()
-    assert list(frame.columns) == ["output", "i", "j", "kind", "coefficient", "output_name", "i_name", "j_name"]
+    columns = ["layer", "output", "i", "j", "kind", "coefficient", "output_name", "i_name", "j_name"]
+    assert list(frame.columns) == columns
     assert frame.output.tolist() == [8] * 40 + [2] * 40
-    assert frame.i.tolist() == top.i.flatten().tolist()
-    assert frame.j.tolist() == top.j.flatten().tolist()
-    assert frame.coefficient.tolist() == top.coefficients.flatten().tolist()
+    assert frame.i.tolist() == top.i.tolist()
+    assert frame.j.tolist() == top.j.tolist()
+    assert frame.coefficient.tolist() == top.coefficient.tolist()
     assert set(frame.kind) == {"self", "cross"}
     assert ((frame.i == frame.j) == (frame.kind == "self")).all()
     assert frame.i_name.tolist() == [names_in[i] for i in frame.i]
@@ -239,21 +232,22 @@ def test_the_table_has_indices_kinds_and_names(models):
 
 def test_directions_have_no_feature_names(models):
     decomposer = make(models(False, True), output_names=[f"out {i}" for i in range(D_SAE)])
-    frame = decomposer.top_interactions(torch.randn(2, D), k=3).to_frame()
+    frame = decomposer.top_interactions(torch.randn(2, D), n=3).to_frame()
     assert frame.output.tolist() == [0] * 3 + [1] * 3
     assert frame.output_name.tolist() == ["0"] * 3 + ["1"] * 3
 
 
 def test_a_single_feature_has_one_interaction(models):
     sae = make_sae("standard", IN.format(0), d_sae=1)
-    top = Decomposer(models(False, True), 0, sae).top_interactions(torch.randn(D), k=1)
-    assert top.i.tolist() == top.j.tolist() == [[0]]
-    assert_close(top.coefficients[0, 0], top.submatrix[0, 0])
+    decomposer, u = Decomposer(models(False, True), 0, sae), torch.randn(D)
+    top = decomposer.top_interactions(u, n=1)
+    assert top.i.tolist() == top.j.tolist() == [0]
+    assert_close(top.coefficient, decomposer.interaction(u, basis="features")[0])
 
 
 def test_attribution_uses_the_same_coefficients(decomposer):
     """`contribution = coefficient * f_i * f_j`, the coefficient being that of the weights alone."""
-    every = decomposer.top_interactions(6, k=D_SAE * (D_SAE + 1) // 2).to_frame().set_index(["i", "j"]).coefficient
+    every = decomposer.top_interactions(6, n=D_SAE * (D_SAE + 1) // 2).to_frame().set_index(["i", "j"]).coefficient
     frame = decomposer.attribute(torch.tensor([1, 7, 4]), 6, 2).to_frame()
     assert len(frame) == 28  # 7 active features
     # One from a float32 matrix, one from float64 products of the branches.
@@ -406,7 +400,7 @@ def test_without_normalisation_resid_mid_is_the_layers_input(models):
     decomposer = Decomposer(models(False, False), 0, sae, out)
     expected = sae.W_dec.detach() @ decomposer.interaction(0) @ sae.W_dec.detach().T
     assert_close(decomposer.interaction(0, basis="features"), expected, **ROUNDING)
-    assert decomposer.top_interactions(0, k=3).i.shape == (1, 3)
+    assert len(decomposer.top_interactions(0, n=3)) == 3
 
 
 def test_a_bilinear_encoder_has_no_encoder_direction(models):
@@ -426,13 +420,13 @@ def test_a_bilinear_encoder_has_no_encoder_direction(models):
     u = decomposer.output_sae.W_dec[0].detach()
     assert_close(decomposer.interaction(0, side="decoder"), decomposer.interaction(u), **ROUNDING)
     assert decomposer.eigen(0, k=1, side="decoder").values.shape == (1,)
-    assert decomposer.top_interactions(0, k=1, side="decoder").i.shape == (1, 1)
+    assert len(decomposer.top_interactions(0, n=1, side="decoder")) == 1
 
 
 def test_a_bilinear_encoder_is_welcome_on_the_input(models):
     decomposer = make(models(False, True), kind_in="scope-bilinear")
     assert decomposer.interaction(0, basis="features").shape == (D_SAE, D_SAE)
-    assert decomposer.top_interactions(0, k=2).i.shape == (1, 2)
+    assert len(decomposer.top_interactions(0, n=2)) == 2
 
 
 def test_a_missing_sae(models):
@@ -490,13 +484,15 @@ def test_flags_and_fractions_are_neither_outputs_nor_numbers(models):
     for output in (True, [0, True], [True, False], torch.tensor(True), 3.0, "3", None):
         with pytest.raises(ArgumentError, match=r"output|integer"):
             decomposer.interaction(output)
-    for call in (decomposer.eigen, decomposer.top_interactions, decomposer.outliers, decomposer.spectra):
-        for k in (True, 2.0, "3", 0):
-            with pytest.raises((ArgumentError, OutOfRangeError), match="k is"):
-                call(3, k=k)
-    for call in (decomposer.eigen, decomposer.top_interactions, decomposer.spectra):
-        with pytest.raises(OutOfRangeError, match="k is 999999999999999, expected 1 to"):
-            call(3, k=999999999999999)
+    counted = {"k": (decomposer.eigen, decomposer.spectra), "n": (decomposer.top_interactions, decomposer.outliers)}
+    for name, calls in counted.items():
+        for call, number in itertools.product(calls, (True, 2.0, "3", 0)):
+            with pytest.raises((ArgumentError, OutOfRangeError), match=f"{name} is"):
+                call(3, **{name: number})
+    for name, calls in (("k", counted["k"]), ("n", counted["n"][:1])):
+        for call in calls:
+            with pytest.raises(OutOfRangeError, match=f"{name} is 999999999999999, expected 1 to"):
+                call(3, **{name: 999999999999999})
     for memory in (True, None, "x", 1.5, float("nan"), 0, -1):
         with pytest.raises(ArgumentError, match="memory"):
             decomposer.spectra([3], memory=memory)

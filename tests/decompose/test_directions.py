@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from bilens.decompose import Decomposer, between
-from bilens.decompose.between import apply_interaction, top_pairs
+from bilens.decompose import Decomposer
 from bilens.decompose.directions import head_basis, through_ov, token_basis, unembedding
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError, TokenizationError
+from bilens.layer import pairs
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
+from bilens.layer.pairs import apply_interaction, top_pairs
 from tests.conftest import make_model
 from tests.layer.test_inner import make_layer, random
 from tests.random_saes import D_SAE, make_sae
@@ -114,8 +115,8 @@ def test_the_largest_pairs_are_found_block_by_block(seed, n, m, within, skewed, 
         places = torch.arange(every.numel())
     k = data.draw(st.integers(1, len(places)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(between, "BLOCK_ROWS", 3)
-        patch.setattr(between, "BLOCK_ENTRIES", 8)
+        patch.setattr(pairs, "BLOCK_ROWS", 3)
+        patch.setattr(pairs, "BLOCK_ENTRIES", 8)
         i, j, coefficients = top_pairs(layer, u, left, None if within else right, k)
     expected = every.flatten()[places].abs().sort(descending=True).values[:k]
     assert_close(coefficients.abs(), expected, atol=1e-9 * (1 + expected[0].item()), rtol=1e-9)
@@ -127,14 +128,15 @@ def test_between_the_features_it_is_top_interactions(models):
     """With the input SAE's decoder on both sides."""
     hooks = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
     decomposer = Decomposer(models(True, True), 1, *(make_sae(hook=hook, seed=seed) for seed, hook in enumerate(hooks)))
-    expected = decomposer.top_interactions([3, 5], k=30)
-    found = decomposer.between([3, 5], decomposer.input_view.decoder, k=30)
+    expected = decomposer.top_interactions([3, 5], n=30)
+    found = decomposer.between([3, 5], decomposer.input_view.decoder, n=30)
     # In float32, where equally large ones may change places.
-    assert_close(found.coefficients, expected.coefficients, atol=1e-4, rtol=1e-4)
-    for row in range(2):
-        pairs = [set(zip(of.i[row, :25].tolist(), of.j[row, :25].tolist(), strict=True)) for of in (found, expected)]
-        assert len(pairs[0] & pairs[1]) >= 24
-    assert found.outputs.tolist() == [3, 5]
+    assert_close(found.coefficient, expected.coefficient, atol=1e-4, rtol=1e-4)
+    for output in (3, 5):
+        best = [of[of.output == output][:25] for of in (found, expected)]
+        both = [set(zip(of.i.tolist(), of.j.tolist(), strict=True)) for of in best]
+        assert len(both[0] & both[1]) >= 24
+    assert found.output.tolist() == [3] * 30 + [5] * 30
     assert (found.i <= found.j).all()
     assert found.j.max() < D_SAE
 
@@ -151,9 +153,8 @@ def test_trigrams_are_what_tokens_add_on_a_text(plain):
 
     def coefficients(left, right=None):
         """Every pair, as a matrix: the frozen result with every pair asked for."""
-        k = n * (n + 1) // 2 if right is None else n * n
-        found = decomposer.between(u, left, right, k=k)
-        return torch.zeros(n, n, dtype=torch.float64).index_put((found.i[0], found.j[0]), found.coefficients[0])
+        found = decomposer.between(u, left, right, n=n * (n + 1) // 2 if right is None else n * n)
+        return torch.zeros(n, n, dtype=torch.float64).index_put((found.i, found.j), found.coefficient)
 
     def within(left, weights_i, weights_j):
         """A pair within one set stands once, at `i <= j`; two different weights see the symmetric form."""
@@ -178,19 +179,20 @@ def test_the_table_names_both_sides(plain):
         unembedding(plain, ["fox", "owl"]),
         basis,
         head_basis(plain, 0, 1, basis),
-        k=7,
+        n=7,
         left_names=names,
         right_names=names,
     )
     frame = found.to_frame()
-    assert list(frame) == ["output", "i", "j", "coefficient", "output_name", "left", "right"]
+    assert list(frame) == ["layer", "output", "i", "j", "kind", "coefficient", "output_name", "i_name", "j_name"]
+    assert set(frame.kind) == {"cross"}  # of two sets, wherever the numbers agree
     assert frame.output.tolist() == [0] * 7 + [1] * 7
-    assert frame.left[3] == names[frame.i[3]]
-    assert frame.right[3] == names[frame.j[3]]
+    assert frame.i_name[3] == names[frame.i[3]]
+    assert frame.j_name[3] == names[frame.j[3]]
     assert (frame.coefficient[:7].abs().diff().dropna() <= 0).all()
     assert len(found.plot(top=5).data[0].x) == 5
-    within = Decomposer(plain, 0).between(unembedding(plain, "fox"), basis, k=3, left_names=names).to_frame()
-    assert within.right[0] == names[within.j[0]]
+    within = Decomposer(plain, 0).between(unembedding(plain, "fox"), basis, n=3, left_names=names).to_frame()
+    assert within.j_name[0] == names[within.j[0]]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -217,17 +219,17 @@ def test_what_is_refused(model):
     decomposer = Decomposer(model, 0)
     with pytest.raises(SAEMismatchError, match=r"right directions of shape \(3, 5\): the layer reads 16 dimensions"):
         decomposer.between(u, u, random(0, 3, 5))
-    with pytest.raises(OutOfRangeError, match="k is 50, expected 1 to 3, the number of pairs"):
+    with pytest.raises(OutOfRangeError, match="n is 50, expected 1 to 3, the number of pairs"):
         decomposer.between(u, u)
     with pytest.raises(ArgumentError, match="1 left_names for 2 left directions"):
-        decomposer.between(u, u, k=1, left_names=["one"])
+        decomposer.between(u, u, n=1, left_names=["one"])
     with pytest.raises(ArgumentError, match="1 right_names for 0 right directions"):
-        decomposer.between(u, u, k=1, right_names=["one"])
+        decomposer.between(u, u, n=1, right_names=["one"])
 
 
 def test_a_row_whose_bound_is_just_above_the_threshold_is_looked_at(monkeypatch):
     """The longest row is off the direction by more than the next one, which lies along it, is shorter."""
-    monkeypatch.setattr(between, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(pairs, "BLOCK_ROWS", 1)
     eye, zero = torch.eye(2), torch.zeros(2)
     right = torch.tensor([[0.8, 0.6]])
     left = torch.stack([torch.tensor([1.0, 0.0]), 0.9 * right[0]])

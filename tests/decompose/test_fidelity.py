@@ -6,7 +6,6 @@ import torch
 from torch.testing import assert_close
 
 from bilens.decompose import Decomposer
-from bilens.decompose.fidelity import fidelity
 from bilens.errors import ArgumentError, EmptyTextError, MissingSAEError, OutOfRangeError
 from tests.random_saes import D_SAE, make_sae
 
@@ -40,7 +39,7 @@ def by_hand(decomposer, texts, k):
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_the_running_sums_are_the_statistics(models, bias, kind, batch_size):
     decomposer = make(models(bias, True), kind)
-    found = fidelity(decomposer, TEXTS, k=3, batch_size=batch_size)
+    found = decomposer.fidelity(TEXTS, k=3, batch_size=batch_size)
     q, f, t = by_hand(decomposer, TEXTS, 3)
     assert found.n_tokens == len(f)
     for o in range(D_SAE):
@@ -64,7 +63,7 @@ def test_the_running_sums_are_the_statistics(models, bias, kind, batch_size):
 @pytest.mark.parametrize("bias", [False, True])
 def test_all_eigenpairs_explain_everything(models, bias):
     """With k = d_model nothing is cut off, so the read is reproduced to float32 rounding."""
-    found = fidelity(make(models(bias, True)), TEXTS, k=D)
+    found = make(models(bias, True)).fidelity(TEXTS, k=D)
     eligible = found.eligible(5)
     assert eligible.sum() > 5
     assert_close(found.explained_variance[eligible, -1], torch.ones(int(eligible.sum())), atol=1e-3, rtol=0)
@@ -72,7 +71,7 @@ def test_all_eigenpairs_explain_everything(models, bias):
 
 def test_some_features_are_those_rows_of_all(models):
     decomposer = make(models(False, True), output_names=[f"out {i}" for i in range(D_SAE)])
-    every, some = fidelity(decomposer, TEXTS, k=2), fidelity(decomposer, TEXTS, output=[7, 3], k=2)
+    every, some = decomposer.fidelity(TEXTS, k=2), decomposer.fidelity(TEXTS, output=[7, 3], k=2)
     assert some.features.tolist() == [7, 3]
     assert_close(some.correlation, every.correlation[[7, 3]], atol=1e-5, rtol=0, equal_nan=True)
     assert some.to_frame()["name"].tolist() == ["out 7", "out 3"]
@@ -80,14 +79,14 @@ def test_some_features_are_those_rows_of_all(models):
 
 def test_texts_may_be_any_iterable(models):
     decomposer = make(models(False, True))
-    listed, drawn = (fidelity(decomposer, texts, output=[7], k=1) for texts in (TEXTS, iter(TEXTS)))
+    listed, drawn = (decomposer.fidelity(texts, output=[7], k=1) for texts in (TEXTS, iter(TEXTS)))
     assert torch.equal(listed.correlation_all, drawn.correlation_all)
 
 
 def test_what_does_not_vary_has_no_correlation(models):
     """The same text again and again: a feature that fires at one place of it has one activation, up to rounding."""
     decomposer = make(models(False, True))
-    once, found = (fidelity(decomposer, TEXTS[:1] * n, k=3) for n in (1, 7))
+    once, found = (decomposer.fidelity(TEXTS[:1] * n, k=3) for n in (1, 7))
     alike = once.n_active == 1
     assert alike.sum() > 3
     assert (found.n_active[alike] == 7).all()
@@ -98,7 +97,7 @@ def test_what_does_not_vary_has_no_correlation(models):
 
 
 def test_tables_and_figures(models):
-    found = fidelity(make(models(False, True)), TEXTS, k=4)
+    found = make(models(False, True)).fidelity(TEXTS, k=4)
     frame = found.to_frame(k=2)
     assert len(frame) == D_SAE
     assert frame.correlation.dropna().between(-1.001, 1.001).all()
@@ -119,12 +118,12 @@ def test_tables_and_figures(models):
 def test_what_is_refused(models):
     decomposer = make(models(False, True))
     with pytest.raises(EmptyTextError):
-        fidelity(decomposer, [])
+        decomposer.fidelity([])
     with pytest.raises(OutOfRangeError, match="feature 40"):
-        fidelity(decomposer, TEXTS, output=40)
+        decomposer.fidelity(TEXTS, output=40)
     with pytest.raises(ArgumentError, match="needs output features"):
-        fidelity(decomposer, TEXTS, output=torch.randn(D))
+        decomposer.fidelity(TEXTS, output=torch.randn(D))
     with pytest.raises(OutOfRangeError, match="k is 17"):
-        fidelity(decomposer, TEXTS, k=17)
+        decomposer.fidelity(TEXTS, k=17)
     with pytest.raises(MissingSAEError):
-        fidelity(Decomposer(models(False, True), 0), TEXTS)
+        Decomposer(models(False, True), 0).fidelity(TEXTS)

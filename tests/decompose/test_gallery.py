@@ -19,7 +19,6 @@ from bilens.decompose.gallery import (
     motif_gallery,
     pair_motifs,
     pairs_together,
-    token_cosines,
 )
 from bilens.decompose.motifs import MOTIFS, classify
 from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError
@@ -50,7 +49,7 @@ def test_pairs_that_fire_together(labelled):
     i, j = pairs_together(labelled.inputs, MIN_TOKENS)
     assert len(i) > 100
     assert (i < j).all()
-    cosines = token_cosines(labelled.inputs)
+    cosines = labelled.inputs.token_cosines()
     for at in range(0, len(i), len(i) // 20):
         first, second = (labelled.inputs.dense(int(feature)) != 0 for feature in (i[at], j[at]))
         counts = cases_of(first.flatten(), second.flatten()).bincount(minlength=4)
@@ -65,7 +64,7 @@ def test_pairs_that_fire_together(labelled):
 
 
 def test_cosines_by_token(labelled):
-    cosines = token_cosines(labelled.inputs)
+    cosines = labelled.inputs.token_cosines()
     tokens = labelled.inputs.tokens
 
     def mass(feature):

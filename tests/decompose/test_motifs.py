@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from bilens.decompose import Decomposer
-from bilens.decompose.motifs import MOTIFS, classify, find_motifs, typical_activations
+from bilens.decompose.motifs import MOTIFS, classify, find_motifs
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer
 from bilens.sae.features.examples import FeatureActivations
@@ -98,7 +98,7 @@ def test_all_motifs_of_a_layer_are_found(decomposer, weighted):
     scale = torch.rand(D_SAE, generator=torch.Generator().manual_seed(0)) + 0.5 if weighted else torch.ones(D_SAE)
     found = decomposer.motifs(n=10**6, activations=scale if weighted else None, progress=False)
     matrices = decomposer.interaction(list(range(D_SAE)), basis="features")
-    outliers = decomposer.outliers(list(range(D_SAE)), k=None, progress=False).to_frame()
+    outliers = decomposer.outliers(list(range(D_SAE)), n=None, progress=False).to_frame()
     expected = {}
     for row in outliers[outliers.kind == "cross"].itertuples():
         at = [row.i, row.j]
@@ -143,7 +143,7 @@ def test_typical_activations():
     offsets = torch.tensor([0, 2, 2, 3])
     none = torch.zeros(3, dtype=torch.long)
     activations = FeatureActivations(none[None], none[None], [], none, none, torch.tensor([1.0, 3.0, 0.5]), offsets)
-    assert_close(typical_activations(activations), torch.tensor([2.0, 0.0, 0.5]))
+    assert_close(activations.typical_activations(), torch.tensor([2.0, 0.0, 0.5]))
 
 
 def test_bad_arguments(decomposer):

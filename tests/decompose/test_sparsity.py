@@ -78,10 +78,10 @@ def test_sparsity_is_numpys_of_the_dense_matrices(decomposer, fence):
     found = decomposer.sparsity(fence=fence, progress=False)
     assert found.outputs.tolist() == list(range(D_SAE))
     matrices = decomposer.interaction(found.outputs, basis="features").double().numpy()
-    row, column = np.tril_indices(D_SAE, -1)
-    outliers = decomposer.outliers(found.outputs, k=None, fence=fence, progress=False).to_frame()
+    lower, column = np.tril_indices(D_SAE, -1)
+    outliers = decomposer.outliers(found.outputs, n=None, fence=fence, progress=False).to_frame()
     for output, matrix in enumerate(matrices):
-        cross, own = matrix[row, column], np.diagonal(matrix)
+        cross, own = matrix[lower, column], np.diagonal(matrix)
         everything = np.concatenate([cross, own])
         deviations = everything - everything.mean()
         # float32 products; kurtosis and quartiles of them to about five digits
@@ -102,9 +102,10 @@ def test_sparsity_is_numpys_of_the_dense_matrices(decomposer, fence):
             assert int(count) == (listed.kind == kind).sum()
         assert found.largest_cross[output].item() == pytest.approx(abs(cross).max(), rel=1e-4)
         assert found.largest_self[output].item() == pytest.approx(abs(own).max(), rel=1e-4)
-        for entry in listed.itertuples():
-            assert entry.entry == pytest.approx(matrix[entry.i, entry.j], rel=1e-3, abs=1e-4)
-        assert listed.entry.abs().is_monotonic_decreasing
+        for row in listed.itertuples():
+            entry = matrix[row.i, row.j] * (1 if row.kind == "self" else 2)
+            assert row.coefficient == pytest.approx(entry, rel=1e-3, abs=2e-4)
+        assert listed.coefficient.abs().is_monotonic_decreasing
 
 
 def test_results_show_themselves(decomposer):
@@ -113,13 +114,13 @@ def test_results_show_themselves(decomposer):
     assert len(found.plot().data[0].x) == 2
     assert "kurtosis" in str(found)
     assert 0 <= found.cross_share.max() < 1
-    outliers = decomposer.outliers(7, k=6, progress=False)
-    assert outliers.outputs.tolist() == [7] * 6
-    assert len(outliers.plot(top=4).data[0].z) <= 4
-    assert "entry" in str(outliers)
-    none = decomposer.outliers(7, k=1, fence=1e9, progress=False)
-    assert len(none.to_frame()) == 0
-    assert len(none.plot().data[0].z) == 0
+    outliers = decomposer.outliers(7, n=6, progress=False)
+    assert outliers.output.tolist() == [7] * 6
+    assert len(outliers.plot(top=4).data[0].x) == 4
+    assert "coefficient" in str(outliers)
+    none = decomposer.outliers(7, n=1, fence=1e9, progress=False)
+    assert len(none) == len(none.to_frame()) == 0
+    assert len(none.plot().data[0].x) == 0
 
 
 def test_bad_arguments(decomposer, models):
@@ -127,8 +128,8 @@ def test_bad_arguments(decomposer, models):
         decomposer.sparsity(0, fence=-1.0)
     with pytest.raises(ArgumentError, match="fence is nan"):
         decomposer.outliers(0, fence=float("nan"))
-    with pytest.raises(OutOfRangeError, match="k is 0, expected at least 1"):
-        decomposer.outliers(0, k=0)
+    with pytest.raises(OutOfRangeError, match="n is 0, expected at least 1"):
+        decomposer.outliers(0, n=0)
     with pytest.raises(OutOfRangeError, match="outside the output SAE"):
         decomposer.sparsity(D_SAE)
     with pytest.raises(MissingSAEError, match="input_sae"):

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from bilens.decompose import Decomposer
-from bilens.decompose.spectra import cross_shares, effective_ranks, spectra
+from bilens.decompose.spectra import cross_shares, effective_ranks
 from bilens.errors import ArgumentError, MissingSAEError
 from tests.conftest import make_model
 from tests.random_saes import D_SAE, make_sae
@@ -41,13 +41,13 @@ def test_every_number_is_that_of_the_dense_matrices(models, bias, side):
 
 def test_some_outputs_and_directions(models):
     decomposer = make(models(False, True), output_names=[f"out {i}" for i in range(D_SAE)])
-    every = spectra(decomposer, progress=False)
-    some = spectra(decomposer, [7, 3], progress=False)
+    every = decomposer.spectra(progress=False)
+    some = decomposer.spectra([7, 3], progress=False)
     assert some.outputs.tolist() == [7, 3]
     assert some.to_frame()["name"].tolist() == ["out 7", "out 3"]
     assert_close(some.eigen.values, every.eigen.values[[7, 3]], rtol=1e-4, atol=1e-6)
     u = decomposer.directions([7, 3])
-    same = spectra(Decomposer(models(False, True), 1), u, progress=False)
+    same = Decomposer(models(False, True), 1).spectra(u, progress=False)
     assert_close(same.eigen.values, some.eigen.values, rtol=1e-4, atol=1e-6)
     assert same.cross_share is None
     assert same.effective_rank is None
@@ -69,12 +69,12 @@ def test_a_square_and_a_product(models):
 
 def test_an_input_sae_on_resid_mid_gives_no_cross_share(models):
     saes = make_sae("topk", "blocks.1.hook_resid_mid", seed=1), make_sae("topk", "blocks.1.hook_mlp_out", seed=2)
-    assert spectra(Decomposer(models(False, True), 1, *saes), progress=False).cross_share is None
-    assert spectra(Decomposer(models(False, False), 1, *saes), progress=False).cross_share is not None
+    assert Decomposer(models(False, True), 1, *saes).spectra(progress=False).cross_share is None
+    assert Decomposer(models(False, False), 1, *saes).spectra(progress=False).cross_share is not None
 
 
 def test_ranked_and_drawn(models):
-    found = spectra(make(models(False, True)), full=True, progress=False)
+    found = make(models(False, True)).spectra(full=True, progress=False)
     frame = found.ranked("share")
     assert frame.share.is_monotonic_decreasing
     assert found.ranked("trace", ascending=True).trace.abs().is_monotonic_increasing
@@ -83,9 +83,9 @@ def test_ranked_and_drawn(models):
     with pytest.raises(ArgumentError, match=r"no 'shares' to rank by.*Did you mean 'share'"):
         found.ranked("shares")
     with pytest.raises(ArgumentError, match=r"no 'effective_rank'"):
-        spectra(make(models(False, True)), progress=False).ranked("effective_rank")
+        make(models(False, True)).spectra(progress=False).ranked("effective_rank")
     with pytest.raises(MissingSAEError):
-        spectra(Decomposer(models(False, True), 0))
+        Decomposer(models(False, True), 0).spectra()
 
 
 @pytest.mark.parametrize("size", [1e9, 1e-12])

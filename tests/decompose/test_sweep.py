@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from bilens._core.folders import alone_in
 from bilens.decompose import Decomposer
 from bilens.decompose import sweep as module
-from bilens.decompose.spectra import spectra
 from bilens.decompose.sweep import Sweep, sweep
 from bilens.errors import (
     ArgumentError,
@@ -62,7 +61,7 @@ def test_what_was_computed_comes_back(models, tmp_path, full):
     for again in (found, Sweep.load(tmp_path)):
         assert again.layers == [0, 1]
         for layer, decomposer in enumerate(decomposers):
-            expected = spectra(decomposer, k=3, full=full, progress=False).to_frame()
+            expected = decomposer.spectra(k=3, full=full, progress=False).to_frame()
             frame = again[layer].to_frame()
             assert list(frame.columns) == list(expected.columns)
             # Other blocks, so other orders of summation: float32 rounding.

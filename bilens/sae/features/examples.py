@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class FeatureActivations:
 
     Attributes:
         tokens: the texts, `[BOS]` first, padded on the right; `mask` is 1 on what counts (not `[BOS]`, not padding).
-        rows, positions, features, values: one entry per activation, sorted by feature.
+        rows, positions, values: one entry per activation, sorted by feature.
         offsets: entries of feature `i` are `offsets[i] : offsets[i + 1]`.
     """
 
@@ -131,9 +132,7 @@ class FeatureActivations:
 
     def labels(self) -> list[str]:
         """A short name for every feature: see `FeatureSummary.label`."""
-        mass = torch.zeros(self.d_sae, len(self.strings))
-        features = torch.repeat_interleave(torch.arange(self.d_sae), self.offsets.diff())
-        mass.index_put_((features, self.tokens[self.rows, self.positions]), self.values.abs(), accumulate=True)
+        mass = self._mass()
         top = mass.topk(3, dim=-1)
         total = mass.sum(-1, keepdim=True).clamp_min(1e-12)
         names = []
@@ -144,6 +143,54 @@ class FeatureActivations:
             chosen = chosen or ([self.strings[words[0]]] if shares[0] > 0 else ["(silent)"])
             names.append(f"{feature} {'/'.join(chosen)}")
         return names
+
+    def typical_activations(self) -> Float[Tensor, "d_sae"]:
+        """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""
+        total = torch.zeros(self.d_sae).index_add_(0, self.features, self.values)
+        return total / self.offsets.diff().clamp_min(1)
+
+    def cofiring(self) -> Float[Tensor, "d_sae d_sae"]:
+        """`w_ij`, the mean of `f_i f_j` over all tokens: weights for pairs of features.
+
+        With them `coefficient * weight` is what a pair adds to an output's pre-activation on the average token.
+        """
+        return self._products(self.values) / max(int(self.mask.sum()), 1)
+
+    def cofiring_counts(self) -> Float[Tensor, "d_sae d_sae"]:
+        """On how many tokens every two features fire together; on the diagonal, on how many each fires."""
+        return self._products(torch.ones_like(self.values))
+
+    def token_cosines(self) -> Float[Tensor, "d_sae d_sae"]:
+        """Of every two features' activation summed by token of the vocabulary: 1 if they fire on the same words."""
+        mass = torch.nn.functional.normalize(self._mass(), dim=-1)
+        return mass @ mass.T
+
+    @property
+    def features(self) -> Int[Tensor, "entry"]:
+        """The feature of every entry."""
+        return torch.repeat_interleave(torch.arange(self.d_sae), self.offsets.diff())
+
+    def _mass(self) -> Float[Tensor, "d_sae d_vocab"]:
+        """Every feature's absolute activation, summed by token of the vocabulary."""
+        mass = torch.zeros(self.d_sae, len(self.strings))
+        words = self.tokens[self.rows, self.positions]
+        return mass.index_put_((self.features, words), self.values.abs(), accumulate=True)
+
+    def _products(self, values: Float[Tensor, "entry"]) -> Float[Tensor, "d_sae d_sae"]:
+        """The sum over tokens of products of every two features' values, a few tokens at a time."""
+        tokens, features = self.rows * self.tokens.shape[1] + self.positions, self.features
+        order = tokens.argsort(stable=True)
+        tokens, features, values = tokens[order], features[order], values[order]
+        places = tokens.unique_consecutive(return_inverse=True)[1]
+        total = torch.zeros(self.d_sae, self.d_sae)
+        step = max(1, 2**24 // self.d_sae)
+        n = int(places[-1]) + 1 if len(places) else 0
+        edges = torch.searchsorted(places, torch.arange(0, n + step, step)).tolist()
+        for chunk, (low, high) in enumerate(pairwise(edges)):
+            dense = torch.zeros(step, self.d_sae)
+            dense[places[low:high] - chunk * step, features[low:high]] = values[low:high]
+            total.addmm_(dense.T, dense)
+        return total
 
 
 @torch.no_grad()

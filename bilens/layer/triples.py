@@ -1,4 +1,4 @@
-"""The largest interactions of whole layers: the top N of |coefficient| over all (output, input, input) triples.
+"""The largest interactions of a whole layer: the top N of |coefficient| over all (output, input, input) triples.
 
     coefficient(o, i, i) = Q_o,ii        coefficient(o, i, j) = 2 Q_o,ij    (i < j, each pair once)
     Q_o,ij = 1/2 sum_m c_om (a_im b_jm + b_im a_jm)                         a = D W_gate, b = D W_in, c = U W_out^T
@@ -16,17 +16,15 @@ pair are `U' g_ij` with one vector `g_ij` of at most d_model numbers.
 5. screen the others by `U' g` in bfloat16 where this kind of device multiplies it faster, with the error bounded by
    `|u| |g|` times bfloat16's unit roundoff; recompute in full precision what may pass
 6. whatever comes within `TOLERANCE` of the threshold is evaluated in float64 from the layer's own weights; by these
-   numbers the N are chosen, and equal ones by (layer, output, i, j)
+   numbers the N are chosen, and equal ones by (output, i, j)
 
 The result is that of a float64 search of everything, if the full precision of step 5 is good to `TOLERANCE` of the
 threshold. That is checked on everything evaluated in step 6: if one is off by more than a quarter of it, the layer is
 searched again in float64.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,18 +32,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens._core.checks import name_of
-from bilens._core.display import Tabular
-from bilens.decompose.results import unequal_rows
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, search_dtype
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
-    from bilens.decompose.decomposer import Decomposer
-    from bilens.sae.features.examples import FeatureActivations
 
 TOLERANCE = 2.0**-10
 # Both factors are rounded to eight bits, so is the result; a little for the accumulation in float32.
@@ -71,193 +59,6 @@ class Triples:
     coefficients: Float[Tensor, "n"]
     scores: Float[Tensor, "n"]
     method: str
-
-
-@dataclass(frozen=True)
-class StrongestInteractions(Tabular):
-    """The largest interactions of one layer or several, over all their (output, input, input) triples.
-
-    A cross pair `(i, j)` with `i < j` stands once, with coefficient `2 Q_ij`; a self interaction has `Q_ii`.
-
-    Attributes:
-        layers, outputs, i, j: one entry per interaction; directions given as outputs have their places as numbers.
-        coefficients: in float64.
-        weights: of the pairs, where there are some.
-        input_names, output_names: by layer.
-        method: how they were found.
-        note: what to know of the ranking.
-    """
-
-    layers: Int[Tensor, "n"]
-    outputs: Int[Tensor, "n"]
-    i: Int[Tensor, "n"]
-    j: Int[Tensor, "n"]
-    coefficients: Float[Tensor, "n"]
-    weights: Float[Tensor, "n"] | None
-    method: str
-    input_names: dict[int, Sequence[str] | None] = field(default_factory=dict, repr=False)
-    output_names: dict[int, Sequence[str] | None] = field(default_factory=dict, repr=False)
-    note: str = field(default="", repr=False)
-
-    @property
-    def scores(self) -> Float[Tensor, "n"]:
-        """What they are ranked by, in absolute value: `coefficient * weight`."""
-        return self.coefficients if self.weights is None else self.coefficients * self.weights
-
-    def to_frame(self) -> "pd.DataFrame":
-        """One row per interaction: `layer, output, i, j, kind, coefficient, output_name, i_name, j_name`, with weights
-        `weight, score` after the coefficient."""
-        import pandas as pd
-
-        layers, i, j = self.layers.tolist(), self.i.tolist(), self.j.tolist()
-        columns = {
-            "layer": layers,
-            "output": self.outputs.tolist(),
-            "i": i,
-            "j": j,
-            "kind": ["self" if a == b else "cross" for a, b in zip(i, j, strict=True)],
-            "coefficient": self.coefficients.tolist(),
-        }
-        if self.weights is not None:
-            columns |= {"weight": self.weights.tolist(), "score": self.scores.tolist()}
-        named = (("output_name", self.output_names, columns["output"]), ("i_name", self.input_names, i))
-        for column, names, which in (*named, ("j_name", self.input_names, j)):
-            columns[column] = [name_of(names.get(at), w) for at, w in zip(layers, which, strict=True)]
-        return pd.DataFrame(columns)
-
-    def plot(self, top: int = 30) -> "go.Figure":
-        """The `top` ones as signed bars."""
-        from bilens.draw.plots import bars
-
-        frame = self.to_frame().head(top)
-        pairs = [a if a == b else f"{a} x {b}" for a, b in zip(frame.i_name, frame.j_name, strict=True)]
-        labels = [f"{at}: {o} <- {p}" for at, o, p in zip(frame.layer, frame.output_name, pairs, strict=True)]
-        column = "coefficient" if self.weights is None else "score"
-        return bars(labels, frame[column].tolist(), "strongest interactions", value_title=column)
-
-    def __repr__(self) -> str:
-        layers = ", ".join(map(str, sorted(set(self.layers.tolist()))))
-        return f"StrongestInteractions({len(self.i)} of layers {layers or 'none'}; {self.method})"
-
-    def __str__(self) -> str:
-        table = f"{self!r}\n{self.to_frame().head(20).to_string(index=False)}"
-        return f"{table}\n{self.note}" if self.note else table
-
-    def _repr_html_(self) -> str:
-        return f"{super()._repr_html_()}<p>{self.note}</p>" if self.note else super()._repr_html_()
-
-
-def strongest_interactions(
-    decomposers: Sequence["Decomposer"],
-    n: int = 1000,
-    output: Any = None,
-    side: Literal["encoder", "decoder"] = "encoder",
-    *,
-    inputs: Any = None,
-    weights: Tensor | Sequence[Tensor] | None = None,
-    memory: int = 2**30,
-    progress: bool = True,
-) -> StrongestInteractions:
-    """The `n` largest interactions over all (layer, output, input, input), exactly: of a whole model.
-
-    Coefficients of different layers are compared as they are: pre-activation per unit of activation squared. A layer is
-    searched only for what beats the N-th best of the layers before it.
-
-    Args:
-        decomposers: one per layer, with an input SAE.
-        n: how many.
-        output: features or directions, the same in every layer; `None` is every output feature.
-        side: encoder or decoder directions of features.
-        inputs: between these input features only.
-        weights: of every pair of input features; for several layers one matrix each.
-        memory: bytes to use besides the weights.
-        progress: show a bar per layer.
-
-    Raises:
-        ArgumentError: no decomposers, two of one layer, or another number of weights; and as for `top_triples`.
-        MissingSAEError, OutOfRangeError, SAEMismatchError: as for `Decomposer.interaction` and `top_triples`.
-    """
-    layers = [decomposer.layer for decomposer in decomposers]
-    if not layers or len(set(layers)) < len(layers):
-        raise ArgumentError(f"decomposers of layers {layers}: expected one or more, each of another layer.")
-    matrices = [weights] * len(layers) if weights is None or isinstance(weights, Tensor) else list(weights)
-    if len(matrices) != len(layers) or (len(layers) > 1 and isinstance(weights, Tensor)):
-        given = 1 if isinstance(weights, Tensor) else len(matrices)
-        raise ArgumentError(f"{given} weight matrices for {len(layers)} layers: expected one each.")
-    found: list[tuple[Tensor, ...]] = []
-    scores, floor, methods = torch.zeros(0), 0.0, []
-    for decomposer, matrix in zip(decomposers, matrices, strict=True):
-        chosen = decomposer.every_output(output)
-        u, directions = torch.atleast_2d(decomposer.directions(chosen, side)), decomposer.input_directions()
-        features = torch.arange(len(directions))
-        if inputs is not None:
-            features = decomposer.input_indices(inputs).unique()
-            matrix = None if matrix is None else matrix[features][:, features]
-        count = min(n, len(u) * len(features) * (len(features) + 1) // 2) if len(layers) > 1 else n
-        triples = top_triples(
-            decomposer.weights,
-            u,
-            directions[features],
-            count,
-            weights=matrix,
-            floor=floor,
-            memory=memory,
-            progress=progress,
-        )
-        names = decomposer.output_indices(chosen)
-        layer = torch.full_like(triples.i, decomposer.layer)
-        weight = torch.ones_like(triples.scores) if matrix is None else matrix.cpu().double()[triples.i, triples.j]
-        parts = (layer, names[triples.outputs], features[triples.i], features[triples.j], triples.coefficients, weight)
-        found.append(parts)
-        methods.append(triples.method)
-        scores = torch.cat([scores.double(), triples.scores.abs()])
-        if len(scores) >= n:
-            floor = scores.topk(n).values[-1].item()
-    merged = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    # Stable, so that equal ones stay in the order of (layer, output, i, j).
-    order = scores.argsort(descending=True, stable=True)[:n]
-    layer, outputs, i, j, coefficients, weight = (part[order] for part in merged)
-    return StrongestInteractions(
-        layers=layer,
-        outputs=outputs,
-        i=i,
-        j=j,
-        coefficients=coefficients,
-        weights=None if weights is None else weight,
-        method="; ".join(dict.fromkeys(methods)),
-        input_names={decomposer.layer: decomposer.input_names for decomposer in decomposers},
-        output_names={
-            decomposer.layer: decomposer.output_names_of(decomposer.every_output(output)) for decomposer in decomposers
-        },
-        note="" if weights is not None else unequal_rows(torch.cat([d.input_directions().cpu() for d in decomposers])),
-    )
-
-
-# --- how often and how strongly pairs fire together -------------------------------------------------------------------
-
-
-def cofiring(activations: "FeatureActivations") -> Float[Tensor, "d_sae d_sae"]:
-    """`w_ij`, the mean of `f_i f_j` over all tokens: weights for the pairs of the input SAE's features.
-
-    With them `coefficient * weight` is what a pair adds to the output's pre-activation on the average token.
-    """
-    tokens = activations.rows * activations.tokens.shape[1] + activations.positions
-    features = torch.repeat_interleave(torch.arange(activations.d_sae), activations.offsets.diff())
-    total = torch.zeros(activations.d_sae, activations.d_sae)
-    order = tokens.argsort(stable=True)
-    tokens, features, values = tokens[order], features[order], activations.values[order]
-    places, counts = tokens.unique_consecutive(return_inverse=True)[1], int(activations.mask.sum())
-    step = max(1, 2**24 // activations.d_sae)
-    n = int(places[-1]) + 1 if len(places) else 0
-    edges = torch.searchsorted(places, torch.arange(0, n + step, step)).tolist()
-    for chunk, (low, high) in enumerate(pairwise(edges)):
-        dense = torch.zeros(step, activations.d_sae)
-        dense[places[low:high] - chunk * step, features[low:high]] = values[low:high]
-        total.addmm_(dense.T, dense)
-    return total / max(counts, 1)
-
-
-# --- the search -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
