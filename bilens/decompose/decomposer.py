@@ -343,7 +343,6 @@ class Decomposer:
         found = find_spectra(self.weights, u, k, inputs=inputs, **options)  # type: ignore[arg-type]
         return replace(found, outputs=self._numbers(output), names=self._output_names_of(output))
 
-    @typed
     @torch.no_grad()
     def fidelity(
         self, texts: Sequence[str], output: Output | None = None, k: int = 10, *, batch_size: int = 16

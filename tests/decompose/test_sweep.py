@@ -137,7 +137,7 @@ def test_another_sweep_is_overwritten_by_the_word(models, tmp_path):
 )
 def test_settings_that_are_none(models, tmp_path, wrong):
     """Nothing is written that would refuse the corrected call."""
-    with pytest.raises(ArgumentError, match=rf"^{next(iter(wrong))} "):
+    with pytest.raises(ArgumentError, match=rf"^(sweep: )?{next(iter(wrong))} "):
         sweep(make(models(False, True)), tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
 
