@@ -154,7 +154,9 @@ def search_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What a search multiplies in whose result is refined: bfloat16 where this kind of device has products of it that
     are faster than those of `dtype`; a fixed rule, so that the same call does the same everywhere."""
     if device.type == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        # Private functions, which another release of torch may not have: bfloat16 then counts as slow.
+        asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
+        fast = any(ask is not None and ask() for ask in asked)
     else:
         fast = device.type != "mps"
     return torch.bfloat16 if fast else dtype

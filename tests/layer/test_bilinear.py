@@ -19,6 +19,7 @@ from bilens.layer.bilinear import (
     in_basis,
     interaction_matrix,
     linear_term,
+    search_dtype,
     source_products,
 )
 from tests.conftest import make_model
@@ -141,3 +142,16 @@ def test_half_precision_weights_are_raised_to_float32():
 def test_other_kinds_of_mlp_are_refused(published, kind):
     with pytest.raises(NotBilinearError, match=f"{kind}.*bilinear true and gate null"):
         BilinearLayer.of(make_model(**published), 0)
+
+
+@pytest.mark.parametrize("name", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+def test_searches_are_in_bfloat16_where_the_processor_multiplies_it_fast(monkeypatch, name):
+    """And torch says so: these functions of it are private, and may be gone in another release."""
+    for private in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, private, raising=False)
+    assert search_dtype(torch.float32, torch.device("cpu")) == torch.float32
+    for supported, expected in ((False, torch.float64), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, name, lambda supported=supported: supported, raising=False)
+        assert search_dtype(torch.float64, torch.device("cpu")) == expected
+    assert search_dtype(torch.float32, torch.device("cuda")) == torch.bfloat16
+    assert search_dtype(torch.float32, torch.device("mps")) == torch.float32

@@ -307,6 +307,16 @@ def test_pairs_behind_a_giant_one(method, size, tied):
         assert_close(found.values[:, 1], torch.full((24,), 5 * size), rtol=TOLERANCE, atol=0)
 
 
+@pytest.mark.parametrize("method", [*SEARCHES, "dense"])
+def test_directions_whose_coefficients_cancel(method):
+    """All but what is behind a giant one is left of numbers of order one: float32 would have it off by a tenth."""
+    layer, u = giant(3, 1e-6)
+    layer.W_out[:, D - 1] = random(5, D)
+    rotation = torch.linalg.qr(random(6, D, D))[0]
+    layer, u = layer_of(layer.W_gate.T, layer.W_in.T, layer.W_out @ rotation), u @ rotation
+    assert_honest(sweep(layer, u, 3, method), layer, u)
+
+
 @pytest.mark.parametrize("order", ["positive", "negative"])
 @pytest.mark.parametrize("method", ["lanczos", "dense"])
 def test_pairs_by_sign_behind_a_giant_one(method, order):
@@ -502,6 +512,16 @@ def test_norms_traces_shares_and_the_bound(seed):
     # And no looser than float32 makes it.
     left = (values[:, 3:] ** 2).sum(1) / norms**2
     assert (found.missed_bound.double() / norms <= (left + 2e-5).sqrt()).all()
+
+
+@pytest.mark.parametrize(("second", "status"), [(0.7, "bounded"), (0.71, "converged")])
+def test_a_pair_is_bounded_where_the_norm_leaves_no_room_for_a_larger_one(second, status):
+    """`1, s, s`: what is left of the squared norm is `2 s^2`, less than one up to `s = 0.7071`."""
+    out = torch.zeros(D, D)
+    out[:3, 0] = torch.tensor([1.0, second, second])
+    layer, u = layer_of(torch.eye(D), torch.eye(D), out), torch.eye(D)[:1]
+    assert STATUSES[sweep(layer, u, 1).status] == status
+    assert STATUSES[sweep(layer, u, 1, "dense").status] == "dense"
 
 
 def test_table_text_and_figure():
