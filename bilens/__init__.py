@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from bilens.attribute import Circuit
     from bilens.decompose import Decomposer
     from bilens.errors import BilensError
-    from bilens.model.config import BilinearTransformerConfig
-    from bilens.model.hf import BilinearConfig, BilinearForCausalLM
-    from bilens.model.loading import list_models, load_model
-    from bilens.model.transformer import HookedBilinearTransformer
+    from bilens.model import (
+        BilinearConfig,
+        BilinearForCausalLM,
+        BilinearTransformerConfig,
+        HookedBilinearTransformer,
+        list_models,
+        load_model,
+    )
     from bilens.pages.dashboard import FeatureDashboard
     from bilens.pages.report import report
     from bilens.sae import (
@@ -42,22 +46,22 @@ if TYPE_CHECKING:
 _HOME = {
     "AnnealConfig": "bilens.train.annealing",
     "BilensError": "bilens.errors",
-    "BilinearConfig": "bilens.model.hf",
-    "BilinearForCausalLM": "bilens.model.hf",
-    "BilinearTransformerConfig": "bilens.model.config",
+    "BilinearConfig": "bilens.model",
+    "BilinearForCausalLM": "bilens.model",
+    "BilinearTransformerConfig": "bilens.model",
     "Circuit": "bilens.attribute",
     "Decomposer": "bilens.decompose",
     "FeatureDashboard": "bilens.pages.dashboard",
     "FeatureStore": "bilens.sae",
-    "HookedBilinearTransformer": "bilens.model.transformer",
+    "HookedBilinearTransformer": "bilens.model",
     "TrainConfig": "bilens.train.language_model",
     "anneal": "bilens.train.annealing",
     "build_feature_store": "bilens.sae",
     "evaluate_saes": "bilens.sae",
     "finetune_saes": "bilens.sae",
-    "list_models": "bilens.model.loading",
+    "list_models": "bilens.model",
     "list_saes": "bilens.sae",
-    "load_model": "bilens.model.loading",
+    "load_model": "bilens.model",
     "load_sae": "bilens.sae",
     "push_saes": "bilens.sae",
     "report": "bilens.pages.report",

@@ -31,7 +31,7 @@ from bilens.decompose.decomposer import Decomposer, Side
 from bilens.decompose.spectra import Spectra
 from bilens.errors import ArgumentError, CheckpointError, MissingSAEError, OutOfRangeError
 from bilens.layer.eigen.solve import EigenSweep, Method
-from bilens.model.loading import read_tensors
+from bilens.model.files import read_tensors
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,3 +11,20 @@ from bilens import TRANSFORMERS_LEVEL
 if TRANSFORMERS_LEVEL is not None:  # 0 is that nothing was set yet, so that the default holds
     default = log_levels.get(os.environ.get("TRANSFORMERS_VERBOSITY", ""), logging.WARNING)
     logging.getLogger("transformers").setLevel(TRANSFORMERS_LEVEL or default)
+
+from bilens.model.config import BilinearTransformerConfig
+from bilens.model.files import list_models
+from bilens.model.generation import sample_texts
+from bilens.model.hf import BilinearConfig, BilinearForCausalLM
+from bilens.model.loading import load_model
+from bilens.model.transformer import HookedBilinearTransformer
+
+__all__ = [
+    "BilinearConfig",
+    "BilinearForCausalLM",
+    "BilinearTransformerConfig",
+    "HookedBilinearTransformer",
+    "list_models",
+    "load_model",
+    "sample_texts",
+]

@@ -1,6 +1,6 @@
 """The adapter that lets TransformerLens' `TransformerBridge` boot a bilinear model.
 
-    import bilens.model.hf
+    import bilens.model
     bridge = TransformerBridge.boot_transformers("path/to/a/saved/model")
 
 A bridge wraps the modules of a Hugging Face model in components of TransformerLens. Here the modules are those of the
@@ -13,7 +13,7 @@ and weights already, so a component only has to
 
 The adapter is announced by the entry point group `transformer_lens.architectures`. TransformerLens (3.9 and 4.3 alike)
 reads the group only after it has looked the architecture up in `SUPPORTED_ARCHITECTURES` and refused what is not there,
-so importing `bilens.model.hf`, which transformers needs anyway to know the class, also writes it there:
+so importing `bilens.model`, which transformers needs anyway to know the class, also writes it there:
 `register_adapter`.
 """
 
@@ -34,6 +34,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from bilens.errors import TokenizationError
 from bilens.model.config import HF_ARCHITECTURE
+from bilens.model.files import load_tokenizer
 
 # Of the first two a bridge has its own; the others it can switch on for TransformerLens' attention classes only.
 NOT_SHARED = ("hook_in", "hook_mlp_in", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
@@ -130,8 +131,6 @@ class BilinearArchitectureAdapter(ArchitectureAdapter):
 
     def prepare_loading(self, model_name: str, model_kwargs: dict) -> None:
         """Name the tokenizer that the published config names, where the folder has none of its own."""
-        from bilens.model.loading import load_tokenizer
-
         folder, named = Path(model_name), model_kwargs["config"].tokenizer
         if (folder / "tokenizer.json").exists() or (named is None and not folder.is_dir()):
             return

@@ -8,8 +8,8 @@
 3. `hooked` is the model inside: hooks, `run_with_cache` and writing into weights act on both
 
 Importing this module registers the classes with `AutoConfig` and `AutoModelForCausalLM`, and the adapter of
-`bilens.model.bridge` with TransformerLens. `bilens.load_model` imports it too; `import bilens` alone does not, since
-that would import transformers.
+`bilens.model.bridge` with TransformerLens. `import bilens.model` and whatever imports it, such as `bilens.load_model`,
+is enough; `import bilens` alone is not, since that would import transformers.
 """
 
 import copy
@@ -39,12 +39,11 @@ from bilens.model.config import (
     config_from_published,
     config_to_published,
 )
+from bilens.model.files import EMBEDDING, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_tokenizer, read_index
 from bilens.model.hf_tokenizer import register_tokenizer
 from bilens.model.tokenization import attended
 from bilens.model.transformer import Embed, HookedBilinearTransformer, Rotary
 
-WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
-EMBEDDING = "transformer.wte.weight"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -448,10 +447,8 @@ def stored(source: str | os.PathLike[str], **hub: Any) -> tuple[set[str], int | 
     Returns:
         The names, and `None` where there are no safetensors weights or no embedding; what reads them will say so.
     """
-    from bilens.model.loading import read_index
-
     names: set[str] = set()
-    for name in WEIGHTS_FILES:
+    for name in (WEIGHTS_FILE, INDEX_FILE):
         found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub)
         if found is None:
             continue
@@ -469,8 +466,6 @@ def stored(source: str | os.PathLike[str], **hub: Any) -> tuple[set[str], int | 
 
 def tokenizer_beside(source: str | os.PathLike[str], **hub: Any) -> Any:
     """The tokenizer in a folder or hub repository, `None` where there is none; arguments as of `stored`."""
-    from bilens.model.loading import TOKENIZER_FILES, load_tokenizer
-
     found = [cached_file(str(source), n, _raise_exceptions_for_missing_entries=False, **hub) for n in TOKENIZER_FILES]
     return None if found[0] is None else load_tokenizer(Path(found[0]).parent, None)
 

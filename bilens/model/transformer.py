@@ -17,7 +17,6 @@ TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are made from th
 """
 
 from collections.abc import Callable
-from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -33,10 +32,11 @@ from bilens._core.checks import check_flags, whole_number
 from bilens.errors import ArgumentError, NotBilinearError, OutOfRangeError
 from bilens.model.attached import SAEAttachmentMixin
 from bilens.model.config import BilinearTransformerConfig
-from bilens.model.generation import generate
+from bilens.model.generation import TextGenerationMixin
 from bilens.model.hook_points import CheckedHooks, eager_while_hooked
 from bilens.model.kv_cache import cached_positions, check_room, extended_mask
 from bilens.model.named_weights import NamedWeight, NamedWeightsMixin
+from bilens.model.published import PublishedMixin
 from bilens.model.tokenization import PaddingSide, TokenizationMixin
 
 
@@ -368,7 +368,9 @@ class Unembed(NamedWeightsMixin):
         return self.head(x)
 
 
-class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeightsMixin, CheckedHooks):
+class HookedBilinearTransformer(
+    SAEAttachmentMixin, TextGenerationMixin, TokenizationMixin, PublishedMixin, NamedWeightsMixin, CheckedHooks
+):
     """A bilinear (or gated, or one-branch) transformer with TransformerLens' hooks, weights' names and habits.
 
     Args:
@@ -586,12 +588,6 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         predicted = (attention_mask[:, :-1] * attention_mask[:, 1:]).to(loss.dtype)
         return loss * predicted if per_token else (loss * predicted).sum() / predicted.sum()
 
-    def generate(
-        self, input: str | list[str] | Int[Tensor, "*batch pos"] = "", max_new_tokens: int = 50, **kwargs: Any
-    ) -> Any:
-        """Continue a text. See `bilens.model.generation.generate` for every argument."""
-        return generate(self, input, max_new_tokens, **kwargs)
-
     # --- hooks --------------------------------------------------------------------------------------------------------
 
     def _position_axis(self, name: str) -> int:
@@ -802,61 +798,6 @@ class HookedBilinearTransformer(SAEAttachmentMixin, TokenizationMixin, NamedWeig
         weight = self.embed.W_E
         self.cfg.device, self.cfg.dtype = str(weight.device), weight.dtype
         return self
-
-    def save_pretrained(
-        self, folder: str | PathLike[str], dtype: torch.dtype | str | None = None, *, overwrite: bool = False
-    ) -> None:
-        """Write the published format; see `bilens.model.loading.save_model`."""
-        from bilens.model.loading import save_model
-
-        save_model(self, folder, dtype=dtype, overwrite=overwrite)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload model",
-        dtype: torch.dtype | str | None = None,
-    ) -> Any:
-        """Save into a Hugging Face hub repository, with a model card where it has none; see `bilens.model.hub`.
-
-        Args:
-            repo_id: `owner/name`; made where it does not exist.
-            private: of a repository that is made here; `None` is the owner's default.
-            token: with permission to write; `None` is the one of `hf auth login`.
-            revision: the branch, made where it does not exist; `None` is `main`.
-            commit_message: one line.
-            dtype: of the weights on the hub; `None` keeps the model's.
-
-        Returns:
-            `huggingface_hub.CommitInfo`: `.oid`, `.commit_url`.
-
-        Raises:
-            UploadError: no permission, no connection, or the hub refused it.
-        """
-        from bilens.model.hub import model_card, push_to_hub
-        from bilens.model.loading import INDEX_FILE
-
-        return push_to_hub(
-            lambda folder: self.save_pretrained(folder, dtype),
-            repo_id,
-            lambda folder, repo: model_card(self.cfg, repo),
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            delete_patterns=[INDEX_FILE, "model-*-of-*.safetensors"],
-        )
-
-    @classmethod
-    def from_pretrained(cls, source: str | PathLike[str] | None = None, **kwargs: Any) -> "HookedBilinearTransformer":
-        """Same as `bilens.load_model`."""
-        from bilens.model.loading import load_model
-
-        return load_model(source, **kwargs)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

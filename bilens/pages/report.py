@@ -40,8 +40,9 @@ from bilens.decompose.sweep import Sweep
 from bilens.errors import ArgumentError, ModelNotFoundError, OutOfRangeError
 from bilens.layer.bilinear import check_bilinear
 from bilens.layer.eigen.solve import EigenSweep
+from bilens.model.files import DEFAULT_MODEL, PRETRAINED, list_models
 from bilens.model.generation import sample_texts
-from bilens.model.loading import DEFAULT_MODEL, PRETRAINED, list_models, load_model
+from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.pages.circuit import circuit_page
 from bilens.sae.features.examples import FeatureActivations, feature_activations

@@ -45,9 +45,7 @@ from bilens._core.display import Tabular
 from bilens._core.files import read_json, to_path
 from bilens.errors import ArgumentError, BilensError, CheckpointError, ModelNotFoundError, SAEMismatchError, nearest
 from bilens.model.config import check_positive_integers, check_switches
-from bilens.model.hook_points import HOOK_TO_POINT, OTHER_POINT, POINT_TO_HOOK, hook_of
-from bilens.model.hub import HubOptions, fetch_from_hub
-from bilens.model.loading import (
+from bilens.model.files import (
     CONFIG_FILE,
     FLOATS,
     HUB_ID,
@@ -62,6 +60,8 @@ from bilens.model.loading import (
     resolve_device,
     resolve_dtype,
 )
+from bilens.model.hook_points import HOOK_TO_POINT, OTHER_POINT, POINT_TO_HOOK, hook_of
+from bilens.model.hub import HubOptions, fetch_from_hub
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig
 
 FORMATS = {

@@ -34,7 +34,8 @@ from bilens._core.fingerprint import model_fingerprint
 from bilens._core.folders import alone_in, claim, digest_of, finish
 from bilens.errors import ArgumentError, NotBilinearError, TrainingError
 from bilens.model.config import config_from_published, config_to_published
-from bilens.model.loading import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_model, save_model
+from bilens.model.files import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE
+from bilens.model.loading import load_model
 from bilens.model.transformer import ACTIVATIONS, MLP, HookedBilinearTransformer, RMSNorm
 from bilens.train.data import Texts, TokenizedTexts, pack, training_and_validation
 from bilens.train.language_model import CHECKPOINT_FILE, WORK_FILES, TrainConfig, TrainingRun, Validation, validate
@@ -245,7 +246,7 @@ def anneal(
         annealed = folded(run.model)
         after = validate(annealed, held_out, step=run.n_steps)
         result = AnnealingResult(annealed.eval(), config, before, at_once, validations, after, compared)
-        save_model(annealed, out, overwrite=True)  # it is the run's own by now
+        annealed.save_pretrained(out, overwrite=True)  # it is the run's own by now
         facts = {
             "config": asdict(config),
             "from": model.cfg.model_name,

@@ -38,17 +38,16 @@ from bilens._core.files import destination_folder, write_files
 from bilens._core.folders import alone_in, claim, digest_of, finish
 from bilens.errors import ArgumentError, CheckpointError, TrainingError
 from bilens.model.config import config_from_published
-from bilens.model.loading import (
+from bilens.model.files import (
     CONFIG_FILE,
     INDEX_FILE,
     TOKENIZER_FILES,
     WEIGHTS_FILE,
-    load_model,
     load_tokenizer,
     resolve_device,
     resolve_dtype,
-    save_model,
 )
+from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.train.data import (
     SPECIAL_TOKENS,
@@ -255,7 +254,7 @@ def train_lm(
             checkpoint=out / CHECKPOINT_FILE,
         )
         validations = run.fit()
-        save_model(model.eval(), out, dtype=on_disk, overwrite=True)  # it is the run's own by now
+        model.eval().save_pretrained(out, dtype=on_disk, overwrite=True)  # it is the run's own by now
         facts = {"config": asdict(config), "validations": [asdict(v) for v in validations]}
         finish(out / RECORD_FILE, identity, (CONFIG_FILE, WEIGHTS_FILE), facts)
         (out / CHECKPOINT_FILE).unlink(missing_ok=True)

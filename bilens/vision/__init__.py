@@ -4,7 +4,7 @@ from bilens.vision.config import ClassifierConfig
 from bilens.vision.data import ImageDataset, load_images
 from bilens.vision.eigenfeatures import Eigenfeatures, class_difference, eigenfeatures
 from bilens.vision.explanation import Explanation, explain
-from bilens.vision.loading import load_classifier, save_classifier
+from bilens.vision.loading import load_classifier
 from bilens.vision.masks import Mask, MaskStudy, adversarial_mask, mask_study, pseudo_inverse_masks
 from bilens.vision.model import BilinearClassifier, class_layer, class_matrices, with_one
 from bilens.vision.regularisation import RegularisationStudy, regularisation_study
@@ -43,7 +43,6 @@ __all__ = [
     "mask_study",
     "pseudo_inverse_masks",
     "regularisation_study",
-    "save_classifier",
     "shared_neurons",
     "top_down",
     "train_classifier",

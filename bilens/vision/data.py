@@ -29,7 +29,7 @@ from torch import Tensor
 from bilens._core.checks import check_seeds
 from bilens._core.files import regular_file, to_path
 from bilens.errors import ArgumentError, CheckpointError, ImageDataError, ModelNotFoundError, nearest
-from bilens.model.loading import HUB_ID
+from bilens.model.files import HUB_ID
 
 HUB_SOURCES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
 SOURCES = ("digits", *HUB_SOURCES)

@@ -24,7 +24,6 @@ All mathematics is that of `bilens.decompose`, which reads a `BilinearLayer`:
 """
 
 from dataclasses import replace
-from os import PathLike
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from bilens.layer.bilinear import BilinearLayer, biases_as_weights, interaction_
 from bilens.model.hook_points import CheckedHooks, eager_while_hooked
 from bilens.model.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.vision.config import ClassifierConfig
+from bilens.vision.published import PublishedClassifierMixin
 
 
 class BranchHooks(nn.Module):
@@ -95,7 +95,7 @@ class BilinearBlock(NamedWeightsMixin, nn.Linear):
         return self.hook_resid_post(x + product if self.residual else product)
 
 
-class BilinearClassifier(NamedWeightsMixin, CheckedHooks):
+class BilinearClassifier(PublishedClassifierMixin, NamedWeightsMixin, CheckedHooks):
     """An image classifier of bilinear layers, hooked like the language model; see the module's header.
 
     Args:
@@ -205,21 +205,6 @@ class BilinearClassifier(NamedWeightsMixin, CheckedHooks):
         if not homogeneous:
             return plain
         return over_homogeneous(plain, reads if self.cfg.residual else None)
-
-    # --- files --------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the authors' format; see `bilens.vision.loading.save_classifier`."""
-        from bilens.vision.loading import save_classifier
-
-        save_classifier(self, folder, overwrite=overwrite)
-
-    @classmethod
-    def from_pretrained(cls, source: str | PathLike[str], **kwargs: Any) -> "BilinearClassifier":
-        """Load the authors' format from a folder or the hub; see `bilens.vision.loading.load_classifier`."""
-        from bilens.vision.loading import load_classifier
-
-        return load_classifier(source, **kwargs)
 
 
 def class_layer(model: BilinearClassifier, *, homogeneous: bool = False) -> BilinearLayer:

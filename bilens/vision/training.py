@@ -28,7 +28,7 @@ from bilens._core.files import destination_folder
 from bilens._core.fingerprint import fingerprint
 from bilens._core.folders import alone_in, claim, finish
 from bilens.errors import ArgumentError, TrainingError
-from bilens.model.loading import CONFIG_FILE, WEIGHTS_FILE, resolve_device
+from bilens.model.files import CONFIG_FILE, WEIGHTS_FILE, resolve_device
 from bilens.vision.augmentation import augmentation
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.data import ImageDataset, load_images

@@ -9,7 +9,7 @@ import torch
 
 import bilens
 from bilens.attribute import Target, freeze, split
-from bilens.model.loading import DEFAULT_MODEL, PRETRAINED
+from bilens.model.files import DEFAULT_MODEL, PRETRAINED
 from bilens.pages.report import DEMO_FILE, demo, example_texts
 from bilens.sae import evaluate_saes
 from bilens.train.data import TokenizedTexts, load_texts

@@ -17,7 +17,7 @@ from sae_lens import SAE, TopKSAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from safetensors.torch import load_file, save_file
 
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, SAEMismatchError, UploadError
-from bilens.model.loading import load_model, published_tensors
+from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae import list_saes, load_sae, push_saes, scope_loader
 from tests.conftest import make_model
@@ -70,7 +70,7 @@ def folder(model: HookedBilinearTransformer, tmp_path: Path) -> Path:
 
 def assert_same(one: HookedBilinearTransformer, other: HookedBilinearTransformer) -> None:
     """The same weights, bit for bit, and the same tokens."""
-    weights, others = published_tensors(one), published_tensors(other)
+    weights, others = one.published_tensors(), other.published_tensors()
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
         assert weight.dtype == others[name].dtype, name
@@ -393,16 +393,16 @@ def test_shards_come_from_the_commit_of_their_index(
     hub: FakeHub, sharded: Path, model: HookedBilinearTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A push between the index and the shards mixes nothing."""
-    from bilens.model import loading
+    from bilens.model import files
 
     hub.add(MODEL, sharded)
-    read = loading.read_index
+    read = files.read_index
 
     def and_then_a_push(path: Path) -> dict[str, set[str]]:
         hub.add(MODEL, {"config.json": b"{}"})
         return read(path)
 
-    monkeypatch.setattr(loading, "read_index", and_then_a_push)
+    monkeypatch.setattr(files, "read_index", and_then_a_push)
     assert_same(load_model(MODEL), model)
 
 

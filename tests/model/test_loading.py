@@ -17,10 +17,11 @@ from torch import Tensor
 from bilens._core.files import write_atomically
 from bilens.attribute import freeze
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, NotBilinearError, OverwriteError
-from bilens.model import loading
+from bilens.model import files, published
 from bilens.model.config import config_from_published
+from bilens.model.files import list_models, load_tokenizer
 from bilens.model.hf import BilinearForCausalLM
-from bilens.model.loading import list_models, load_model, load_tokenizer, published_tensors, save_model
+from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from tests.conftest import SHARED, SMALL, Reference, make_model
 
@@ -106,8 +107,8 @@ def test_any_variant_comes_back(tmp_path_factory: pytest.TempPathFactory, dtype:
     again.save_pretrained(folder / "two")
     assert_same_bits(*(load_file(folder / name / "model.safetensors") for name in ("one", "two")))
     assert_same_bits(
-        {name: tensor for name, tensor in published_tensors(again).items() if "inv_freq" not in name},
-        {name: tensor.detach() for name, tensor in published_tensors(model).items() if "inv_freq" not in name},
+        {name: tensor for name, tensor in again.published_tensors().items() if "inv_freq" not in name},
+        {name: tensor.detach() for name, tensor in model.published_tensors().items() if "inv_freq" not in name},
     )
     written = json.loads((folder / "one" / "config.json").read_text())
     assert {key: written[key] for key in published} == published
@@ -173,7 +174,7 @@ def test_absent_config_keys_have_the_published_meaning(tmp_path: Path) -> None:
 
 def test_the_dtype_in_memory_and_on_disk(checkpoint: Path, tmp_path: Path) -> None:
     """dtype= decides memory (float32 unless asked), save's dtype= the disk; the config says which."""
-    save_model(load_model(checkpoint), tmp_path / "half", dtype=torch.float16)
+    load_model(checkpoint).save_pretrained(tmp_path / "half", dtype=torch.float16)
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
     assert load_model(tmp_path / "half").W_E.dtype == torch.float32
@@ -210,9 +211,9 @@ def test_from_pretrained_is_load_model(checkpoint: Path) -> None:
 def test_loading_leaves_new_models_alone(checkpoint: Path) -> None:
     """Models made after loading one draw the same initial weights as before."""
     cfg = make_model().cfg
-    before = published_tensors(HookedBilinearTransformer(cfg, seed=0))
+    before = HookedBilinearTransformer(cfg, seed=0).published_tensors()
     load_model(checkpoint)
-    assert_same_bits(before, published_tensors(HookedBilinearTransformer(cfg, seed=0)))
+    assert_same_bits(before, HookedBilinearTransformer(cfg, seed=0).published_tensors())
 
 
 # --- damaged checkpoints ----------------------------------------------------------------------------------------------
@@ -460,7 +461,7 @@ def bundled(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("ts-small", "ts-tiny"):
         shutil.copytree(checkpoint, home / name)
     (home / "zz-scope").mkdir()
-    monkeypatch.setattr(loading, "PRETRAINED", home)
+    monkeypatch.setattr(files, "PRETRAINED", home)
     return home
 
 
@@ -481,7 +482,7 @@ def test_a_misspelt_model_gets_a_suggestion(bundled: Path, wrong: Any) -> None:
 
 def test_no_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is bundled, `load_model()` says so."""
-    monkeypatch.setattr(loading, "PRETRAINED", tmp_path)
+    monkeypatch.setattr(files, "PRETRAINED", tmp_path)
     with pytest.raises(ModelNotFoundError, match="none here"):
         load_model()
 
@@ -521,7 +522,7 @@ def test_the_named_tokenizer(
         def __init__(self, source: Path):
             self.source = source
 
-    monkeypatch.setattr("bilens.model.loading.fetch_from_hub", lambda repo, files, options: Path(repo))
+    monkeypatch.setattr("bilens.model.files.fetch_from_hub", lambda repo, files, options: Path(repo))
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Fetched)
     found = load_tokenizer(tmp_path, name)
     assert (found.source, found.pad_token) == (Path(repo), pad)
@@ -536,7 +537,7 @@ def test_a_tokenizer_that_cannot_be_fetched(checkpoint: Path, monkeypatch: pytes
     (checkpoint / "tokenizer.json").unlink()
     assert load_model(checkpoint).tokenizer is None
     edit_config(checkpoint, tokenizer="gpt2")
-    monkeypatch.setattr("bilens.model.loading.fetch_from_hub", offline)
+    monkeypatch.setattr("bilens.model.files.fetch_from_hub", offline)
     with pytest.warns(UserWarning, match="the tokenizer openai-community/gpt2 is not to be had.*no connection"):
         model = load_model(checkpoint)
     assert model.tokenizer is None
@@ -617,7 +618,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(checkpoint: Path, monkeypatch: py
         Path(path).write_bytes(b"\x00" * 100)
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(loading, "save_file", full)
+    monkeypatch.setattr(published, "save_file", full)
     with torch.no_grad():
         model.W_E.add_(1)
     with pytest.raises(OSError, match="no space"):

@@ -25,7 +25,6 @@ from bilens.errors import (
     TokenizationError,
 )
 from bilens.model.config import config_from_published
-from bilens.model.loading import published_tensors
 from bilens.model.transformer import HookedBilinearTransformer, RMSNorm
 from tests.conftest import SMALL, Reference, make_model
 from tests.oracle import oracle
@@ -99,7 +98,7 @@ def test_text_gives_the_expected_tokens_and_logits(ts_micro: Reference) -> None:
 
 def test_the_oracle_agrees_with_the_authors(ts_micro: Reference) -> None:
     """The oracle used below is itself right: it gives the authors' logits and activations."""
-    tensors = {name: w.detach().numpy() for name, w in published_tensors(ts_micro.model).items()}
+    tensors = {name: w.detach().numpy() for name, w in ts_micro.model.published_tensors().items()}
     seen = oracle(ts_micro.model.cfg.published, tensors, ts_micro.expected["0.input_ids"][0].tolist())
     np.testing.assert_allclose(seen["logits"], ts_micro.expected["0.logits"][0], atol=1e-4)
     np.testing.assert_allclose(seen["loss"], ts_micro.expected["0.loss"], atol=1e-4)
@@ -134,7 +133,7 @@ VARIANTS = {
 
 def compare_with_oracle(model: HookedBilinearTransformer, published: dict, tokens: list[int]) -> None:
     """Every hook of the model, its logits and loss, on the explicit and the fused path."""
-    tensors = {name: weight.detach().numpy() for name, weight in published_tensors(model).items()}
+    tensors = {name: weight.detach().numpy() for name, weight in model.published_tensors().items()}
     expected = oracle(SMALL | published, tensors, tokens)
     batch = torch.tensor([tokens])
     model.set_use_attn_result(True)

@@ -15,7 +15,7 @@ from bilens.errors import (
     NotBilinearError,
     OutOfRangeError,
 )
-from bilens.model.loading import DEFAULT_MODEL
+from bilens.model.files import DEFAULT_MODEL
 from bilens.pages.report import (
     active_features,
     example_texts,

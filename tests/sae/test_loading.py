@@ -10,7 +10,7 @@ from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhit
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import bilens.model.loading
+import bilens.model.files
 import bilens.sae.loading
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, SAEMismatchError
 from bilens.model.hook_points import POINT_TO_HOOK, hook_of, point_of
@@ -381,7 +381,7 @@ def test_saelens_weights_with_nan_or_cut_off(tmp_path):
 
 @pytest.fixture
 def bundled(tmp_path, monkeypatch):
-    for module in (bilens.model.loading, bilens.sae.loading):
+    for module in (bilens.model.files, bilens.sae.loading):
         monkeypatch.setattr(module, "PRETRAINED", tmp_path)
     (tmp_path / "ts-tiny").mkdir()
     (tmp_path / "ts-tiny" / "config.json").write_text("{}")
