@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         finetune_saes,
         list_saes,
         load_sae,
+        load_saes,
         push_saes,
         train_saes,
     )
@@ -63,6 +64,7 @@ _HOME = {
     "list_saes": "bilens.sae",
     "load_model": "bilens.model",
     "load_sae": "bilens.sae",
+    "load_saes": "bilens.sae",
     "push_saes": "bilens.sae",
     "report": "bilens.pages.report",
     "train_lm": "bilens.train.language_model",
@@ -100,6 +102,7 @@ __all__ = [
     "list_saes",
     "load_model",
     "load_sae",
+    "load_saes",
     "push_saes",
     "report",
     "train_lm",

@@ -11,6 +11,7 @@
 Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; DESIGN section 4.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, SupportsIndex
@@ -59,12 +60,16 @@ from bilens.layer.inner import double, inner_products
 from bilens.layer.pairs import top_pairs
 from bilens.layer.reading import Lexicon
 from bilens.layer.triples import top_triples
+from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.features.examples import FeatureNames, names_from_texts
+from bilens.sae.loading import HUB_OPTIONS, load_saes, sae_source
 from bilens.sae.texts import text_starts
 from bilens.sae.view import SAEView
 
 Side = Literal["encoder", "decoder"]
 Basis = Literal["residual", "features"]
+OUTSIDE = "layer {} is outside the model's {} layers"
 
 
 class Decomposer:
@@ -109,7 +114,7 @@ class Decomposer:
         check_bilinear(model)
         n_layers = model.cfg.n_layers
         self.model = model
-        self.layer = check_index(layer, n_layers, "layer {} is outside the model's {} layers", negative=True)
+        self.layer = check_index(layer, n_layers, OUTSIDE, negative=True)
         BilinearLayer.of(model, self.layer)  # refuses what cannot be read
         at = f"blocks.{self.layer}"
         self.normalized_hook, self.resid_mid_hook = f"{at}.ln2.hook_normalized", f"{at}.hook_resid_mid"
@@ -118,6 +123,49 @@ class Decomposer:
         self._output = self._view(output_sae, "output", (self.out_hook,))
         self.input_names = self._check_names(input_names, self._input, "input")
         self.output_names = self._check_names(output_names, self._output, "output")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | HookedBilinearTransformer | None = None,
+        layer: SupportsIndex = 0,
+        *,
+        saes: str | os.PathLike[str] | None = None,
+        expansion: int | None = None,
+        k: int | None = None,
+        tag: str | None = None,
+        texts: Sequence[str] | None = None,
+        **options: Any,
+    ) -> "Decomposer":
+        """A model, the SAEs on one MLP's input and output, and names of their features, from where they are published.
+
+        Features are named after the tokens they fire on. The texts run when a name is first asked for: by a table, a
+        plot or a page, not by numbers.
+
+        Args:
+            source: a bundled name, a folder or a hub id, as for `bilens.load_model`; or a model.
+            layer: which MLP; negative counts from the end.
+            saes: where `bilens.load_saes` finds the SAEs; `None` is the bundled model's, or `<source>-scope`.
+            expansion, k, tag: which SAEs, where there are several.
+            texts: where to see what features fire on; `None` takes those that come with a bundled model, or has the
+                model write some.
+            options: the keyword arguments of `bilens.load_model`.
+
+        Raises:
+            ModelNotFoundError: no such model, or no SAEs of it.
+            NotBilinearError: a gated or one-branch model.
+            SAEMismatchError: several SAEs that fit.
+            others: as for `Decomposer`, `bilens.load_model` and `bilens.load_sae`.
+        """
+        model = source if isinstance(source, HookedBilinearTransformer) else load_model(source, **options)
+        check_bilinear(model)  # no SAEs would help
+        layer = check_index(layer, model.cfg.n_layers, OUTSIDE, negative=True)
+        place = sae_source(model.cfg.model_name) if saes is None else saes
+        hub = {name: value for name, value in options.items() if name in HUB_OPTIONS and name != "revision"}
+        points = ("mlp-in", "mlp-out")
+        pair = load_saes(place, points, [layer], expansion, k, tag, device=model.cfg.device, **hub)
+        names = names_from_texts(model, pair, texts) if model.tokenizer is not None else (None, None)
+        return cls(model, layer, *pair, input_names=names[0], output_names=names[1])
 
     def __repr__(self) -> str:
         views = {"input_sae": self._input, "output_sae": self._output}
@@ -913,7 +961,8 @@ class Decomposer:
             return None
         if isinstance(names, str | Mapping) or not hasattr(names, "__len__"):
             raise ArgumentError(f"{which}_names is {names!r:.80}, expected a list of {n} labels, one for each feature.")
-        other = next((name for name in names if not isinstance(name, str)), None)
+        known = isinstance(names, FeatureNames)  # strings, found when they are asked for
+        other = None if known else next((name for name in names if not isinstance(name, str)), None)
         if other is not None:
             raise ArgumentError(f"{which}_names holds {other!r}, expected strings.")
         if len(names) != n:

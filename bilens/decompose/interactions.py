@@ -135,12 +135,8 @@ def unequal_rows(directions: Float[Tensor, "d_sae d_model"]) -> str:
 
 def merge(found: Sequence[Interactions], n: int) -> Interactions:
     """The `n` of largest absolute score of several; equal ones in the order given."""
-    columns: dict[str, Any] = {name: [getattr(of, name) for of in found] for name in COLUMNS}
-    every = replace(
-        found[0],
-        **{name: None if parts[0] is None else torch.cat(parts) for name, parts in columns.items()},
-        names={layer: names for of in found for layer, names in of.names.items()},
-        method="; ".join(dict.fromkeys(of.method for of in found)),
-        note="",
-    )
+    parts: dict[str, Any] = {name: [getattr(of, name) for of in found] for name in COLUMNS}
+    columns: dict[str, Any] = {name: None if of[0] is None else torch.cat(of) for name, of in parts.items()}
+    columns["names"] = {layer: names for of in found for layer, names in of.names.items()}
+    every = replace(found[0], **columns, method="; ".join(dict.fromkeys(of.method for of in found)), note="")
     return every[every.score.abs().argsort(descending=True, stable=True)[:n]]

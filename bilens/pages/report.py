@@ -6,7 +6,6 @@
 4. each one's circuit on a text, and the page of them
 """
 
-import gzip
 import json
 import os
 import re
@@ -37,22 +36,21 @@ from bilens.decompose import Decomposer
 from bilens.decompose.feature import FeatureCircuit, feature_circuit, rank_features
 from bilens.decompose.gallery import MotifGallery, motif_gallery
 from bilens.decompose.sweep import Sweep
-from bilens.errors import ArgumentError, ModelNotFoundError, OutOfRangeError
+from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import check_bilinear
 from bilens.layer.eigen.solve import EigenSweep
-from bilens.model.files import DEFAULT_MODEL, PRETRAINED, list_models
-from bilens.model.generation import sample_texts
+from bilens.model.files import DEFAULT_MODEL, PRETRAINED
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.pages.circuit import circuit_page
 from bilens.sae.features.examples import FeatureActivations, feature_activations
-from bilens.sae.loading import list_saes, load_sae
+from bilens.sae.loading import list_saes, load_sae, sae_source
+from bilens.sae.texts import example_texts
 from bilens.sae.train.evaluation import SAEScores, evaluate_saes
 from bilens.train.data import TokenizedTexts
 from bilens.train.language_model import validate
 
-STORIES_FILE, DEMO_FILE = "stories.jsonl.gz", "demo.json"
-N_SAMPLED = 192
+DEMO_FILE = "demo.json"
 N_TRACE_EXAMPLES = 96  # texts that name the features of all SAEs at once
 N_EIGENCIRCUITS = 3  # features of a traced circuit whose eigencircuits are shown
 CONTEXT_AFTER = 6  # tokens of a story kept after the one explained
@@ -67,35 +65,21 @@ class LabelledLayer:
     outputs: FeatureActivations
 
 
-def label_layers(
-    model: HookedBilinearTransformer, saes: dict[int, tuple[SAE[Any], SAE[Any]]], texts: Sequence[str]
-) -> dict[int, LabelledLayer]:
-    """Decomposers of several layers from one run over the texts.
-
-    Args:
-        model: the model.
-        saes: input and output SAE by layer.
-        texts: where to see what features fire on.
-    """
-    flat = [sae for pair in saes.values() for sae in pair]
-    activations = feature_activations(model, flat, texts)
+def label_layers(decomposers: Sequence[Decomposer], texts: Sequence[str]) -> dict[int, LabelledLayer]:
+    """Decomposers of several layers, with both SAEs, whose features are named by one run over the texts."""
+    flat = [sae for d in decomposers for sae in saes_of(d)]
+    activations = feature_activations(decomposers[0].model, flat, texts)
     layers = {}
-    for place, (layer, (input_sae, output_sae)) in enumerate(saes.items()):
+    for place, d in enumerate(decomposers):
         inputs, outputs = activations[2 * place : 2 * place + 2]
-        decomposer = Decomposer(
-            model, layer, input_sae, output_sae, input_names=inputs.labels(), output_names=outputs.labels()
-        )
-        layers[layer] = LabelledLayer(decomposer, inputs, outputs)
+        names = {"input_names": inputs.labels(), "output_names": outputs.labels()}
+        layers[d.layer] = LabelledLayer(Decomposer(d.model, d.layer, *saes_of(d), **names), inputs, outputs)  # type: ignore[arg-type]
     return layers
 
 
-def example_texts(model: HookedBilinearTransformer) -> list[str]:
-    """Texts to see features fire on: those that come with a bundled model, or else sampled from the model itself."""
-    bundled = PRETRAINED / model.cfg.model_name / STORIES_FILE
-    if model.cfg.model_name in list_models() and bundled.exists():
-        with gzip.open(bundled, "rt", encoding="utf-8") as file:
-            return [json.loads(line)["text"] for line in file]
-    return [text for text in sample_texts(model, N_SAMPLED) if text.strip()]
+def saes_of(decomposer: Decomposer) -> tuple[SAE[Any], SAE[Any]]:
+    """The input and the output SAE."""
+    return decomposer.input_view.sae, decomposer.output_view.sae
 
 
 def interesting_circuits(
@@ -129,29 +113,6 @@ def interesting_circuits(
         tokens, position = (text, None) if text is not None else strongest_example(labelled, feature)
         circuits.append(feature_circuit(decomposer, tokens, feature, position, inputs=labelled.inputs, outputs=outputs))
     return circuits
-
-
-def layer_decomposers(
-    model: HookedBilinearTransformer,
-    layers: Sequence[int] | None = None,
-    saes: str | os.PathLike[str] | None = None,
-    expansion: int | None = None,
-    k: int | None = None,
-) -> list[Decomposer]:
-    """A `Decomposer` of each layer with the SAEs on its MLP's input and output.
-
-    Args:
-        model: a bilinear model.
-        layers: `None` is all of them.
-        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
-        expansion, k: which SAEs, where there are several.
-    """
-    check_bilinear(model)  # no SAEs would help
-    place = saes if saes is not None else sae_source(model.cfg.model_name)
-    return [
-        Decomposer(model, layer, *(load_sae(place, point, layer, expansion, k) for point in ("mlp-in", "mlp-out")))
-        for layer in (range(model.cfg.n_layers) if layers is None else layers)
-    ]
 
 
 @torch.no_grad()
@@ -222,11 +183,10 @@ def report(
     layer = (model.cfg.n_layers - 1) // 2 if layer is None else layer
     say(f"model {model.cfg.model_name}, layer {layer}")
     check_bilinear(model)  # no SAEs would help
-    place = saes if saes is not None else sae_source(model.cfg.model_name)
-    pair = (load_sae(place, "mlp-in", layer, expansion, k), load_sae(place, "mlp-out", layer, expansion, k))
+    decomposer = Decomposer.from_pretrained(model, layer, saes=saes, expansion=expansion, k=k)
     texts = list(examples) if examples is not None else example_texts(model)
     say(f"running {len(texts)} example texts")
-    labelled = label_layers(model, {layer: pair}, texts)[layer]
+    labelled = label_layers([decomposer], texts)[decomposer.layer]
     say("looking for circuits" if features is None else f"features {list(features)}")
     swept = None if sweep is None else Sweep.load(sweep).of(labelled.decomposer).eigen
     circuits = interesting_circuits(labelled, text, features, n, swept)
@@ -245,8 +205,7 @@ def demo(
     texts = example_texts(model)
     say(f"model {model.cfg.model_name}: {len(picks)} features; running {len(texts)} example stories")
     needed = sorted({pick["layer"] for pick in picks})
-    pairs = {i: (load_sae(DEFAULT_MODEL, "mlp-in", i), load_sae(DEFAULT_MODEL, "mlp-out", i)) for i in needed}
-    layers = label_layers(model, pairs, texts)
+    layers = label_layers([Decomposer.from_pretrained(model, layer) for layer in needed], texts)
     circuits = []
     for pick in picks:
         labelled = layers[pick["layer"]]
@@ -311,19 +270,15 @@ def trace(
     out = destination(out, PAGE)
     check_sizes(max_nodes=max_nodes)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
-    check_bilinear(model)  # no SAEs would help
-    place = saes if saes is not None else sae_source(model.cfg.model_name)
-    pairs = {
-        layer: (load_sae(place, "mlp-in", layer, expansion, k), load_sae(place, "mlp-out", layer, expansion, k))
-        for layer in range(model.cfg.n_layers)
-    }
-    say(f"model {model.cfg.model_name}, {2 * len(pairs)} SAEs")
-    frozen = freeze(model, text, [sae for pair in pairs.values() for sae in pair])
+    where = {"saes": saes, "expansion": expansion, "k": k}
+    decomposers = [Decomposer.from_pretrained(model, layer, **where) for layer in range(model.cfg.n_layers)]  # type: ignore[arg-type]
+    say(f"model {model.cfg.model_name}, {2 * len(decomposers)} SAEs")
+    frozen = freeze(model, text, [sae for d in decomposers for sae in saes_of(d)])
     aim = _target(frozen, target, minus, feature, position)
     read_targets(frozen, aim)  # what cannot be explained is refused before the long work
     texts = list(examples) if examples is not None else example_texts(model)[:N_TRACE_EXAMPLES]
     say(f"naming features by {len(texts)} example texts")
-    layers = label_layers(model, pairs, texts)
+    layers = label_layers(decomposers, texts)
     names = {f"{layer}-mlp-in": found.decomposer.input_names or [] for layer, found in layers.items()}
     names |= {f"{layer}-mlp-out": found.decomposer.output_names or [] for layer, found in layers.items()}
     say("tracing")
@@ -385,12 +340,12 @@ def gallery(
     """
     out = destination(out, PAGE)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
-    pairs = {
-        d.layer: (d.input_view.sae, d.output_view.sae) for d in layer_decomposers(model, layers, saes, expansion, k)
-    }
+    chosen = range(model.cfg.n_layers) if layers is None else layers
+    decomposers = [Decomposer.from_pretrained(model, layer, saes=saes, expansion=expansion, k=k) for layer in chosen]
     texts = list(examples) if examples is not None else example_texts(model)
-    say(f"model {model.cfg.model_name}, layers {', '.join(map(str, pairs))}: running {len(texts)} texts")
-    labelled = label_layers(model, pairs, texts).values()
+    numbers = ", ".join(str(d.layer) for d in decomposers)
+    say(f"model {model.cfg.model_name}, layers {numbers}: running {len(texts)} texts")
+    labelled = label_layers(decomposers, texts).values()
     found = motif_gallery(
         [one.decomposer for one in labelled], [one.inputs for one in labelled], [one.outputs for one in labelled], n
     )
@@ -509,17 +464,3 @@ def model_saes(
         )
         for one in chosen
     }
-
-
-def sae_source(model_name: str) -> str:
-    """Where a model's SAEs are by convention: with a bundled model, or in `<model>-scope` on the hub or beside it.
-
-    Raises:
-        ModelNotFoundError: no such place.
-    """
-    if model_name in list_models():
-        return model_name
-    scope = f"{model_name}-scope"
-    if Path(scope).is_dir() or "/" in model_name:
-        return scope
-    raise ModelNotFoundError(f"no SAEs are known for {model_name!r}: say where they are (saes=, --saes).")

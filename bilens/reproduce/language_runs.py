@@ -6,8 +6,8 @@ from bilens._core.checks import check_index
 from bilens.decompose import Decomposer
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
-from bilens.pages.report import example_texts, layer_decomposers
 from bilens.reproduce.reproduction import Settings
+from bilens.sae import example_texts
 
 PAPER_MODELS = "the paper: models of TinyStories with 33 M and of FineWeb with 162 M and 335 M parameters"
 REDUCED_TEXTS = 24
@@ -28,7 +28,9 @@ def decomposers(
         layers = [one_layer(settings, model)]
     elif layers is None and settings.reduced:
         layers = [0]
-    return layer_decomposers(model, layers, settings.saes, settings.expansion, settings.k)
+    where = {"saes": settings.saes, "expansion": settings.expansion, "k": settings.k}
+    chosen = range(model.cfg.n_layers) if layers is None else layers
+    return [Decomposer.from_pretrained(model, layer, **where) for layer in chosen]  # type: ignore[arg-type]
 
 
 def one_layer(settings: Settings, model: HookedBilinearTransformer) -> int:

@@ -2,9 +2,10 @@
 
 from bilens.sae.features.examples import Example, FeatureActivations, FeatureSummary, feature_activations
 from bilens.sae.features.store import FeatureRecord, FeatureStore, FeatureStoreConfig, build_feature_store
-from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae, scope_loader
+from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae, load_saes, scope_loader
 from bilens.sae.pushing import push_saes
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig, ScopeTrainingSAE, ScopeTrainingSAEConfig
+from bilens.sae.texts import example_texts
 from bilens.sae.train.evaluation import SAEScore, SAEScores, evaluate_saes
 from bilens.sae.train.finetuning import FinetuneConfig, finetune_saes
 from bilens.sae.train.training import SAETrainConfig, train_saes
@@ -30,10 +31,12 @@ __all__ = [
     "ScopeTrainingSAEConfig",
     "build_feature_store",
     "evaluate_saes",
+    "example_texts",
     "feature_activations",
     "finetune_saes",
     "list_saes",
     "load_sae",
+    "load_saes",
     "push_saes",
     "scope_loader",
     "train_saes",

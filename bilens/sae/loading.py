@@ -83,6 +83,7 @@ EXPECTED = (
     "expected the name {layer}-{point}-x{expansion}-k{k}[-{tag}], or a cfg.json that names its hook; and in it "
     + " or ".join(f"{config} + {weights}" for config, weights in FORMATS.values())
 )
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 def folder_name(point: str, layer: int, expansion: int, k: int | None, tag: str | None = None) -> str:
@@ -195,6 +196,51 @@ def load_sae(
     more = [f"{entry.folder}/{file}" for file in NORMALISATION_FILES]
     root = _root(source, files + more, hub, needed=files)
     return load_sae_folder(root / entry.folder, device=device, dtype=dtype, n_layers=n_layers, scale_attn=scale_attn)
+
+
+def load_saes(
+    source: str | os.PathLike[str],
+    points: Sequence[str] = ("mlp-in", "mlp-out"),
+    layers: Sequence[int] | None = None,
+    expansion: int | None = None,
+    k: int | None = None,
+    tag: str | None = None,
+    **options: Any,
+) -> list[SAE[Any]]:
+    """Load the SAEs of several layers, by layer, one at each point: what `Circuit.trace` and `freeze` take.
+
+    Args:
+        source: a bundled model's name, a folder of SAE folders, or a hub id such as `tdooms/ts-medium-scope`.
+        points: where in each layer, as for `load_sae`.
+        layers: `None` is every layer that has SAEs at these points.
+        expansion, k, tag: which SAEs, where there are several of a point and layer.
+        options: the keyword arguments of `load_sae`.
+
+    Raises:
+        ArgumentError: one point instead of a list, and as for `load_sae`.
+        ModelNotFoundError: a layer without an SAE at one of the points.
+        others: as for `load_sae`.
+    """
+    if isinstance(points, str):
+        raise ArgumentError(f"points is the one point {points!r}; expected a list of them: [{points!r}].")
+    if layers is None:
+        hub = HubOptions(**{name: options[name] for name in HUB_OPTIONS if name in options})
+        layers = sorted({entry.layer for entry in _entries(source, "*", hub) if entry.point in points}) or [0]
+    return [load_sae(source, point, layer, expansion, k, tag, **options) for layer in layers for point in points]
+
+
+def sae_source(model_name: str) -> str:
+    """Where a model's SAEs are by convention: with a bundled model, or in `<model>-scope` on the hub or beside it.
+
+    Raises:
+        ModelNotFoundError: no such place.
+    """
+    if model_name in list_models():
+        return model_name
+    scope = f"{model_name}-scope"
+    if Path(scope).is_dir() or "/" in model_name:
+        return scope
+    raise ModelNotFoundError(f"no SAEs are known for {model_name!r}: say where they are (saes=, --saes).")
 
 
 def load_sae_folder(

@@ -1,5 +1,7 @@
 """Texts as the passes over data take them: each from its `[BOS]`, cut to the context, none of them empty."""
 
+import gzip
+import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -7,10 +9,24 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bilens.errors import ArgumentError, EmptyTextError
+from bilens.model.files import PRETRAINED, list_models
+from bilens.model.generation import sample_texts
 from bilens.train.data import TokenizedTexts
 
 if TYPE_CHECKING:
     from bilens.model.transformer import HookedBilinearTransformer
+
+STORIES_FILE = "stories.jsonl.gz"
+N_SAMPLED = 192
+
+
+def example_texts(model: "HookedBilinearTransformer") -> list[str]:
+    """Texts to see features fire on: those that come with a bundled model, or else sampled from the model itself."""
+    bundled = PRETRAINED / model.cfg.model_name / STORIES_FILE
+    if model.cfg.model_name in list_models() and bundled.exists():
+        with gzip.open(bundled, "rt", encoding="utf-8") as file:
+            return [json.loads(line)["text"] for line in file]
+    return [text for text in sample_texts(model, N_SAMPLED) if text.strip()]
 
 
 def text_starts(

@@ -1,6 +1,7 @@
 """The `Decomposer` on weights alone: forms of `output`, bases, top interactions, and what is refused."""
 
 import itertools
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,16 @@ from torch.testing import assert_close
 
 from bilens.attribute import freeze
 from bilens.decompose import Decomposer
-from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, OutOfRangeError, SAEMismatchError
+from bilens.errors import (
+    ArgumentError,
+    MissingSAEError,
+    ModelNotFoundError,
+    NotBilinearError,
+    OutOfRangeError,
+    SAEMismatchError,
+)
 from bilens.model.hf import BilinearForCausalLM
+from bilens.sae.features import examples
 from tests.conftest import make_model
 from tests.random_saes import D_SAE, VARIANTS, make_sae, variant_name
 
@@ -505,3 +514,45 @@ def test_a_model_of_another_kind_is_told_which_it_should_be(models):
             analysis(hugging)
         with pytest.raises(ArgumentError, match=r"model is a NoneType, .*load_model"):
             analysis(None)
+
+
+# --- from where it is published ---------------------------------------------------------------------------------------
+
+
+def test_one_line_gives_model_saes_and_names(monkeypatch):
+    """Nothing runs until a name is asked for; then both SAEs' features are named by one pass."""
+    runs = []
+    original = examples.feature_activations
+    monkeypatch.setattr(examples, "feature_activations", lambda *args: runs.append(1) or original(*args))
+    texts = ["Tim saw a big dog.", "Lily was sad. She did not play."]
+    found = Decomposer.from_pretrained("ts-tiny", layer=-1, texts=texts)
+    assert found.layer == 3
+    assert found.input_sae.cfg.metadata.hook_name == "blocks.3.ln2.hook_normalized"
+    assert found.output_sae.cfg.metadata.hook_name == "blocks.3.hook_mlp_out"
+    top = found.top_interactions(101, n=5)
+    assert not runs
+    inputs, outputs = original(found.model, [found.input_sae, found.output_sae], texts)
+    frame = top.to_frame()
+    assert frame.output_name.tolist() == [outputs.labels()[101]] * 5
+    assert frame.i_name.tolist() == [inputs.labels()[i] for i in frame.i]
+    assert runs == [1]
+    kept = pickle.loads(pickle.dumps(top)).names[3]
+    assert list(kept.i) == inputs.labels()
+    assert type(kept.i) is list
+
+
+def test_from_a_folder_or_a_model_with_saes_of_ones_own(models, tmp_path):
+    model = models(False, True)
+    saes = [make_sae("topk", hook.format(1), d_sae=32, seed=seed) for seed, hook in enumerate((IN, OUT))]
+    for sae, point in zip(saes, ("mlp-in", "mlp-out"), strict=True):
+        sae.save_model(tmp_path / f"1-{point}-x2-k{sae.cfg.k}")
+    model.save_pretrained(tmp_path / "model")
+    for source in (model, tmp_path / "model"):
+        found = Decomposer.from_pretrained(source, 1, saes=tmp_path)
+        expected = Decomposer(model, 1, *saes)
+        assert torch.equal(found.interaction(3, "features"), expected.interaction(3, "features"))
+        assert len(found.input_names) == 32
+    with pytest.raises(ModelNotFoundError, match="say where they are"):
+        Decomposer.from_pretrained(model, 1)
+    with pytest.raises(OutOfRangeError, match="layer 5 is outside the model's 2 layers"):
+        Decomposer.from_pretrained(model, 5, saes=tmp_path)

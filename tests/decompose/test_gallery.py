@@ -23,18 +23,16 @@ from bilens.decompose.gallery import (
 from bilens.decompose.motifs import MOTIFS, classify
 from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, in_basis, interaction_matrix
-from bilens.model.loading import load_model
-from bilens.pages.report import LabelledLayer, example_texts, label_layers
-from bilens.sae.loading import load_sae
+from bilens.pages.report import LabelledLayer, label_layers
+from bilens.sae import example_texts
 
 MIN_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
 def labelled() -> LabelledLayer:
-    model = load_model()
-    pair = (load_sae("ts-tiny", "mlp-in", 3), load_sae("ts-tiny", "mlp-out", 3))
-    return label_layers(model, {3: pair}, example_texts(model)[:12])[3]
+    decomposer = Decomposer.from_pretrained("ts-tiny", 3)
+    return label_layers([decomposer], example_texts(decomposer.model)[:12])[3]
 
 
 @pytest.fixture(scope="module")

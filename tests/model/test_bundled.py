@@ -10,8 +10,8 @@ import torch
 import bilens
 from bilens.attribute import Target, freeze, split
 from bilens.model.files import DEFAULT_MODEL, PRETRAINED
-from bilens.pages.report import DEMO_FILE, demo, example_texts
-from bilens.sae import evaluate_saes
+from bilens.pages.report import DEMO_FILE, demo
+from bilens.sae import evaluate_saes, example_texts
 from bilens.train.data import TokenizedTexts, load_texts
 from bilens.train.language_model import validate
 

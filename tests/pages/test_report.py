@@ -6,25 +6,24 @@ from typer.testing import CliRunner
 
 import bilens.pages.report
 from bilens import cli
+from bilens.decompose import Decomposer
 from bilens.decompose.feature import feature_circuit, rank_features
 from bilens.errors import (
     ArgumentError,
     ContextLengthError,
     EmptyTextError,
-    ModelNotFoundError,
     NotBilinearError,
     OutOfRangeError,
 )
 from bilens.model.files import DEFAULT_MODEL
 from bilens.pages.report import (
     active_features,
-    example_texts,
     interesting_circuits,
     label_layers,
     report,
-    sae_source,
     trace,
 )
+from bilens.sae import example_texts
 from tests.conftest import make_model
 
 LAYER = 1
@@ -33,9 +32,8 @@ TEXT = "Once upon a time, there was a little dog. He did not want to share his t
 
 @pytest.fixture(scope="module")
 def labelled():
-    model = bilens.load_model()
-    saes = {LAYER: tuple(bilens.load_sae(DEFAULT_MODEL, point, LAYER) for point in ("mlp-in", "mlp-out"))}
-    return label_layers(model, saes, example_texts(model)[:60])[LAYER]
+    decomposer = Decomposer.from_pretrained(DEFAULT_MODEL, LAYER)
+    return label_layers([decomposer], example_texts(decomposer.model)[:60])[LAYER]
 
 
 def test_names_are_index_and_tokens(labelled):
@@ -117,11 +115,6 @@ def test_interesting_circuits_of_a_text_fire_on_it(labelled):
 def test_bad_requests_are_refused(labelled, text, features, error):
     with pytest.raises(error):
         interesting_circuits(labelled, text, features)
-
-
-def test_models_without_saes_say_so():
-    with pytest.raises(ModelNotFoundError, match="say where they are"):
-        sae_source("my-own")
 
 
 def run(*arguments):

@@ -14,7 +14,7 @@ import bilens.model.files
 import bilens.sae.loading
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, SAEMismatchError
 from bilens.model.hook_points import POINT_TO_HOOK, hook_of, point_of
-from bilens.sae.loading import SAEEntry, folder_name, list_saes, load_sae, load_sae_folder
+from bilens.sae.loading import SAEEntry, folder_name, list_saes, load_sae, load_sae_folder, load_saes, sae_source
 from bilens.sae.scope import ScopeSAE
 
 SCOPE = Path(__file__).parents[3] / "shared" / "reference" / "ts-micro-scope"
@@ -578,3 +578,30 @@ def test_sources_that_are_none(source):
     for read in (list_saes, lambda source: load_sae(source, "mlp-in", 0), load_sae_folder):
         with pytest.raises(ArgumentError, match=r"^(source|folder) "):
             read(source)
+
+
+def test_the_saes_of_a_source_come_by_layer():
+    """Those of `load_sae`, one at each point, and only of layers that have them."""
+    found = load_saes("ts-tiny")
+    hooks = [hook for i in range(4) for hook in (f"blocks.{i}.ln2.hook_normalized", f"blocks.{i}.hook_mlp_out")]
+    assert [sae.cfg.metadata.hook_name for sae in found] == hooks
+    one = load_saes("ts-tiny", ["mlp-out"], [2], device="cpu")
+    assert len(one) == 1
+    assert torch.equal(one[0].W_dec, load_sae("ts-tiny", "mlp-out", 2, device="cpu").W_dec)
+
+
+def test_which_saes_of_a_source_is_asked_as_of_one(scope):
+    assert [sae.cfg.k for sae in load_saes(scope, ["mlp-in"], [1], k=5)] == [5]
+    with pytest.raises(SAEMismatchError, match="Say which by"):
+        load_saes(scope, ["mlp-in"])
+    with pytest.raises(ModelNotFoundError, match="holds no SAE"):
+        load_saes(scope, ["mlp-in"], [7])
+    with pytest.raises(ModelNotFoundError, match="holds no SAE"):
+        load_saes(scope, ["resid-pre"])
+    with pytest.raises(ArgumentError, match=r"expected a list of them: \['mlp-in'\]"):
+        load_saes(scope, "mlp-in")
+
+
+def test_models_without_saes_say_so():
+    with pytest.raises(ModelNotFoundError, match="say where they are"):
+        sae_source("my-own")

@@ -43,7 +43,6 @@ from bilens.decompose import Decomposer
 from bilens.errors import ArgumentError
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
-from bilens.pages.report import layer_decomposers
 from bilens.reproduce.reproduction import Made, Settings
 from tutorials.negation.algebra import bilinear_form, split_difference
 from tutorials.negation.auc import (
@@ -160,12 +159,12 @@ def negation_study(
     Raises:
         ArgumentError: `permutations` below 1.
         TokenizationError: a model to which one of the adjectives is not one token.
-        NotBilinearError, ModelNotFoundError: as for `reporting.layer_decomposers`.
+        NotBilinearError, ModelNotFoundError: as for `Decomposer.from_pretrained`.
     """
     if permutations < 1:
         raise ArgumentError(f"permutations is {permutations}, expected at least 1.")
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
-    run = _run(model, layer_decomposers(model))
+    run = _run(model, [Decomposer.from_pretrained(model, layer) for layer in range(model.cfg.n_layers)])
     generator = torch.Generator().manual_seed(seed)
     screen, screened = _screen(run, permutations, generator, progress)
     picked = screen.set_index("target")

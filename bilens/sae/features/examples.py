@@ -1,10 +1,11 @@
 """What features fire on: top-activating examples and the tokens they prefer, over a set of texts."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,7 @@ from bilens._core.checks import check_finite, check_sizes
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.model.attached import encode, splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
-from bilens.sae.texts import text_starts
+from bilens.sae.texts import example_texts, text_starts
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,53 @@ class FeatureActivations:
             dense[places[low:high] - chunk * step, features[low:high]] = values[low:high]
             total.addmm_(dense.T, dense)
         return total
+
+
+class FeatureNames(Sequence[str]):
+    """Labels of an SAE's features that are found when the first of them is asked for."""
+
+    def __init__(self, n: int, find: Callable[[], Sequence[str]]):
+        self._n, self._find = n, find
+
+    @cached_property
+    def _names(self) -> Sequence[str]:
+        return self._find()
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        return self._names[index]
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+    def __repr__(self) -> str:
+        return f"FeatureNames({self._n} features)"
+
+
+def names_from_texts(
+    model: HookedBilinearTransformer, saes: Sequence[SAE[Any]], texts: Sequence[str] | None = None
+) -> list[FeatureNames]:
+    """Labels of the features of some SAEs, after the tokens they fire on; the texts run when a label is asked for.
+
+    Args:
+        model, saes: as for `feature_activations`.
+        texts: where to see what features fire on; `None` is `example_texts` of the model.
+    """
+
+    @cache
+    def labels() -> list[list[str]]:
+        there = example_texts(model) if texts is None else texts
+        return [found.labels() for found in feature_activations(model, saes, there)]
+
+    return [FeatureNames(sae.cfg.d_sae, lambda place=place: labels()[place]) for place, sae in enumerate(saes)]  # type: ignore[misc]
 
 
 @torch.no_grad()
