@@ -87,6 +87,10 @@ class WriteError(BilensError, OSError):
     """A file that could not be written: the disk is full, or another process is at work in its folder."""
 
 
+class MissingPackageError(BilensError, ImportError):
+    """A package that comes with an extra of bilens, which was not installed."""
+
+
 def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
     """` Did you mean 'a', 'b'?` for the closest choices, or an empty string: appended to an error message."""
     close = difflib.get_close_matches(word, list(choices), n=n, cutoff=0.5)

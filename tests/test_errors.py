@@ -29,6 +29,7 @@ def test_every_exception_shows_its_message(error: type[BilensError]) -> None:
         ("HookNameError", KeyError),
         ("ModelNotFoundError", FileNotFoundError),
         ("UploadError", OSError),
+        ("MissingPackageError", ImportError),
         ("CheckpointError", ValueError),
         ("NotBilinearError", ValueError),
         ("SAEMismatchError", ValueError),

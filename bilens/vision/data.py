@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.checks import check_seeds
+from bilens._core.extras import need
 from bilens._core.files import regular_file, to_path
 from bilens.errors import ArgumentError, CheckpointError, ImageDataError, ModelNotFoundError, nearest
 from bilens.model.files import HUB_ID
@@ -166,6 +167,7 @@ def load_images(
     Raises:
         ImageDataError: nothing there (with the nearest name), a damaged file, or images and labels that do not fit.
         ArgumentError: a source that is neither text nor a path, or a share outside 0 to 1.
+        MissingPackageError: `digits` without scikit-learn, or pictures without pillow.
     """
     if isinstance(source, ImageDataset):
         return source
@@ -201,9 +203,7 @@ def load_images(
 
 
 def _digits() -> tuple[Any, ...]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = need("sklearn.datasets", "vision", "The data set 'digits'").load_digits()
     return digits.images / 16, digits.target
 
 
@@ -211,6 +211,7 @@ def _from_datasets(name: str) -> tuple[tuple[Any, ...], list[str] | None]:
     """Arrays and class names of a hub dataset, or of a folder that `datasets` reads."""
     from datasets import ClassLabel, Image, load_dataset
 
+    need("PIL", "vision", "Reading images from parquet or image files")
     try:
         data = load_dataset(name)
     # Of the hub, the cache and the readers of the formats; DatasetGenerationError is none of the builtins' children.
