@@ -2,9 +2,9 @@
 
     python docs/execute.py [NOTEBOOK ...]
 
-It takes about ten minutes and needs a Chromium (or the browser that BROWSER names) for the pictures. What is stored is what
-a reader sees without running anything, in an editor, in the repository and on the site: text, tables, and every plot and
-interactive view as one small picture. A picture instead of plotly's JSON shows everywhere and needs no script.
+It takes about ten minutes and needs a Chromium (or the browser that BROWSER names) for the pictures. What is stored is
+what a reader sees without running anything, in an editor, in the repository and on the site: text, tables, and every
+plot and interactive view as one small picture. A picture shows everywhere, and needs no script as plotly's JSON would.
 """
 
 import ast
@@ -39,7 +39,9 @@ def run(source: str, name: str, namespace: dict[str, Any]) -> tuple[str, Any]:
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(tree, name, "exec"), namespace)
-        value = eval(compile(ast.Expression(last.value), name, "eval"), namespace) if isinstance(last, ast.Expr) else None
+        value = (
+            eval(compile(ast.Expression(last.value), name, "eval"), namespace) if isinstance(last, ast.Expr) else None
+        )
     return printed.getvalue(), value
 
 
@@ -59,7 +61,9 @@ def picture(html: str, folder: Path) -> str:
     from PIL import Image, ImageChops
 
     page, shot = folder / "page.html", folder / "shot.png"
-    page.write_text(f'<meta charset="utf-8"><style>body {{ margin: 0; background: white }}</style>{html}', encoding="utf-8")
+    page.write_text(
+        f'<meta charset="utf-8"><style>body {{ margin: 0; background: white }}</style>{html}', encoding="utf-8"
+    )
     options = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking hide-scrollbars"
     options += " disable-component-update disable-sync virtual-time-budget=8000"
     where = [f"--user-data-dir={folder / 'profile'}", f"--window-size={WIDTH + 20},1400", f"--screenshot={shot}"]

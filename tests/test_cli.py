@@ -114,7 +114,7 @@ WRONG = {
     "finetune-sae tiny texts.jsonl tiny-scope": "--sae",
     "evaluate tiny texts.jsonl --saes nowhere": "nowhere",
     "evaluate tiny texts.jsonl --k 5": "no SAE of expansion any and k 5; it holds 0-mlp-in-x2-k4",
-    "evaluate tiny texts.jsonl --saes tiny-scope --out texts.jsonl/x": "no folder to be had",
+    "evaluate tiny texts.jsonl --saes tiny-scope --out texts.jsonl/x": "its folder cannot be made",
     "evaluate tiny texts.jsonl --saes tiny-scope --out page.txt": "of another kind",
     "evaluate tiny texts.jsonl --saes tiny-scope --out /dev/null": "device",
     "evaluate file texts.jsonl": "no model",

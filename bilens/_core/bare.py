@@ -17,7 +17,7 @@ SHOWN = 3
 
 
 def require_bare(*modules: nn.Module) -> None:
-    """Refuse models and SAEs that would not compute what their weights say; to be asked before the pass.
+    """Refuse models and SAEs that would not compute what their weights say. Call it before the pass.
 
     Args:
         modules: a model, and the SAEs that are read beside it.

@@ -26,9 +26,9 @@ def save_checkpoint(
     """Write weights, what the optimiser knows of each, and JSON-able facts.
 
     Args:
-        path: of the file; its folder must exist.
+        path: the file's path; its folder must exist.
         weights: the parameters by name, and what other tensors change in training.
-        optimizer: of Adam's kind: its state is tensors by parameter.
+        optimizer: an optimizer like Adam, whose state is tensors by parameter.
         facts: step, configuration, history, ...
     """
     tensors = {}
@@ -58,7 +58,7 @@ def load_checkpoint(
     """Put weights and optimiser back to where `save_checkpoint` was called.
 
     Args:
-        path: of the file.
+        path: the file's path.
         weights: the parameters by name, overwritten.
         optimizer: its state is overwritten.
         same: facts of this run that must be those of the checkpoint's.

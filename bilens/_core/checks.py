@@ -39,14 +39,14 @@ def check_counts(**counts: object) -> None:
 
 
 def check_rates(**rates: object) -> None:
-    """Refuse a learning rate and the like that is no finite number above zero (`ArgumentError`, named)."""
+    """Refuse a rate (such as a learning rate) that is no finite number above zero (`ArgumentError`, named)."""
     for name, value in rates.items():
         if not _is_number(value) or value <= 0:
             raise ArgumentError(f"{name} is {value!r}, expected a number above 0.")
 
 
 def check_amounts(**amounts: object) -> None:
-    """Refuse a weight decay and the like that is no finite number, zero or above (`ArgumentError`, named)."""
+    """Refuse an amount (such as a weight decay) that is no finite number, zero or above (`ArgumentError`, named)."""
     for name, value in amounts.items():
         if not _is_number(value) or value < 0:
             raise ArgumentError(f"{name} is {value!r}, expected 0 or more.")
@@ -70,8 +70,8 @@ def whole_number(value: object, what: str = "") -> int:
     """A Python, numpy or 0-d tensor integer as an int (`ArgumentError` for others, and for flags, which Python counts).
 
     Args:
-        value: what should be one.
-        what: for the message, such as `"layer 1.5 is no layer of the model"`.
+        value: the value to check.
+        what: the message's beginning, for example `"layer 1.5 is no layer of the model"`.
     """
     try:
         if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
@@ -122,8 +122,8 @@ def check_finite(name: str, tensor: "Tensor", where: Any, before: "Tensor | None
     """Refuse a weight that holds NaN or infinity.
 
     Args:
-        name, tensor: of the weight.
-        where: what holds it.
+        name, tensor: the weight's name and values.
+        where: the file or object that holds it.
         before: the weight before it was cast, if it was finite.
 
     Raises:
@@ -149,9 +149,9 @@ def check_index(value: SupportsIndex, n: int, what: str, *, negative: bool = Fal
 
     Args:
         value: a Python, numpy or 0-d tensor integer.
-        n: how many there are.
-        what: for the message, such as `"feature {} is outside the output SAE's {}"`: takes the value, then `n`.
-        negative: whether `-1` means the last.
+        n: the number of entries.
+        what: the message, for example `"feature {} is outside the output SAE's {}"`, with places for the value and `n`.
+        negative: true if `-1` means the last entry.
 
     Raises:
         ArgumentError: not an integer.

@@ -23,7 +23,7 @@ class Paged:
         """A `bilens.draw.Page` of this result alone; `.save(path)` writes it as one HTML file.
 
         Args:
-            options: what else there is to show, as for the function that `register_pages` was given.
+            options: the options of the function that `register_pages` was given, for what else is shown.
         """
         module, name = _MAKERS[type(self).__name__].split(":")
         return getattr(importlib.import_module(module), name)(self, **options)

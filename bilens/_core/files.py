@@ -32,7 +32,7 @@ def to_path(path: Any, name: str = "path") -> Path:
 
     Args:
         path: text or a `Path`.
-        name: what the caller calls the argument, for the message.
+        name: the argument's name, for the message.
 
     Raises:
         ArgumentError: of another type, empty, with a NUL in it, too long, of a user that does not exist, or in a place
@@ -138,10 +138,10 @@ def open_tensors(path: Path, framework: str = "pt", remedy: str = "") -> Iterato
 
 
 def destination(path: str | os.PathLike[str], replaces: bytes = b"") -> Path:
-    """Where a file is to go, its folder made if need be: to be asked before the work that the file is to hold.
+    """Where a file will be written; its folder is made if it is missing. Call this before the work that the file holds.
 
     Args:
-        path: of the file; a link leads to what it points to, which is what will be written.
+        path: the file's path; where it is a link, the file that it points to is written.
         replaces: how a file that may be replaced begins; another one that is not empty is somebody's work.
 
     Raises:
@@ -212,7 +212,7 @@ def write_files(folder: Path, write: Callable[[str], Any]) -> None:
     """Let `write` fill an empty folder, then move its files into `folder` one by one, each whole or not at all.
 
     Raises:
-        WriteError: as `write_atomically`.
+        WriteError: the same cases as for `write_atomically`.
     """
     try:
         with TemporaryDirectory(dir=folder, prefix=".part") as beside:
@@ -229,7 +229,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
     """What a path leads to, its folder made; refused where no regular file is or could be.
 
     Raises:
-        ArgumentError: as `destination`.
+        ArgumentError: the same cases as for `destination`.
     """
     given = to_path(path)
     if given.is_dir():
@@ -240,7 +240,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArgumentError(f"{given} cannot be written, there is no folder to be had for it: {error}.") from error
+        raise ArgumentError(f"{given} cannot be written, because its folder cannot be made: {error}.") from error
     return target
 
 

@@ -26,7 +26,7 @@ def fingerprint(weights: Mapping[str, Tensor], facts: Mapping[str, Any] | None =
     """Of named tensors (names, dtypes, shapes and every bit of the values) and of what else decides the result.
 
     Args:
-        weights: such as `module.state_dict()`; the order does not matter.
+        weights: the tensors by name, for example `module.state_dict()`; their order does not matter.
         facts: JSON-able; other values count by their `str`.
     """
     digest = hashlib.sha256(json.dumps(facts or {}, sort_keys=True, default=str).encode())
@@ -52,8 +52,8 @@ def check_same(made_from: str, given: str, what: str, of: str) -> None:
 
     Args:
         made_from, given: fingerprints.
-        what: for the message, such as `"the feature store features/"`.
-        of: such as `"model"` or `"SAE on blocks.1.hook_mlp_out"`.
+        what: what the message calls the result, for example `"the feature store features/"`.
+        of: what it was made from, for example `"model"` or `"SAE on blocks.1.hook_mlp_out"`.
 
     Raises:
         StaleError: they differ.
@@ -70,7 +70,7 @@ class Snapshot:
 
     Args:
         model: a `HookedBilinearTransformer`, or `None`.
-        saes: by what a message is to call them.
+        saes: the SAEs by the names that a message calls them.
     """
 
     def __init__(self, model: Any = None, saes: Mapping[str, Any] | None = None):
@@ -92,7 +92,7 @@ class Snapshot:
 
         Args:
             what: holds them, for the message: `"this frozen pass"`.
-            again: how to make it anew.
+            again: the advice on how to make it anew.
 
         Raises:
             StaleError: something has changed.

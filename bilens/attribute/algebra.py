@@ -105,7 +105,7 @@ def pair_products(
     Args:
         layer: the MLP.
         u: directions of its output.
-        left, right: from `mlp_branches`.
+        left, right: the branches, from `mlp_branches`.
         ones: each source's last homogeneous coordinate.
     """
     raw = (left * hidden_coefficients(layer, u)[:, None]) @ right.mT

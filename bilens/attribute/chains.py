@@ -48,7 +48,7 @@ class Chain(Tabular):
             parent reads it, `direct` or a head), its eigenvectors (`rank, eigenvalue`), and the `embedding`, with the
             `tokens` read most strongly, of either sign. `strength` is what ways are ranked by, `fidelity` the
             correlation on data (NaN without).
-        directions: of each node: the output direction, eigenvector, or read of the embeddings.
+        directions: the direction of each node: the output direction, eigenvector, or read of the embeddings.
     """
 
     frame: pd.DataFrame = field(repr=False)
@@ -104,12 +104,12 @@ def trace_chain(
 
     Args:
         model: a bilinear model.
-        layer: of the MLP.
-        direction: what to look for, such as an output feature's encoder row.
+        layer: the layer of the MLP.
+        direction: the output direction, for example an output feature's encoder row.
         k: eigenvectors of each MLP output.
         width: ways (MLPs and embeddings, direct or by a head) of each eigenvector.
-        depth: how many MLPs deep.
-        texts: to measure fidelity on.
+        depth: the number of MLPs to go down.
+        texts: the texts to measure fidelity on.
 
     Raises:
         ArgumentError: `k`, `width` or `depth` below 1.

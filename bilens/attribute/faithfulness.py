@@ -84,7 +84,7 @@ class EdgeCheck(Tabular):
     """Every edge's predicted change, the source removed, beside the measured one.
 
     Attributes:
-        attention: whether patterns and norms stayed as they were.
+        attention: `"frozen"` if patterns and norms stayed as they were, else `"real"`.
         frame: `source, target, kind` (linear, or pair: all pairs of an MLP input's feature with one output feature),
             `predicted, measured`.
     """
@@ -144,8 +144,8 @@ def check_circuit(
         circuit: not merged.
         target: the one it was traced for; one of them.
         means: each hook's mean activations (`feature_means`), to put in the place of what is removed; `None` is zero.
-        errors: of the SAEs: those in the circuit are kept, or all of them always.
-        counts: of nodes, for the curve; `None` takes about eight.
+        errors: the SAEs' errors that are kept: those in the circuit, or all of them always.
+        counts: the numbers of nodes on the curve; `None` takes about eight.
 
     Raises:
         ArgumentError: a merged circuit, or one of another text or target.
@@ -301,12 +301,12 @@ def check_circuits(
     """Trace each text's likeliest next token and check its circuit and edges.
 
     Args:
-        model, saes: as for `Circuit.trace`.
+        model, saes: the same as for `Circuit.trace`.
         texts: prompts.
-        max_nodes, node_threshold: of each circuit.
+        max_nodes, node_threshold: the limits of each circuit, as for `Circuit.trace`.
         means: each hook's mean activations (`feature_means`), to ablate by them as well as by zero.
-        errors: as for `check_circuit`.
-        counts: of nodes, for the curves.
+        errors: the same as for `check_circuit`.
+        counts: the numbers of nodes on the curves.
     """
     ablations: dict[str, Means | None] = {"zero": None} | ({} if means is None else {"mean": means})
     curves, edges = [], []

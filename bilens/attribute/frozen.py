@@ -42,11 +42,11 @@ class SAEPass:
 
     Attributes:
         view: the SAE as directions.
-        hook, point, layer: where it is.
+        hook, point, layer: the place of the SAE.
         features, values, real: the active features of each position, their activations, and which are not filling.
-        writes: what each active feature adds to the reconstruction, `f_i d_i`.
-        b_dec: what the reconstruction has without any feature.
-        error: what the reconstruction misses.
+        writes: the part of the reconstruction that each active feature adds, `f_i d_i`.
+        b_dec: the reconstruction without any feature.
+        error: the part that the reconstruction misses.
         scale_in, scale_out, shift: the frozen normalisation.
     """
 
@@ -98,13 +98,13 @@ class FrozenPass:
 
     Attributes:
         model: the model that ran.
-        tokens, strings: of the text, `[BOS]` first.
+        tokens, strings: the tokens of the text and their strings, `[BOS]` first.
         cache: every activation point that the algebra or a target reads, without the batch axis, in the model's dtype.
-        logits: of every position.
-        saes: what each SAE does, by hook.
+        logits: the logits at every position.
+        saes: the frozen SAEs, by hook.
         pattern, scale1, scale2, scale_final: attention patterns and norm divisors.
-        embed, attn_out, mlp_out: what is added to the residual stream.
-        W_V, W_O: of every layer, `W_O` with the residual scale.
+        embed, attn_out, mlp_out: the parts that are added to the residual stream.
+        W_V, W_O: the weights of every layer, `W_O` with the residual scale.
         made_from: model and SAEs as they were.
     """
 
@@ -241,9 +241,9 @@ def freeze(
     Args:
         model: any; what looks inside MLPs needs a bilinear one.
         text_or_tokens: one text (`[BOS]` is prepended), or its tokens as they are.
-        saes: on any of the published points, at most one per hook; a mapping from hook names where an SAE's metadata
-            does not name its hook.
-        dtype: of the algebra. Activations are the model's own in either case; float32 takes half of memory and time.
+        saes: SAEs on any of the published points, at most one per hook; a mapping from hook names if their metadata
+            name no hook.
+        dtype: the type of the algebra. Activations are the model's own in any case; float32 halves memory and time.
 
     Raises:
         AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
@@ -306,7 +306,7 @@ def check_saes(model: HookedBilinearTransformer, saes: SAEs) -> dict[str, SAEVie
     """The SAEs by hook, in float32 at least.
 
     Raises:
-        ArgumentError, SAEMismatchError: as for `freeze`.
+        ArgumentError, SAEMismatchError: the same cases as for `freeze`.
     """
     if isinstance(saes, SAE):
         saes = [saes]
@@ -368,7 +368,7 @@ def names_by_hook(
     """Labels of features by hook, given by hook or by the SAE's name.
 
     Args:
-        model, saes: of the pass, the SAEs by hook.
+        model, saes: the pass' model, and its SAEs by hook.
         names: one label per feature of each SAE named; or a feature store, which may know other SAEs as well.
 
     Raises:

@@ -39,9 +39,9 @@ class GradientAttribution(Tabular):
 
     Attributes:
         method: `gradient x input` or `integrated gradients`.
-        attention: whether patterns and norm scales were frozen.
-        target, position, tokens: what was attributed.
-        values: of each token.
+        attention: `"frozen"` if patterns and norm scales were frozen, else `"real"`.
+        target, position, tokens: the target's name and position, and the tokens of the text.
+        values: the attribution of each token.
         actual: the target's value.
         baseline: its value at the zero embedding, as far as `values` claim to explain the difference.
     """
@@ -101,7 +101,7 @@ def gradient_times_input(
 
     Args:
         frozen: the forward pass.
-        target: what to attribute.
+        target: the target to attribute.
         attention: patterns and norm scales frozen, or part of what is differentiated.
     """
     gradients, _ = _gradients(frozen, target, [1.0], attention)
@@ -116,8 +116,8 @@ def integrated_gradients(
 
     Args:
         frozen: the forward pass.
-        target: what to attribute.
-        attention: as for `gradient_times_input`.
+        target: the target to attribute.
+        attention: the same as for `gradient_times_input`.
         steps: nodes; `None` takes as many as are exact with frozen attention, at most 64.
     """
     if steps is None:

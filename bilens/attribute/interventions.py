@@ -37,9 +37,9 @@ def rerun(
     """Run the text `batch` times at once.
 
     Args:
-        frozen: of the text.
-        batch: how many rows; the hooks see all of them.
-        fwd_hooks: what is changed, in this order.
+        frozen: the frozen pass of the text.
+        batch: the number of rows; the hooks see all of them.
+        fwd_hooks: the changes, made in this order.
         names: activation points to give back, as they are after the changes.
     """
     require_bare(frozen.model)

@@ -54,15 +54,15 @@ class Split(Complete, Tabular):
 
     Attributes:
         target: its name.
-        position: of the target.
-        tokens: of the text.
+        position: the target's position.
+        tokens: the tokens of the text.
         index: one row per part: `kind` (a place in `KINDS`), `layer`, `head`, source `position`, and features `i`, `j`;
             -1 where it has none. A pair of two different features stands once.
-        values: of each part.
-        actual: what the model (and the target's SAE) computed.
-        input_points: where the SAE on each MLP's input is, `mlp-in` or `resid-mid`, by layer.
+        values: the value of each part.
+        actual: the value that the model (and the target's SAE) computed.
+        input_points: the point of the SAE on each MLP's input, `mlp-in` or `resid-mid`, by layer.
         names: labels of features by hook.
-        dtype: of the model's forward pass.
+        dtype: the type of the model's forward pass.
     """
 
     target: str
@@ -217,7 +217,7 @@ def split(
 
     Args:
         frozen: the forward pass, with SAEs where features are wanted.
-        target: what to explain.
+        target: the target to explain.
         attention: `"heads"`, every (layer, head, source position) as one part; or `"paths"`, through all attention down
             to the embeddings and MLPs of every source position.
         mlps: what each MLP is split into: nothing (`"whole"`), the features that the SAE on its output writes
@@ -227,7 +227,7 @@ def split(
     Raises:
         MissingSAEError: pairs without any SAE on an MLP's input.
         NotBilinearError: pairs of a gated or one-branch model.
-        others: as for `read_targets`.
+        others: the same as for `read_targets`.
     """
     n_layers = frozen.n_layers
     if mlps == "pairs" and all(frozen.input_sae(layer) is None for layer in range(n_layers)):

@@ -59,7 +59,7 @@ class Target:
             sae: itself, its hook, or its name: `2-mlp-in`.
             feature: active there or not.
             position: `[BOS]` counted.
-            name: to be shown.
+            name: the name to show.
 
         Raises:
             ArgumentError: an SAE that does not say which hook it is on.
@@ -100,12 +100,12 @@ class Reads:
 
     Attributes:
         vectors: frozen scales divided out.
-        levels, positions: where each reads.
+        levels, positions: the place that each reads.
         sees: `STREAM`, or `ATTN` / `MLP` for a read of what the last module below its level adds.
-        constants: what does not come from the stream.
+        constants: the part that does not come from the stream.
         actual: the value itself: the SAE's own pre-activation, or the model's activation times the direction.
         hooks, directions: the same reads at their own activation points, nothing divided out.
-        names: to be shown.
+        names: the names to show.
     """
 
     vectors: Float[Tensor, "t d_model"]
@@ -170,9 +170,9 @@ def likeliest(
 
     Args:
         frozen: the forward pass.
-        max_n_logits: at most so many.
+        max_n_logits: the largest number of logits.
         desired_logit_prob: more than 0, at most 1.
-        position: of the prediction; negative counts from the end.
+        position: the position of the prediction; a negative one counts from the end.
 
     Raises:
         ArgumentError, OutOfRangeError: numbers outside their range.

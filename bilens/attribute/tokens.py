@@ -46,14 +46,14 @@ class TokenAttribution(Complete, Tabular):
     """What each token contributed to one target.
 
     Attributes:
-        target, position: of the target.
-        tokens: of the text.
-        values: of each token; those after the target are zero.
-        bias: what biases contributed (of MLPs, and the target's constant).
-        actual: what the model (and the target's SAE) computed.
-        heads: what each head moved from each position to the target's own (whatever it was made of there), seen by the
-            target: one step, weighted by attention.
-        pairs: of tokens, biases (and the target's constant) last; half of each pair on either side of the diagonal.
+        target, position: the target's name and position.
+        tokens: the tokens of the text.
+        values: the contribution of each token; those after the target contribute zero.
+        bias: the contribution of biases (of MLPs, and the target's constant).
+        actual: the value that the model (and the target's SAE) computed.
+        heads: the part that each head moved from each position to the target's own (whatever it is made of), seen by
+            the target: one step, weighted by attention.
+        pairs: the pairs of tokens, biases (and the target's constant) last; half of each pair on either side.
     """
 
     target: str
@@ -157,7 +157,7 @@ def attribute_tokens(
 
     Raises:
         NotBilinearError: a gated or one-branch model.
-        others: as for `read_targets`.
+        others: the same as for `read_targets`.
     """
     single = isinstance(targets, Target)
     reads = read_targets(frozen, targets)

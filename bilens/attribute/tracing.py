@@ -67,15 +67,15 @@ class Sweep:
 
     Attributes:
         nodes: the numbering.
-        influence: of every node.
+        influence: the influence of every node.
         actual: the value of each expanded node as the model and its SAE computed it.
-        reads: of the expanded nodes.
+        reads: the reads of the expanded nodes.
         rows: contributions to these, by `nodes.linear`.
-        sources: of the nodes expanded over pairs: the numbers of the sources; the last is the constant. Their products
+        sources: for nodes expanded over pairs, the numbers of the sources; the last is the constant. Their products
             `C[s, t]` (half of each pair) are made anew by `products` when they are asked for: of a thousand nodes with
             a thousand active sources each they would fill gigabytes.
-        constants: what else the constant node gives each of those.
-        sums: of every expanded node's parts, in float32, and of their absolute values.
+        constants: the rest that the constant node gives each of those.
+        sums: the sums of every expanded node's parts, in float32, and of their absolute values.
     """
 
     nodes: Numbering
@@ -187,7 +187,7 @@ def sweep(frozen: FrozenPass, targets: Reads, weights: Float[Tensor, "t"], max_n
 
     Args:
         frozen: the forward pass.
-        targets: where it starts.
+        targets: the targets at which it starts.
         weights: the influence that each target starts with.
         max_nodes: the most influential ones of each stage.
     """

@@ -92,7 +92,7 @@ class Interactions(Tabular):
         return pd.DataFrame(columns)
 
     def plot(self, top: int = 30) -> "go.Figure":
-        """The first `top` of them as signed bars; where there are several outputs or layers, these are named, too."""
+        """The first `top` of them as signed bars; several outputs or layers are named, too."""
         from bilens.draw.plots import bars
 
         frame = self.to_frame().head(top)

@@ -91,7 +91,7 @@ class ColoredTokensMulti(CircuitsView):
         values: token x feature.
         labels: the features' names; their indices by default.
         scale: the |value| in full colour, for every feature alike; the largest one by default.
-        wordpiece: as for `ColoredTokens`.
+        wordpiece: the same as for `ColoredTokens`.
     """
 
     component: ClassVar[str] = "ColoredTokensMulti"
@@ -123,10 +123,10 @@ class AttentionPatterns(CircuitsView):
     Args:
         tokens: the text's tokens.
         attention: head x query x key, of either sign.
-        head_names: by default `head 0`, `head 1`, ...
+        head_names: the heads' names; by default `head 0`, `head 1`, ...
         scale: the |attention| in full colour; the largest one by default.
         causal: grey out the keys after the query.
-        wordpiece: as for `ColoredTokens`.
+        wordpiece: the same as for `ColoredTokens`.
         positive_color: CSS colour of the values above zero.
         negative_color: CSS colour of those below.
     """

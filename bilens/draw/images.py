@@ -63,7 +63,7 @@ def spectrum_with_images(
     """Eigenvalues from the most positive to the most negative as bars, and images at the left: a row for each sign.
 
     Args:
-        values: in any order.
+        values: the values, in any order.
         images: rows of `(height, width)` arrays; may be empty.
         titles: a line over each image.
         title: over the figure.
@@ -95,7 +95,7 @@ def explanation_figure(
 
     Args:
         image: `(height, width)`, of brightness.
-        class_names: of all classes.
+        class_names: the names of all classes.
         logits: one per class.
         explained: a line for each class explained.
         parts: name and contribution of each part of its logit.

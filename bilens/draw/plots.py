@@ -85,8 +85,8 @@ def heatmap(
         row_labels: one per row; indices by default.
         col_labels: one per column; indices by default.
         title: over the figure.
-        row_title: what the rows are.
-        col_title: what the columns are.
+        row_title: the title of the rows.
+        col_title: the title of the columns.
         scale: the |value| in full colour; the largest one by default.
     """
     import plotly.graph_objects as go
@@ -215,8 +215,8 @@ def scatter_grid(
 
     Args:
         panels: x and y of the points of each, by name.
-        columns: how many in a row.
-        x_title, y_title: of all of them.
+        columns: the number of plots in a row.
+        x_title, y_title: the axis titles of all plots.
     """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots

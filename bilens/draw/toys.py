@@ -28,7 +28,7 @@ def matrix_grid(
         matrices: rows of square matrices.
         row_labels: beside each row.
         column_labels: over each column.
-        axis_labels: of the rows and columns of every matrix, each different.
+        axis_labels: the labels of the rows and columns of every matrix, each different.
         title: over the figure.
 
     Raises:

@@ -93,7 +93,7 @@ class _Nowhere:
 
     def __fspath__(self) -> str:
         raise TokenizationError(
-            f"{self.folder!r} has no tokenizer.json, and no other tokenizer is to be had: put one there, or pass "
+            f"{self.folder!r} has no tokenizer.json, and no other tokenizer can be found: put one there, or pass "
             "boot_transformers(..., tokenizer=...)."
         )
 

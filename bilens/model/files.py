@@ -166,7 +166,7 @@ def _fetch_model(repo: str, hub: HubOptions) -> Path:
 
 
 def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None) -> Any:
-    """The tokenizer beside the weights, or the one `config.tokenizer` names; `None` where neither is to be had.
+    """The tokenizer beside the weights, or the one `config.tokenizer` names; `None` if neither can be loaded.
 
     A model without a tokenizer is usable with tokens, so a tokenizer that cannot be fetched is not an error here; its
     absence is one where text is first used.
@@ -216,7 +216,9 @@ def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None
         tokenizer = AutoTokenizer.from_pretrained(found_at)
     except (ModelNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        warnings.warn(f"the tokenizer {published.repo} is not to be had, only tokens are: {reason}", stacklevel=2)
+        warnings.warn(
+            f"the tokenizer {published.repo} cannot be loaded, only tokens can be used: {reason}", stacklevel=2
+        )
         return None
     if published.pad_token is not None:
         tokenizer.pad_token = published.pad_token
@@ -235,7 +237,7 @@ def resolve_device(device: str | torch.device | None) -> str:
     try:
         torch.zeros(1, device=device).item()  # "meta" can make a tensor, but holds nothing
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ArgumentError(f"device {str(device)!r} is not to be had: {str(error).splitlines()[0]}") from error
+        raise ArgumentError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return str(device)
 
 

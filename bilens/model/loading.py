@@ -34,8 +34,8 @@ def load_model(
         local_files_only: use what the cache has and do not ask the hub, as `HF_HUB_OFFLINE=1` does for everything.
 
     Raises:
-        ArgumentError: a dtype or device that is none.
-        ModelNotFoundError: nothing of that name (with the nearest bundled names), or not to be had from the hub.
+        ArgumentError: torch has no such dtype or device.
+        ModelNotFoundError: there is nothing of that name (with the nearest bundled names), or the hub does not give it.
         CheckpointError: the files are truncated, incomplete, of the wrong shapes, or hold NaN.
     """
     return HookedBilinearTransformer.from_pretrained(

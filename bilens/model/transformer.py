@@ -448,8 +448,8 @@ class HookedBilinearTransformer(
             shortformer_pos_embed: `None`, as `input_to_embed` gives it; positions are rotary.
 
         Raises:
-            ArgumentError: an input or return type that is none, a loss without tokens, or a mask or cache that does not
-                belong to the input.
+            ArgumentError: an input or return type that does not exist, a loss without tokens, or a mask or cache that
+                does not belong to the input.
             ContextLengthError, EmptyTextError, OutOfRangeError: the input does not fit the model.
         """
         if shortformer_pos_embed is not None:
@@ -780,7 +780,7 @@ class HookedBilinearTransformer(
         """To a device, a dtype, or both, as torch does.
 
         Raises:
-            ArgumentError: a dtype without fractions, or a device that is none.
+            ArgumentError: a dtype without fractions, or a device that torch does not have.
         """
         try:
             _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)

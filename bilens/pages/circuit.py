@@ -25,8 +25,8 @@ def circuit_page(circuits: Sequence["FeatureCircuit"], title: str = "bilens", su
     """One page: an overview, then each circuit with its text, pairs, matrix, spectrum, eigencircuits and examples.
 
     Args:
-        circuits: at least one.
-        title, subtitle: of the page.
+        circuits: the circuits to show, at least one.
+        title, subtitle: the page's title and the line below it.
     """
     page = Page(title, subtitle)
     page.section("Overview", HOW_TO_READ, _overview(circuits))

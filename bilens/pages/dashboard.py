@@ -31,7 +31,7 @@ class FeatureDashboard(View):
 
     Args:
         records: one feature, or several.
-        title: of the page; by default what the features are of.
+        title: the page's title; by default it names the SAE.
     """
 
     records: "FeatureRecord | Iterable[FeatureRecord]"

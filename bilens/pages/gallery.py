@@ -45,8 +45,8 @@ def gallery_page(gallery: "MotifGallery", title: str = "Motifs read from the wei
     """The page.
 
     Args:
-        gallery: what was found.
-        title, subtitle: of the page.
+        gallery: the motifs that were found.
+        title, subtitle: the page's title and the line below it.
     """
     page = Page(title, subtitle)
     page.section("How many", HOW_TO_READ, *_overview(gallery))

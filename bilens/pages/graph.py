@@ -53,7 +53,7 @@ class GraphView(View):
         circuit: merged over positions or not.
         features: what its features fire on: a feature store, or `FeatureActivations` by hook or SAE name (`2-mlp-in`,
             or its folder's name).
-        wordpiece: how the tokens of examples are joined.
+        wordpiece: true joins the tokens of examples as word pieces.
 
     Raises:
         ViewError: a number that is not finite.
@@ -132,11 +132,11 @@ def graph_page(
     """A circuit's page: the graph, and under it whatever else is known of it.
 
     Args:
-        circuit, features, wordpiece: as for `GraphView`.
-        tokens: what each token contributed to the same target.
+        circuit, features, wordpiece: the same as for `GraphView`.
+        tokens: the contribution of each token to the same target.
         faithfulness, edges: the circuit's checks by intervention.
-        feature_circuits: of features in it, for their eigencircuits.
-        title: of the page.
+        feature_circuits: circuits of features in the graph, whose eigencircuits are shown.
+        title: the page's title.
     """
     page = GraphView(circuit, features, wordpiece).to_page(title)
     page.section("How to read it", HOW_TO_READ)

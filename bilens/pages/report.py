@@ -92,11 +92,11 @@ def interesting_circuits(
     """Circuits of the features asked for, or of the `n` most interesting ones.
 
     Args:
-        labelled: of the layer.
+        labelled: the layer's decomposer with names and examples.
         text: `None` shows each feature on its strongest example.
         features: `None` takes the best of `rank_features` (among those that fire on the text, where there is one).
-        n: how many, where they are not given.
-        swept: leading eigenpairs of all output features, where they are known.
+        n: the number of features to take if none are given.
+        swept: the leading eigenpairs of all output features, if they are known.
     """
     decomposer, outputs = labelled.decomposer, labelled.outputs
     if features is None:
@@ -162,17 +162,17 @@ def report(
     """Write a report on a model's circuits: one self-contained HTML file.
 
     Args:
-        source: a model, or what `load_model` takes.
-        layer: which MLP; `None` takes the middle one.
-        text: to explain; `None` shows each feature on its strongest example.
+        source: a model, or the source of one for `load_model`.
+        layer: the layer of the MLP; `None` takes the middle one.
+        text: the text to explain; `None` shows each feature on its strongest example.
         features: output features; `None` takes the `n` most interesting ones.
-        n: how many.
-        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
-        expansion, k: which SAEs, where there are several.
+        n: the number of interesting features.
+        saes: the source of the SAEs for `load_sae`; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion, k: features per dimension and active features per token of the SAEs, if the source holds several.
         examples: texts to see what features fire on; `None` takes the model's own (see `example_texts`).
         sweep: the folder that `bilens sweep` wrote for this model, to find interesting features from.
-        out: the file, asked for before anything is computed.
-        say: is told what is going on.
+        out: the HTML file, which is checked before anything is computed.
+        say: a function that is told what is going on.
 
     Returns:
         The circuits on the page.
@@ -246,26 +246,26 @@ def trace(
     """Trace a logit or a feature back to the tokens and write the interactive graph: one self-contained HTML file.
 
     Args:
-        source: a bilinear model, or what `load_model` takes.
-        text: what the model reads.
+        source: a bilinear model, or the source of one for `load_model`.
+        text: the text that the model reads.
         target: the token whose logit to explain; `None` takes the likeliest next one.
         minus: the token its logit is compared with.
         feature: explain a feature instead: `2-mlp-in/137`, or `2-mlp-in/137@11` with its position, as nodes are named.
-        position: of the target; negative counts from the end.
-        max_nodes: kept at most.
-        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
-        expansion, k: which SAEs, where there are several.
+        position: the target's position; a negative one counts from the end.
+        max_nodes: the largest number of nodes in the graph.
+        saes: the source of the SAEs for `load_sae`; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion, k: features per dimension and active features per token of the SAEs, if the source holds several.
         examples: texts to see what features fire on; `None` takes some of the model's own (see `example_texts`).
-        check: the circuit by intervention, too.
-        out: the file, asked for before anything is computed.
-        say: is told what is going on.
+        check: true checks the circuit by intervention, too.
+        out: the HTML file, which is checked before anything is computed.
+        say: a function that is told what is going on.
 
     Returns:
         The circuit on the page.
 
     Raises:
         ArgumentError: a feature that is not named so, a feature and a token at once, or `minus` without `target`.
-        others: as for `freeze` and `read_targets`.
+        others: the same as for `freeze` and `read_targets`.
     """
     out = destination(out, PAGE)
     check_sizes(max_nodes=max_nodes)
@@ -326,14 +326,14 @@ def gallery(
     """Write the gallery of a model's motifs (AND, XOR, AND NOT, inhibition): one self-contained HTML file.
 
     Args:
-        source: a bilinear model, or what `load_model` takes.
+        source: a bilinear model, or the source of one for `load_model`.
         layers: `None` is all of them.
-        n: entries of each kind and layer.
-        saes: where `load_sae` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
-        expansion, k: which SAEs, where there are several.
+        n: the number of entries of each kind and layer.
+        saes: the source of the SAEs for `load_sae`; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        expansion, k: features per dimension and active features per token of the SAEs, if the source holds several.
         examples: texts to see what features fire on together; `None` takes the model's own (see `example_texts`).
-        out: the file, asked for before anything is computed.
-        say: is told what is going on.
+        out: the HTML file, which is checked before anything is computed.
+        say: a function that is told what is going on.
 
     Returns:
         What is on the page.
@@ -408,7 +408,7 @@ def evaluate(
     """Measure a model and its SAEs.
 
     Args:
-        source: what `load_model` takes.
+        source: the model's source, for `load_model`.
         texts: texts that neither the model nor the SAEs were trained on.
         saes, expansion, k: the SAEs, as for `model_saes`.
 
@@ -432,7 +432,7 @@ def model_saes(
 
     Args:
         model: the model.
-        saes: where `list_saes` finds them; `None` is the bundled model's, or `<source>-scope` for a hub id.
+        saes: the source of the SAEs for `list_saes`; `None` is the bundled model's, or `<source>-scope` for a hub id.
         expansion: only SAEs with this many features per dimension.
         k: only SAEs with this many active features per token.
 

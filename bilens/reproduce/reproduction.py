@@ -41,7 +41,7 @@ class Settings:
         model: What `load_model` takes. `None` is the bundled model, with its SAEs.
         saes: Where `load_sae` finds the model's SAEs. `None` is the model's own, or `<model>-scope`.
         layer: The one layer to measure. `None` leaves the choice to the recipe, which may take all of them.
-        expansion, k: Which SAEs to take, where there are several of a kind.
+        expansion, k: Features per dimension and active features per token of the SAEs, if there are several of a kind.
         texts: The texts to measure and to train on. `None` takes the example stories that come with the model.
         images: What `bilens.vision.load_images` takes.
         reduced: Everything small, to see that it runs.
@@ -163,7 +163,7 @@ def check_settings(recipes: Sequence[Recipe], settings: Settings) -> None:
     """Refuse a setting that none of the recipes takes notice of.
 
     Raises:
-        ArgumentError: such a setting; it names what the recipes do read.
+        ArgumentError: there is such a setting; the message names those that the recipes do read.
     """
     read = [name for name in vars(settings) if any(name in one.reads for one in recipes)]
     default = vars(Settings())

@@ -129,14 +129,14 @@ def list_saes(
 
     Args:
         source: a bundled model's name, a folder of SAE folders, or a hub id such as `tdooms/ts-medium-scope`.
-        revision, token, cache_dir, local_files_only: of a hub repository, as in `bilens.load_model`.
+        revision, token, cache_dir, local_files_only: the options for a hub repository, as in `bilens.load_model`.
 
     Raises:
-        ArgumentError: a source that is neither text nor a path.
-        ModelNotFoundError: nothing of that name, or not to be had from the hub.
+        ArgumentError: the source is neither text nor a path.
+        ModelNotFoundError: there is nothing of that name, or the hub does not give it.
 
     Warns:
-        where there are no SAEs: what was expected.
+        if there are no SAEs, with what was expected.
     """
     found = _entries(source, "*", HubOptions(revision, token, cache_dir, local_files_only))
     if not found:
@@ -166,25 +166,25 @@ def load_sae(
     Args:
         source: a bundled model's name, a folder of SAE folders, or a hub id such as `tdooms/ts-medium-scope`.
         point: `resid-pre`, `resid-mid`, `resid-post`, `mlp-in`, `mlp-out` or `attn-out`.
-        layer: of the model, from 0.
-        expansion: `d_sae / d_in`; `None` where the rest says which SAE is meant.
-        k: features kept per token; likewise.
-        tag: likewise; `""` is the SAE without a tag.
+        layer: the model's layer, from 0.
+        expansion: `d_sae / d_in`; `None` if the other arguments say which SAE is meant.
+        k: the number of active features per token; `None` if the other arguments say which SAE is meant.
+        tag: the SAE's tag, if that is needed too; `""` is the SAE without a tag.
         device: `None` takes CUDA where there is one.
-        dtype: of the weights in memory (`torch.float32`, `"bfloat16"`, ...); `"auto"` keeps the file's.
-        n_layers: of the model; needed for a published attn-out SAE alone, which reads attention before the factor
+        dtype: the type of the weights in memory (`torch.float32`, `"bfloat16"`, ...); `"auto"` keeps the file's.
+        n_layers: the number of layers of the model. Only published attn-out SAEs need it: they read before the factor
             `s = 1/sqrt(2 n_layers)` while `hook_attn_out` includes it.
-        scale_attn: false for a model whose config says so, where that factor is 1.
-        revision, token, cache_dir, local_files_only: of a hub repository, as in `bilens.load_model`.
+        scale_attn: false if the model's config says so; that factor is then 1.
+        revision, token, cache_dir, local_files_only: the options for a hub repository, as in `bilens.load_model`.
 
     Returns:
         a `ScopeSAE` for the published format and for a signed SAE of sparsify, else the SAELens class of the SAE. It
         reads and reconstructs the hook `sae.cfg.metadata.hook_name`.
 
     Raises:
-        ArgumentError: a point that is no text, a layer that is no whole number, and the like.
-        ModelNotFoundError: no such source, not to be had from the hub, or no such SAE in it (with what there is, and
-            the nearest).
+        ArgumentError: an argument has the wrong type, for example a point that is no text.
+        ModelNotFoundError: there is no such source, the hub does not give it, or it holds no such SAE (with what
+            it has and the nearest).
         SAEMismatchError: an unknown point, several SAEs that fit, a folder that holds another SAE than its name says, a
             transcoder, an attn-out SAE without `n_layers`, or one whose inputs are normalised by numbers that are
             nowhere.
@@ -254,7 +254,7 @@ def load_sae_folder(
     """Load the SAE in a folder; arguments, result and errors are those of `load_sae`.
 
     Args:
-        folder: of any of the formats (see `bilens.sae.loading`).
+        folder: a folder in any of the formats (see `bilens.sae.loading`).
     """
     folder = to_path(folder, "folder")
     entry = _read_entry(folder)
@@ -286,11 +286,11 @@ def scope_loader(
 
     Args:
         repo_id: a hub id such as `tdooms/ts-medium-scope`.
-        folder_name: of the SAE in it.
-        device: of the weights.
+        folder_name: the name of the SAE's folder in it.
+        device: the device of the weights.
         force_download: not needed: what is in the cache is checked against the hub's.
         cfg_overrides: SAELens' own, put over the configuration.
-        n_layers: as for `load_sae`: for a published attn-out SAE, `converter=partial(scope_loader, n_layers=...)`.
+        n_layers: the same as for `load_sae`; for a published attn-out SAE, pass `partial(scope_loader, n_layers=...)`.
 
     Returns:
         The configuration, the weights, and no sparsity, which published repositories do not hold.

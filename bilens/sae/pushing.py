@@ -38,8 +38,8 @@ def push_saes(
         saes: SAEs by folder name `{layer}-{point}-x{expansion}-k{k}[-{tag}]`, as `train_saes` returns them, or a folder
             of such folders.
         repo_id: `owner/name`; made where it does not exist.
-        private: of a repository that is made here; `None` is the owner's default.
-        token: with permission to write; `None` is the one of `hf auth login`.
+        private: true makes a new repository private; `None` takes the owner's default.
+        token: a token with permission to write; `None` takes the one of `hf auth login`.
         revision: the branch, made where it does not exist; `None` is `main`.
         commit_message: one line.
 

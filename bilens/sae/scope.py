@@ -34,7 +34,7 @@ class ScopeSAEConfig(SAEConfig):
     """Configuration of a published SAE.
 
     Args:
-        k: how many features are kept, those of the largest signed pre-activation.
+        k: the number of features that stay active, those with the largest signed pre-activations.
         bilinear_encoder: pre-activations are products of two linear maps.
     """
 
@@ -100,7 +100,7 @@ class ScopeTrainingSAEConfig(TopKTrainingSAEConfig):
     """Configuration of one that is to be trained: SAELens' of top-k, with decoder norms left alone, and what differs.
 
     Args:
-        bilinear_encoder: as in `ScopeSAEConfig`.
+        bilinear_encoder: the same as in `ScopeSAEConfig`.
         encoder_bias: train `b_enc`; otherwise it stays zero.
     """
 

@@ -54,8 +54,8 @@ class SAEView:
     """An SAE as directions in the space it reads and writes.
 
     Attributes:
-        sae: what is read.
-        given: what `sae` is a float32 copy of, where that is in half precision.
+        sae: the SAE that is read.
+        given: the SAE that `sae` is a float32 copy of, where it is in half precision.
 
     Raises:
         CheckpointError: weights that are not finite.

@@ -53,8 +53,8 @@ class BooleanConfig:
             the next pair of inputs in the order (0, 1), (2, 3), ... and, those used up, (0, 2), ...
         n_inputs: bits.
         d_hidden: hidden units.
-        steps, batch_size, lr: of the training; the learning rate falls to zero as a cosine.
-        seed: of the weights and the bits.
+        steps, batch_size, lr: the settings of the training; the learning rate falls to zero as a cosine.
+        seed: the seed of the weights and the bits.
 
     Raises:
         ArgumentError: no such gate or input, a gate on one input twice, or a number outside its range.
@@ -104,7 +104,7 @@ class BooleanRecovery(Tabular):
 
     Attributes:
         tasks: gate and inputs of every output.
-        learned: in the unique form, the diagonal moved into the linear part.
+        learned: the learned matrices in the unique form, with the diagonal moved into the linear part.
         as_trained: before that was moved.
         closed: the closed forms.
         accuracy: share of inputs on which each output, rounded, is right.

@@ -22,8 +22,8 @@ class ToyLayer(nn.Module):
 
     Args:
         d_in, d_hidden, d_out: inputs, hidden units, outputs.
-        bias: on both branches and the output.
-        generator: of the initial weights: normal at `1 / sqrt(fan in)`, biases at zero.
+        bias: true gives both branches and the output biases.
+        generator: the source of the initial weights: normal at `1 / sqrt(fan in)`, biases at zero.
     """
 
     def __init__(self, d_in: int, d_hidden: int, d_out: int, *, bias: bool, generator: torch.Generator):
@@ -62,13 +62,13 @@ def optimise(
     """AdamW on a loss.
 
     Args:
-        parameters: to train.
+        parameters: the parameters to train.
         loss_at: the loss of a step, counted from 0.
-        steps: how many.
+        steps: the number of steps.
         lr: learning rate at the start; it falls to zero as a cosine.
-        weight_decay: of AdamW.
+        weight_decay: the weight decay of AdamW.
         after: called after every step with how many have been taken.
-        desc: of the progress bar.
+        desc: the title of the progress bar.
         progress: show it.
 
     Raises:

@@ -46,9 +46,9 @@ class ModularConfig:
     Args:
         p: the modulus.
         d_hidden: hidden units.
-        train_share: of all pairs, the part that is trained on.
-        steps, lr, weight_decay: of AdamW on all training pairs at once; the learning rate falls to zero as a cosine.
-        seed: of the weights and the split.
+        train_share: the share of all pairs that is trained on.
+        steps, lr, weight_decay: AdamW's settings, on all training pairs at once; the learning rate falls as a cosine.
+        seed: the seed of the weights and the split.
 
     Raises:
         ArgumentError: a number outside its range.
@@ -86,7 +86,7 @@ class ModularAddition(Tabular):
     """A finished run: the layer, and what it could do while it was trained.
 
     Attributes:
-        config: of the run.
+        config: the settings of the run.
         layer: reads `(e_a, e_b)`, writes p logits.
         steps, train_loss, train_accuracy, test_accuracy: the curve; the test is on the pairs not trained on.
     """
@@ -130,7 +130,7 @@ class FourierStructure(Tabular):
 
     Attributes:
         circuits: eigenvalues and unit eigenvectors over `(e_a, e_b)`, a row for every class.
-        power: of each eigenvector, half and frequency 0, 1, ..., p / 2; one eigenvector's add up to 1.
+        power: the power of each eigenvector's halves at frequencies 0, 1, ..., p / 2; one eigenvector's add up to 1.
     """
 
     circuits: Eigencircuits = field(repr=False)
@@ -293,7 +293,7 @@ def fourier_structure(layer: BilinearLayer, k: int = 8) -> FourierStructure:
     """Eigenpairs of all outputs of a layer that reads `(e_a, e_b)`, and the power of their halves.
 
     Args:
-        layer: with p outputs.
+        layer: a layer with p outputs.
         k: eigenpairs of each.
 
     Raises:

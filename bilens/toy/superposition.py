@@ -45,13 +45,13 @@ class SuperpositionConfig:
     """What to learn, and how.
 
     Args:
-        n_features: how many.
+        n_features: the number of features.
         d_model: dimensions they share.
         d_hidden: hidden units.
         target: `"squares"` of every feature, or `"products"` of features 0 and 1, 2 and 3, ...
         sparsities: the probability that a feature is zero; one model is trained for each.
-        steps, batch_size, lr: of the training; the learning rate falls to zero as a cosine.
-        seed: of the weights and the features.
+        steps, batch_size, lr: the settings of the training; the learning rate falls to zero as a cosine.
+        seed: the seed of the weights and the features.
 
     Raises:
         ArgumentError: a number outside its range, or no such target.
@@ -99,10 +99,10 @@ class SuperposedModel(Tabular):
     """One trained model.
 
     Attributes:
-        sparsity: of the features it was trained on.
+        sparsity: the sparsity of the features it was trained on.
         pairs: the features whose product each output is.
-        directions: of the features.
-        interactions: of each output, in the feature basis.
+        directions: the directions of the features.
+        interactions: the interaction matrix of each output, in the feature basis.
         explained: share of the variance of all outputs on features of that sparsity.
         layer: the trained layer.
     """

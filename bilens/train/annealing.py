@@ -58,9 +58,9 @@ class AnnealConfig:
         epochs: passes over the training texts.
         batch_size: packed rows of the model's context per step.
         lr: peak learning rate; reached after `warmup` of the steps, then decayed linearly to zero.
-        weight_decay, grad_clip: of AdamW, on the gates' scales too.
+        weight_decay, grad_clip: AdamW's weight decay and the gradient's largest norm, for the gates' scales too.
         bf16: autocast to bfloat16 in training (validation is in float32).
-        seed: of the order of texts.
+        seed: the seed of the order of texts.
         eval_every, checkpoint_every: steps.
 
     Raises:
@@ -118,8 +118,8 @@ class AnnealingResult(Tabular):
     """A finished run: the bilinear model, and what it cost.
 
     Attributes:
-        model: with `gate: null`, and without norms where those were annealed.
-        config: of the run.
+        model: the model with `gate: null`, and without norms where those were annealed.
+        config: the settings of the run.
         before: the model as it was.
         at_once: every nonlinearity replaced by its fit, nothing trained.
         validations: while annealing, and after its last step.
@@ -262,7 +262,7 @@ def check_annealable(model: HookedBilinearTransformer, config: AnnealConfig) -> 
     """Refuse a model that has nothing to anneal, or that would not be bilinear afterwards.
 
     Raises:
-        ArgumentError, NotBilinearError: as `anneal`.
+        ArgumentError, NotBilinearError: the same cases as for `anneal`.
     """
     cfg = model.cfg
     if not cfg.bilinear:

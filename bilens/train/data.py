@@ -33,8 +33,8 @@ def load_texts(source: Texts, split: str = "train", column: str = "text") -> lis
     Args:
         source: a `.jsonl`/`.json` file (or `.gz` of one) with a text column, a `.txt` file whose paragraphs are the
             texts, a `.parquet` file, a hub dataset id, a `datasets.Dataset`, or texts.
-        split: of a hub dataset.
-        column: which field holds the text.
+        split: the split of a hub dataset.
+        column: the field that holds the text.
 
     Raises:
         TrainingError: no such file, one that cannot be read, no such column, or a column of something else than text.
@@ -75,7 +75,7 @@ def training_and_validation(data: Texts, valid: Texts | None, *, column: str = "
     """Texts to train on and texts to validate on; without `valid`, 1 % of the first are set aside.
 
     Raises:
-        TrainingError, EmptyTextError: as for `load_texts`; one text alone cannot be divided.
+        TrainingError, EmptyTextError: the same cases as for `load_texts`; one text alone cannot be divided.
     """
     texts = load_texts(data, column=column)
     if valid is not None:
@@ -90,7 +90,7 @@ def open_dataset(source: str | os.PathLike[str], split: str = "train", *, stream
     """A file or a hub dataset as `datasets` gives it: a `Dataset`, or with `streaming` an `IterableDataset`.
 
     Args:
-        source, split: as for `load_texts`.
+        source, split: the same as for `load_texts`.
         streaming: read it piece by piece; what cannot be read shows when the stream comes to it.
 
     Raises:
@@ -136,10 +136,10 @@ def stream_texts(source: str | os.PathLike[str], split: str = "train", column: s
     """The texts of `load_texts`, in its order, one after another: nothing is kept in memory or in a cache.
 
     Args:
-        source, split, column: as for `load_texts`.
+        source, split, column: the same as for `load_texts`.
 
     Raises:
-        TrainingError: as `load_texts` does; what cannot be read shows when the stream comes to it.
+        TrainingError: the same cases as for `load_texts`; what cannot be read shows when the stream comes to it.
         EmptyTextError: nothing but empty texts, or nothing at all.
     """
     rows = iter(open_dataset(source, split, streaming=True))
@@ -226,7 +226,7 @@ class TokenizedTexts:
 
     Args:
         rows: the tokens of each text.
-        n_characters: of each text.
+        n_characters: the number of characters of each text.
         bos, eos: the tokens in front of a text and behind it, `None` for none.
     """
 
@@ -242,13 +242,13 @@ class TokenizedTexts:
         """Encode with a transformers tokenizer.
 
         Args:
-            texts: with or without `[BOS]` and, at the end, `[EOS]` written out: they are not of the text.
+            texts: the texts; a `[BOS]` or final `[EOS]` that is written out does not count as text.
             tokenizer: whose `[BOS]` and `[EOS]`, where it has them, go around each text.
             prepend_bos: false for none in front.
             keep_empty: keep texts without a token (a lone accent normalises to nothing), so that rows are texts.
 
         Raises:
-            ArgumentError, TokenizationError: as for `bilens.model.tokenization.encode`.
+            ArgumentError, TokenizationError: the same cases as for `bilens.model.tokenization.encode`.
         """
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         rows, lengths = [], []

@@ -73,9 +73,9 @@ class TrainConfig:
         epochs: passes over the training texts.
         batch_size: packed rows of `n_ctx` tokens per step.
         lr: peak learning rate; reached after `warmup` of the steps, then decayed linearly to zero.
-        weight_decay, betas, grad_clip: of AdamW.
+        weight_decay, betas, grad_clip: AdamW's settings, and the gradient's largest norm.
         bf16: autocast to bfloat16 in training (validation is in float32).
-        seed: of weights and order.
+        seed: the seed of the initial weights and of the order of texts.
         eval_every, checkpoint_every: steps.
 
     Raises:
@@ -206,9 +206,9 @@ def train_lm(
         config: the architecture and the optimisation; `None` takes the defaults.
         valid: validation texts; `None` sets 1 % of the training texts aside.
         tokenizer: a folder with a `tokenizer.json`, a published name, or a hub id; `None` trains one on the texts.
-        vocab_size: of a tokenizer trained here.
+        vocab_size: the vocabulary's size if a tokenizer is trained.
         column: the field that holds the text.
-        dtype: of the weights on disk (training keeps them in float32).
+        dtype: the type of the weights on disk (training keeps them in float32).
         device: `None` takes CUDA where there is one.
         overwrite: remove another model that is in `out`, instead of refusing.
 

@@ -23,7 +23,7 @@ def augmentation(
     """A function from clean images to changed ones; the identity where every argument is zero.
 
     Args:
-        height, width: of the images.
+        height, width: the size of the images.
         rotation: degrees either way, uniformly; what comes into view is black.
         translation: pixels either way, in both directions, uniformly.
         blur: standard deviation of a Gaussian in pixels, uniformly from nearly zero to this.

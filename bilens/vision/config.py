@@ -20,9 +20,9 @@ class ClassifierConfig:
         d_hidden: width of the residual stream, and hidden units of every layer.
         d_output: classes.
         n_layer: bilinear layers.
-        bias: on both branches.
-        residual: whether a layer adds its input.
-        height, width: of an image; square where they are not given and `d_input` is a square.
+        bias: true gives both branches biases.
+        residual: true lets a layer add its input.
+        height, width: the size of an image; a square if they are not given and `d_input` is a square number.
         class_names: one per class; their numbers where they are not given.
         published: the `config.json` as it was read, keys that bilens does not use included.
     """

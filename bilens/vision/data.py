@@ -57,7 +57,7 @@ class ImageDataset:
         train_images, test_images: brightness, 0 to 1.
         train_labels, test_labels: indices into `class_names`.
         class_names: one per class.
-        source: where it came from.
+        source: the source it came from.
     """
 
     train_images: Float[Tensor, "train height width"] = field(repr=False)
@@ -113,8 +113,8 @@ class ImageDataset:
                 to 255, or floating point from 0 to 1.
             train_labels, test_labels: whole numbers from 0, or names (then the classes are the names in order).
             class_names: one per class; their numbers by default.
-            test_share: of the images, set aside for testing where there are no test images.
-            seed: of that split.
+            test_share: the share of the images that is set aside for testing if there are no test images.
+            seed: the seed of that split.
             source: shown in messages.
 
         Raises:
@@ -162,7 +162,7 @@ def load_images(
             `train_images, train_labels` or `images, labels` (and `x_test, y_test`, ... for testing); or a dataset,
             which is returned as it is.
         test_share: set aside for testing where the source has no test part.
-        seed: of that split.
+        seed: the seed of that split.
 
     Raises:
         ImageDataError: nothing there (with the nearest name), a damaged file, or images and labels that do not fit.

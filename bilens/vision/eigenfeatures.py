@@ -55,10 +55,10 @@ class Eigenfeatures(Tabular):
     Attributes:
         circuits: eigenvalues and unit eigenvectors, by falling absolute value, over what the last layer reads; with
             `homogeneous`, the last entry is that of the 1.
-        pictures: of a one-layer model, what each eigenvector reads in the pixels, in float64.
-        labels: of the outputs.
-        space: where eigenvectors were found.
-        homogeneous: whether they are of all of the logit, or of its quadratic part.
+        pictures: for a one-layer model, the image that each eigenvector reads in the pixels, in float64.
+        labels: the names of the outputs.
+        space: the space of the eigenvectors.
+        homogeneous: true if they are those of the whole logit, false if of its quadratic part.
         model: whose they are.
     """
 
@@ -108,7 +108,7 @@ class Eigenfeatures(Tabular):
         """One row per eigenfeature: `output, rank, eigenvalue, offset, share` (of the squared eigenvalues found).
 
         Args:
-            top: of every output; `None` gives all.
+            top: the number of rows for every output; `None` gives all.
         """
         import pandas as pd
 
@@ -128,7 +128,7 @@ class Eigenfeatures(Tabular):
         """The first positive and negative eigenfeatures of every output as images, eigenvalues over them.
 
         Args:
-            positive, negative: how many.
+            positive, negative: the numbers of positive and negative ones shown.
 
         Raises:
             ArgumentError: a deeper model; see `images`.
@@ -202,7 +202,7 @@ def eigenfeatures(
         outputs: classes (numbers or names) and differences of two, `(a, b)` for `a - b`; `None` takes every class.
         space: `"embedding"`, as in the paper, or `"pixels"`; see the module's header.
         homogeneous: over `(x, 1)`, so that biases and residual additions take part; without, of the quadratic part.
-        k: how many of each output; `None` gives all.
+        k: the number of eigenpairs of each output; `None` gives all.
 
     Raises:
         ArgumentError: no such class, or pixels of a model of several layers.
@@ -239,7 +239,7 @@ def class_difference(
     Args:
         model: the classifier.
         a, b: classes, by number or name.
-        space, homogeneous, k: as for `eigenfeatures`.
+        space, homogeneous, k: the same as for `eigenfeatures`.
 
     Raises:
         ArgumentError: no such class, twice the same, or pixels of a model of several layers.

@@ -41,9 +41,9 @@ class Explanation(Tabular):
 
     Attributes:
         image: the pixels.
-        logits: of every class.
+        logits: the logit of every class.
         classes: those explained, the most likely first.
-        ranks: of the eigenfeatures shown, of every class explained: first those that add most, then those that take
+        ranks: the ranks of the eigenfeatures shown for every class: first those that add most, then those that take
             most away.
         activations: `lambda (v . x + offset)^2` of those.
         others: the sum over all other eigenfeatures; with the activations it is the logit.
@@ -123,9 +123,9 @@ def explain(
     Args:
         model: the classifier, of any depth; of a deeper one, eigenfeatures are of the last layer.
         image: one, `(height, width)` or `(d_input)`, brightness from 0 to 1.
-        classes: how many of the most likely ones, or which.
+        classes: the classes to explain, or the number of the most likely ones.
         positive, negative: eigenfeatures of every class to show, by their activation on this image.
-        space: where eigenvectors are found; see `bilens.vision.eigenfeatures`.
+        space: the space of the eigenvectors; see `bilens.vision.eigenfeatures`.
 
     Raises:
         ArgumentError: not one image of the model's size, no such class, or pixels of a deeper model.

@@ -23,11 +23,11 @@ def load_classifier(
     Args:
         source: a folder, or a Hugging Face hub id.
         device: `None` takes CUDA where there is one.
-        dtype: of the weights in memory; `"auto"` keeps the file's.
-        revision, token, cache_dir, local_files_only: of a hub repository; see `bilens.load_model`.
+        dtype: the type of the weights in memory; `"auto"` keeps the file's.
+        revision, token, cache_dir, local_files_only: the options for a hub repository; see `bilens.load_model`.
 
     Raises:
-        ModelNotFoundError: no such folder, no such files in it, or not to be had from the hub.
+        ModelNotFoundError: there is no such folder, it has no such files, or the hub does not give it.
         CheckpointError: the files are truncated, incomplete, of the wrong shapes, or hold NaN.
     """
     return BilinearClassifier.from_pretrained(

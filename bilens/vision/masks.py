@@ -51,7 +51,7 @@ class Mask(Tabular):
 
     Attributes:
         pixels: the mask.
-        allowed: which pixels it may use.
+        allowed: the pixels it may use.
         target: the class aimed at.
         away_from: the class to be mistaken for it; `None` is every other.
         gain: `m^T Q m`, what the mask adds by itself at strength 1 (the quadratic part).
@@ -164,7 +164,7 @@ class MaskStudy(Tabular):
         """Every mask, an image, and the sum of both.
 
         Args:
-            strength: of the mask in the sum; the middle one of those studied by default.
+            strength: the mask's strength in the sum; by default the middle one of those studied.
         """
         from bilens.draw.images import image_grid
 
@@ -202,7 +202,7 @@ def adversarial_mask(
         model: a one-layer classifier.
         target: the class aimed at.
         away_from: the class to be mistaken for it; `None` for all others.
-        k: how many eigenfeatures to sum, each weighted by its eigenvalue.
+        k: the number of eigenfeatures to sum, each weighted by its eigenvalue.
         border: only pixels so near to the edge; `None` allows all.
         pixels: only so many pixels, the strongest; `None` keeps all.
 
@@ -312,12 +312,12 @@ def mask_study(
     """Accuracy with masks and with random ones of equal norm and sparsity.
 
     Args:
-        masks: of one model, from `adversarial_mask`.
+        masks: the masks of one model, from `adversarial_mask`.
         images: those of a mask's `away_from` are attacked, or all that are not of its target already.
         labels: their classes.
         strengths: lengths of the masks; negative ones subtract.
         n_random: shuffled masks to compare each mask with.
-        seed: of the shuffles.
+        seed: the seed of the shuffles.
         progress: show a bar.
 
     Raises:

@@ -100,7 +100,7 @@ class BilinearClassifier(PublishedClassifierMixin, NamedWeightsMixin, CheckedHoo
 
     Args:
         cfg: the architecture.
-        seed: of the initial weights; `None` draws from torch's global generator.
+        seed: the seed of the initial weights; `None` draws from torch's global generator.
 
     Weights start normal at `1 / sqrt(fan in)`, biases at zero.
     """
@@ -178,7 +178,7 @@ class BilinearClassifier(PublishedClassifierMixin, NamedWeightsMixin, CheckedHoo
         """One layer's weights, detached, in float32 at least; the output matrix is the identity.
 
         Args:
-            layer: which; negative counts from the end.
+            layer: the layer's number; a negative one counts from the end.
             pixels: fold the embedding in, so that the first layer reads pixels instead of `hook_resid_pre`.
             homogeneous: over `(x, 1)`, with biases and the residual addition in the tensor; see the module's header.
 
@@ -240,8 +240,8 @@ def over_homogeneous(layer: BilinearLayer, skip: Float[Tensor, "d_model d_out"] 
     """The layer that reads `(x, 1)` and has no branch biases: `layer(x) + W_out^T skip^T x` where there is a skip.
 
     Args:
-        layer: with `W_out` of `d_out` hidden units where there is a skip: unit i writes what `skip`'s column i reads.
-        skip: what is added linearly, as one more hidden unit for each column, `(skip_i . x) * 1`.
+        layer: the layer; where there is a skip, unit i of its `W_out` writes what `skip`'s column i reads.
+        skip: the part that is added linearly, as one more hidden unit for each column, `(skip_i . x) * 1`.
     """
     plain = biases_as_weights(layer)
     if skip is None:

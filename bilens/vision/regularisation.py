@@ -32,8 +32,8 @@ class RegularisationStudy(Tabular):
         vary: the argument.
         settings: its value for each model.
         runs: the trained models.
-        train_accuracy: of each, on the training images as they are.
-        space: where eigenvectors are found.
+        train_accuracy: the accuracy of each on the training images as they are.
+        space: the space of the eigenvectors.
     """
 
     vary: str
@@ -74,7 +74,7 @@ class RegularisationStudy(Tabular):
 
         Args:
             which: the class.
-            positive, negative: how many.
+            positive, negative: the numbers of positive and negative ones shown.
 
         Raises:
             ArgumentError: no such class, or models of several layers.
@@ -111,8 +111,8 @@ def regularisation_study(
         data: a dataset, or where to load it from.
         settings: values of the argument.
         config: everything else; `None` takes the defaults.
-        vary: which argument of `ImageTrainConfig`: `"noise"`, `"weight_decay"`, `"latent_noise"`, ...
-        space: where eigenvectors are found.
+        vary: the argument of `ImageTrainConfig` to vary: `"noise"`, `"weight_decay"`, `"latent_noise"`, ...
+        space: the space of the eigenvectors.
         progress: show a bar.
 
     Raises:

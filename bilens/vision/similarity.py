@@ -40,7 +40,7 @@ class FeatureSimilarity(Tabular):
 
     Attributes:
         comparisons: groups compared: `"a"` for the models of group a among themselves, `"a ~ b"` for two groups.
-        pairs: of models in each comparison.
+        pairs: the number of pairs of models in each comparison.
         best, same_rank, other_class: mean |cosine| with the most alike eigenfeature of the same class and sign, with
             that of the same rank, and with the most alike one of other classes; 0 where a model has none.
     """
@@ -100,8 +100,8 @@ def feature_similarity(
         models: groups of one-layer models that read the same images, such as `{"30": [...], "300": [...]}` for two
             sizes, with a model for every seed.
         k: ranks to compare.
-        sign: of the eigenvalues: 1, or -1.
-        space: where eigenvectors are found; cosines are of their pictures in the pixels.
+        sign: the sign of the eigenvalues: 1, or -1.
+        space: the space of the eigenvectors; cosines compare their pictures in the pixels.
 
     Raises:
         ArgumentError: fewer than two models, models of other images or classes, or of several layers.

@@ -79,7 +79,7 @@ class ClassHOSVD(Tabular):
         `accuracy`.
 
         Args:
-            images: to recognise.
+            images: the images to recognise.
             labels: their classes.
             kept: numbers of directions; those above the number there are, are left out.
 
@@ -124,7 +124,7 @@ class ClassHOSVD(Tabular):
         """The first input directions as images, with the share of the squared norm that each holds.
 
         Args:
-            top: how many.
+            top: the number of rows shown.
         """
         from bilens.draw.images import image_grid
 
@@ -139,7 +139,7 @@ class ClassHOSVD(Tabular):
         """Every output direction, named by its classes, with its leading eigenfeatures over the pixels.
 
         Args:
-            positive, negative: how many.
+            positive, negative: the numbers of positive and negative ones shown.
         """
         from bilens.draw.images import image_grid
 
@@ -187,10 +187,10 @@ class SharedNeurons(Tabular):
 
     Attributes:
         fits: one per rank.
-        accuracy: of the classifier with each.
-        pruned_accuracy: where the layer's largest hidden units are kept as they are instead.
-        whole_accuracy: of the model.
-        space: what the layers read.
+        accuracy: the classifier's accuracy with each.
+        pruned_accuracy: the accuracy if the layer's largest hidden units are kept as they are instead.
+        whole_accuracy: the accuracy of the whole model.
+        space: the space that the layers read.
         model: whose last layer is replaced.
     """
 
@@ -234,7 +234,7 @@ class SharedNeurons(Tabular):
         """The largest hidden units of one fit: both branches as images, and the classes they write to most.
 
         Args:
-            rank: which fit; the largest by default.
+            rank: the rank of the fit; by default the largest.
             top: units to show.
 
         Raises:
@@ -289,11 +289,11 @@ def shared_neurons(
 
     Args:
         model: the classifier; of a deeper one, the last layer is replaced.
-        images: to recognise. The fits do not see them.
+        images: the images to recognise. The fits do not see them.
         labels: their classes.
         ranks: hidden units.
-        space: what the fit compares the layers over: `"embedding"`, or (one layer) `"pixels"`.
-        max_sweeps, tolerance: of the fit; see `bilens.layer.cp.cp_decompose`.
+        space: the space over which the fit compares layers: `"embedding"`, or (one layer) `"pixels"`.
+        max_sweeps, tolerance: when the fit stops; see `bilens.layer.cp.cp_decompose`.
         progress: show a bar.
 
     Raises:

@@ -39,14 +39,14 @@ class Branch:
     """An eigenvector of one layer, and how it comes about in the layers below.
 
     Attributes:
-        layer: which layer reads it.
+        layer: the layer that reads it.
         rank: among its siblings, by falling |eigenvalue|.
         value: the eigenvalue: what it adds is `value * (v . x)^2`.
         norm: the root of the sum of all its siblings' squared eigenvalues, those cut off included.
-        picture: in the first layer, what it reads in the pixels.
-        offset: what is added to `picture . pixels`, or in higher layers the constant that `below` accounts for; zero
+        picture: in the first layer, the image that it reads in the pixels.
+        offset: the number added to `picture . pixels`, or in higher layers the constant that `below` accounts for; zero
             without biases and residual additions.
-        below: in higher layers, eigenvectors of the layer below, which add up to `v . x`.
+        below: in higher layers, the eigenvectors of the layer below, which add up to `v . x`.
     """
 
     layer: int
@@ -72,7 +72,7 @@ class TopDown(Tabular):
     """Classes of a deep model as trees of eigenvectors, with images at the bottom.
 
     Attributes:
-        labels: of the classes.
+        labels: the names of the classes.
         trees: the branches of every class.
         model: whose they are.
     """
@@ -140,7 +140,7 @@ def top_down(
 
     Args:
         model: the classifier, of any depth.
-        classes: by number or name; `None` takes all.
+        classes: the classes, by number or name; `None` takes all.
         k: eigenvectors to follow, by |eigenvalue|: a number for every layer from the last one down, or one for all of
             them; `None` follows all, which is exact, and `d_hidden ** n_layer` branches a class.
 

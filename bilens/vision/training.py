@@ -50,14 +50,14 @@ class ImageTrainConfig:
         epochs: passes over the training images.
         batch_size: images per step.
         lr: learning rate at the start; falls as a cosine to zero.
-        weight_decay: of AdamW; strong decay is what makes eigenfeatures clean.
+        weight_decay: the weight decay of AdamW; a strong one makes eigenfeatures clean.
         grad_clip: largest norm of a gradient; deep models without residual additions need it.
         noise: standard deviation of Gaussian noise on the pixels (which are from 0 to 1).
-        latent_noise: of Gaussian noise on the input of every layer, in units of that batch's standard deviation there.
+        latent_noise: the size of Gaussian noise on every layer's input, in the batch's standard deviations there.
         rotation: degrees either way.
         translation: pixels either way.
         blur: largest standard deviation, in pixels.
-        seed: of weights, order, augmentation and noise.
+        seed: the seed of the initial weights, the order, the augmentation and the noise.
 
     Raises:
         ArgumentError: a value outside its range.
@@ -162,7 +162,7 @@ def train_classifier(
 
     Raises:
         ImageDataError: the data cannot be read.
-        ArgumentError: `out` is a file, or cannot be written to; or a device that is not to be had.
+        ArgumentError: `out` is a file or cannot be written to, or torch has no such device.
         OverwriteError: `out` holds another model.
         WriteError: another process is at work in `out`, or the disk is full.
         TrainingError: the loss is no number any more.

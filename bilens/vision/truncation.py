@@ -36,8 +36,8 @@ class Truncation(Tabular):
             (nothing kept makes all logits zero, which is the first class); NaN where a class has no image.
         accuracy: share of all images recognised.
         agreement: share of images of which the class is that of the whole model.
-        labels: of the classes.
-        space: where eigenvectors were found.
+        labels: the names of the classes.
+        space: the space of the eigenvectors.
     """
 
     by_class: Float[Tensor, "kept d_output"] = field(repr=False)
@@ -101,9 +101,9 @@ def truncation(
 
     Args:
         model: the classifier; of a deeper one, the last layer is truncated.
-        images: to recognise.
+        images: the images to recognise.
         labels: their classes.
-        space: where eigenvectors are found; see `bilens.vision.eigenfeatures`.
+        space: the space of the eigenvectors; see `bilens.vision.eigenfeatures`.
 
     Raises:
         ArgumentError: no images, labels outside the model's classes, images of another size, or pixels of a deeper

@@ -79,7 +79,7 @@ def test_places_that_are_none(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ArgumentError, match=r"is a folder"):
         destination(tmp_path)
-    with pytest.raises(ArgumentError, match=r"no folder to be had"):
+    with pytest.raises(ArgumentError, match=r"its folder cannot be made"):
         destination(tmp_path / "file" / "page.html")
     with pytest.raises(ArgumentError, match=r"cannot be a folder to write into: .*file is a file"):
         destination_folder(tmp_path / "file")

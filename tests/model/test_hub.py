@@ -348,7 +348,7 @@ def test_the_named_tokenizer_is_fetched(
 
 def test_a_tokenizer_that_is_not_to_be_had(hub: FakeHub, without_tokenizer: Path) -> None:
     """The model loads for tokens, with a warning that names the tokenizer."""
-    with pytest.warns(UserWarning, match=f"the tokenizer {TOKENIZER} is not to be had, only tokens are"):
+    with pytest.warns(UserWarning, match=f"the tokenizer {TOKENIZER} cannot be loaded, only tokens can be used"):
         loaded = load_model(MODEL, token=READER)
     assert loaded.tokenizer is None
     assert loaded(torch.tensor([[1, 2, 3]])).isfinite().all()

@@ -187,7 +187,7 @@ def test_the_dtype_in_memory_and_on_disk(checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_a_device_that_is_not_there(checkpoint: Path) -> None:
-    with pytest.raises(ArgumentError, match="device 'gpu' is not to be had"):
+    with pytest.raises(ArgumentError, match="device 'gpu' cannot be used here"):
         load_model(checkpoint, device="gpu")
     assert load_model(checkpoint, device=torch.device("cpu")).cfg.device == "cpu"
 
@@ -538,7 +538,7 @@ def test_a_tokenizer_that_cannot_be_fetched(checkpoint: Path, monkeypatch: pytes
     assert load_model(checkpoint).tokenizer is None
     edit_config(checkpoint, tokenizer="gpt2")
     monkeypatch.setattr("bilens.model.files.fetch_from_hub", offline)
-    with pytest.warns(UserWarning, match="the tokenizer openai-community/gpt2 is not to be had.*no connection"):
+    with pytest.warns(UserWarning, match="the tokenizer openai-community/gpt2 cannot be loaded.*no connection"):
         model = load_model(checkpoint)
     assert model.tokenizer is None
     assert model(torch.tensor([[1, 2]])).shape == (1, 2, model.cfg.d_vocab)

@@ -169,7 +169,7 @@ def test_where_to_write_is_asked_before_the_work(write, tmp_path):
     (tmp_path / "file").touch()
     said = []
     arguments = {"text": TEXT} if write is trace else {}
-    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "page.html", "no folder to be had")):
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "page.html", "its folder cannot be made")):
         with pytest.raises(ArgumentError, match=message):
             write(out=out, say=said.append, **arguments)
     assert not said

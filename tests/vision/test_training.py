@@ -241,7 +241,7 @@ def test_a_file_for_a_folder(tmp_path: Path, digits: ImageDataset) -> None:
 
 
 def test_a_device_or_size_that_is_none(digits: ImageDataset) -> None:
-    with pytest.raises(ArgumentError, match="device 'foo' is not to be had"):
+    with pytest.raises(ArgumentError, match="device 'foo' cannot be used here"):
         train_classifier(digits, QUICK, device="foo")
     with pytest.raises(ArgumentError, match="training this classifier needs"):
         train_classifier(digits, replace(QUICK, d_hidden=10**7))

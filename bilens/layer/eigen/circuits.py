@@ -85,7 +85,7 @@ class Eigencircuits(Tabular):
         return replace(self, **parts, outputs=self.outputs[row][None])
 
     def top(self, k: int) -> "Eigencircuits":
-        """The first `k` eigenpairs of each output."""
+        """The first `k` eigenpairs for every output."""
         return replace(self, values=self.values[..., :k], vectors=self.vectors[..., :k, :])
 
     def to_frame(self) -> "pd.DataFrame":
@@ -103,7 +103,7 @@ class Eigencircuits(Tabular):
         )
 
     def plot(self) -> "go.Figure":
-        """The spectrum (of the first output, where there are several)."""
+        """The spectrum. If there are several outputs, it is that of the first."""
         from bilens.draw.plots import spectrum
 
         return spectrum(self.values.reshape(-1, self.values.shape[-1])[0].tolist())

@@ -242,7 +242,7 @@ def operations(d_model: int, d_mlp: int, n: int, k: int, steps: float) -> dict[s
     lanczos = 1.4 * steps * (1 + steps / 40) * 8 * d_model * d_mlp
     tensor, forming = d_model**3 * d_mlp / max(n, 1), 2 * d_model**3
     block = tensor + forming + 0.5 * steps * 2 * block_size(k) * d_model**2
-    # In float64; solving a matrix whole is some fifty products of it that are not to be had from a few large ones.
+    # In float64; solving a matrix whole is some fifty products of it, which a few large ones cannot replace.
     dense = 4 * d_model**2 * d_mlp + 50 * d_model**3
     return {"lanczos": once + lanczos, "block": once + block, "dense": dense}
 

@@ -105,10 +105,10 @@ class FeaturePass:
 
     Args:
         model: the model.
-        saes: by name.
+        saes: the SAEs by name.
         corpus: the texts.
         new_state: gives empty statistics.
-        folder: of the checkpoints; exists.
+        folder: the folder of the checkpoints, which exists.
         batch_texts, batch_tokens: texts in a group, tokens in a forward pass.
         checkpoint_seconds: between checkpoints.
     """

@@ -65,8 +65,8 @@ def open_corpus(
 
     Args:
         source: texts, or where `bilens.train.data.stream_texts` finds them.
-        split, column: of a dataset.
-        max_texts: at most this many.
+        split, column: the split of a dataset, and the field that holds the text.
+        max_texts: the largest number of texts to read.
 
     Raises:
         ArgumentError: something else than text in the list, or a text alone.
@@ -101,7 +101,7 @@ def batches(
     """A group's contexts, the shortest first, up to `max_tokens` at a time with padding.
 
     Args:
-        texts: of the group.
+        texts: the texts of the group.
         first_text: the number of its first text in the corpus.
         tokenizer: a transformers tokenizer.
         n_ctx: the model's context.
@@ -109,7 +109,7 @@ def batches(
         prepend_bos: whether a context starts with `[BOS]`, if the tokenizer has one.
 
     Raises:
-        ArgumentError, TokenizationError: as for `bilens.model.tokenization.encode`.
+        ArgumentError, TokenizationError: the same cases as for `bilens.model.tokenization.encode`.
     """
     tokenized = TokenizedTexts.from_texts(texts, tokenizer, prepend_bos, keep_empty=True)
     bos = tokenized.front

@@ -92,7 +92,7 @@ class FeatureActivations:
 
         Args:
             feature: its index.
-            n_examples: at most this many; none with 0.
+            n_examples: the largest number of examples; 0 gives none.
             before, after: tokens shown around where it fires.
 
         Raises:
@@ -255,7 +255,7 @@ def feature_activations(
 
     Raises:
         AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
-        ArgumentError: a batch size that is none.
+        ArgumentError: the batch size is no positive whole number.
         CheckpointError: activations that are not finite.
         HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.model.attached`).
         EmptyTextError: no texts, or one with nothing in it.

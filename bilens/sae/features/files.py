@@ -61,9 +61,9 @@ def write_features(
 
     Args:
         folder: its own; is made.
-        model, sae: for the direct effects on the logits.
-        statistics: of the whole corpus.
-        vocabulary: how often each token occurs in it.
+        model, sae: the model and the SAE, for the direct effects on the logits.
+        statistics: the statistics of the whole corpus.
+        vocabulary: the number of times each token occurs in it.
         bands, per_band: quantile bands, and random contexts shown from each.
         n_tokens: tokens a feature fires on that are kept.
         n_effects: tokens kept that it promotes, and as many that it suppresses.

@@ -54,9 +54,9 @@ class Places:
 
     Attributes:
         ids: token ids.
-        text: which text of the corpus, from 0.
+        text: the number of the text in the corpus, from 0.
         position: the index in `model.to_tokens(text, truncate=False)`, where `[BOS]` is 0.
-        start, end: of the token's context in this list.
+        start, end: the first token of the context in this list, and the one behind its last.
     """
 
     ids: Int[np.ndarray, "n"]
@@ -236,7 +236,7 @@ class FeatureStatistics:
         n_random: random firings kept.
         window: tokens kept around each.
         count_all_tokens: count every (feature, token); otherwise estimate from a sample.
-        seed: of the samples.
+        seed: the seed of the random samples.
     """
 
     def __init__(
@@ -314,8 +314,8 @@ class FeatureStatistics:
         How many are in weaker bins of the histogram is known; within a bin, the sample's members are spread evenly.
 
         Args:
-            feature, value: of the sample.
-            tie: what puts equal activations in order.
+            feature, value: the feature and its activation in each sample.
+            tie: a number that puts equal activations in order.
         """
         place = histogram_bin(value)
         _, group, size = np.unique(feature * N_BINS + place, return_inverse=True, return_counts=True)

@@ -68,8 +68,8 @@ class FeatureStoreConfig:
         before, after: tokens kept around where a feature fires.
         n_tokens: tokens it fires on, those that carry most activation.
         n_effects: tokens it promotes, and as many that it suppresses.
-        max_texts: at most this many texts of the corpus.
-        seed: of the random contexts.
+        max_texts: the largest number of texts to read from the corpus.
+        seed: the seed of the choice of random contexts.
         batch_texts: texts that are tokenized together, and shared and resumed by.
         batch_tokens: tokens in a forward pass.
     """
@@ -117,15 +117,15 @@ def build_feature_store(
         model: the model.
         saes: SAEs and transcoders by name; each knows its hook.
         source: texts, a file (streamed, see `bilens.train.data.load_texts` for the kinds), or a hub dataset (streamed).
-        folder: of the store; is made.
-        config: what is kept; `None` takes the defaults.
-        split, column: of a dataset.
+        folder: the folder of the store, which is made.
+        config: the settings of what is stored; `None` takes the defaults.
+        split, column: the split of a dataset, and the field that holds the text.
         checkpoint_seconds: between checkpoints.
         overwrite: remove another store that is in the folder, instead of refusing.
 
     Raises:
         AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
-        ArgumentError: no SAEs, or not by name, or by a name that is none of a folder.
+        ArgumentError: there are no SAEs, they are not given by name, or a name cannot be that of a folder.
         HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.model.attached`), or
             whose activations are not finite.
         EmptyTextError: no texts, or one with nothing in it.
@@ -233,9 +233,9 @@ class Context(Example):
     """An `Example` of a stored feature, and where it is.
 
     Attributes:
-        text: which text of the corpus, from 0.
-        position: of the token that fires in `model.to_tokens(text, truncate=False)[0]`.
-        quantile: of a random context, the share of the feature's firings that are weaker: to within a few hundredths,
+        text: the number of the text in the corpus, from 0.
+        position: the position in `model.to_tokens(text, truncate=False)[0]` of the token that fires.
+        quantile: in a random context, the share of the feature's firings that are weaker, to within a few hundredths,
             as it is estimated from the histogram and the sample. NaN for the strongest contexts.
     """
 
@@ -250,7 +250,7 @@ class FiringToken:
 
     Attributes:
         count: firings on it.
-        share: of the feature's |activation|, what this token carries.
+        share: the share of the feature's |activation| that this token carries.
         pmi: `log(p(token | fires) / p(token))`, in nats.
     """
 
@@ -271,11 +271,11 @@ class FeatureRecord(Tabular):
         maximum: over all tokens.
         histogram: firings by |activation| in the bins between `edges`.
         top: the strongest contexts, one per context of the model.
-        random: for each quantile band, the weakest first, some random contexts.
-        tokens: what it fires on, by the activation they carry; `tokens_exact` says whether their counts are.
-        promoted, suppressed: by the direct effect on the logits of one unit of activation, before the final norm;
+        random: some random contexts of each quantile band, the weakest first.
+        tokens: the tokens it fires on, by the activation they carry; `tokens_exact` says if the counts are exact.
+        promoted, suppressed: the tokens whose logits one unit of activation raises and lowers most, before the norm;
             `None` where the SAE does not write to the residual stream.
-        wordpiece: whether the tokens are word pieces.
+        wordpiece: true if the tokens are word pieces.
     """
 
     sae: str
@@ -452,12 +452,12 @@ class FeatureStore(Tabular):
     """A folder that `build_feature_store` filled: `store["1-mlp-out"].feature(12)`.
 
     Attributes:
-        folder: where it is.
-        model_name: of the model.
-        n_tokens, n_texts: of the corpus.
-        counts_all_tokens: whether tokens are counted on all firings, or estimated from a sample of each feature's.
-        config: what is kept.
-        names: of the SAEs.
+        folder: the folder of the store.
+        model_name: the model's name.
+        n_tokens, n_texts: the numbers of tokens and texts in the corpus.
+        counts_all_tokens: true if tokens are counted on all firings, false if on a sample of each feature's.
+        config: the settings of what is stored.
+        names: the names of the SAEs.
         identity: fingerprints of what it was made from, and the configuration.
     """
 
@@ -503,7 +503,7 @@ class FeatureStore(Tabular):
 
         Args:
             model: must be the one that the store was made from.
-            saes: by their names in the store; so must these.
+            saes: the SAEs by their names in the store; they must not have changed either.
 
         Raises:
             StaleError: one of them is not.

@@ -162,14 +162,14 @@ class ActivationStream:
 
     Args:
         model: whose activations; left as it is.
-        rows: of tokens.
+        rows: the token rows that the model reads.
         hooks: names of hooks with one vector per token; a hook of every head (`hook_z`) gives the heads side by side.
         batch_size: tokens per batch.
-        seed: of the order within a block.
+        seed: the seed of the order within a block.
         bf16: run the model under bfloat16 autocast.
 
     Attributes:
-        step: of the next batch; may be set.
+        step: the number of the next batch, which may be set.
 
     Raises:
         HookNameError: the model has no such hook.

@@ -88,13 +88,13 @@ def evaluate_saes(
 
     Args:
         model: the model they were trained on.
-        saes: by name; each knows its hook.
+        saes: the SAEs by name; each knows its hook.
         texts: not seen in training.
         batch_size: texts at a time.
 
     Raises:
         AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
-        ArgumentError: SAEs without names, or a batch size that is none.
+        ArgumentError: the SAEs have no names, or the batch size is no positive whole number.
         HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.model.attached`).
         EmptyTextError: no texts, or one with nothing in it.
     """

@@ -54,7 +54,7 @@ class FinetuneConfig:
         batch_size: contexts per step.
         lr: peak learning rate of Adam, warmed up over 20 steps and decayed linearly to zero over the last half.
         bf16: autocast to bfloat16.
-        seed: of the order.
+        seed: the seed of the order of texts.
         checkpoint_every: steps.
 
     Raises:
@@ -93,7 +93,7 @@ def finetune_saes(
 
     Args:
         model: that they were trained on; its own weights are left alone.
-        saes: by folder name, as `load_sae` gives them; changed in place.
+        saes: the SAEs by folder name, as `load_sae` gives them; they are changed in place.
         data: texts, or where to load them (see `bilens.train.data.load_texts`).
         out: the folder of the SAE folders.
         config: `None` takes the defaults.
@@ -105,7 +105,7 @@ def finetune_saes(
         The SAEs, changed.
 
     Raises:
-        ArgumentError: a name that is none of a folder, or fewer tokens than a step takes.
+        ArgumentError: a name cannot be that of a folder, or there are fewer tokens than a step takes.
         OverwriteError: a folder with another SAE, one that was fine-tuned already, or another run's checkpoint.
         WriteError: another process is at work in `out`, or the disk is full.
         HookNameError, SAEMismatchError: an SAE that is on no hook of a block of this model.

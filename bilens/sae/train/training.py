@@ -76,13 +76,13 @@ class SAETrainConfig:
         expansion: features per dimension: `d_sae = expansion * d_in`.
         k: active features per token; for `jumprelu` the number that training aims at. Not of `standard` and `gated`.
         l1: the sparsity coefficient of `standard` and `gated`.
-        bilinear_encoder, encoder_bias: of `scope`.
+        bilinear_encoder, encoder_bias: what an SAE of architecture `scope` may have besides.
         tokens: training tokens, the same for every hook.
         batch_size: tokens per step.
         lr: peak learning rate of Adam, warmed up over the first 2 % and decayed linearly over the last `decay`.
         decay: share of the steps.
         bf16: autocast to bfloat16.
-        seed: of weights and order.
+        seed: the seed of the initial weights and of the order of tokens.
         checkpoint_every: steps.
 
     Raises:
@@ -240,7 +240,7 @@ def train_saes(
         hooks: names such as `blocks.1.ln2.hook_normalized`, any of a block with one vector per token; a pair of names
             is a transcoder from the first to the second. `None` takes the input and output of every MLP.
         column: the field that holds the text.
-        split: of a hub dataset.
+        split: the split of a hub dataset.
         streaming: read texts as they are needed, in their order; for data that does not fit the memory. A
             `datasets` object is always read so.
         overwrite: remove other SAEs that are in the folders to be written, instead of refusing.
@@ -290,8 +290,8 @@ class SAERun:
     Args:
         model: whose activations.
         targets: what to train, shared among the processes; finished ones are left as they are.
-        rows: of tokens.
-        config: of the run.
+        rows: the token rows to train on.
+        config: the settings of the run.
         out: the folder of the SAE folders.
         overwrite: remove other work in them.
     """
