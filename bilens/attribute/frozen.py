@@ -24,7 +24,7 @@ from bilens._core.bare import require_bare
 from bilens._core.checks import check_finite
 from bilens._core.fingerprint import Snapshot, model_fingerprint, sae_fingerprint
 from bilens.attribute.algebra import padded_nonzero
-from bilens.errors import ArgumentError, MissingSAEError, NotBilinearError, SAEMismatchError, nearest
+from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError, nearest
 from bilens.layer.bilinear import BilinearLayer, check_model
 from bilens.model.hook_points import HOOK_TO_POINT, hook_of, point_of
 from bilens.model.transformer import HookedBilinearTransformer
@@ -104,7 +104,7 @@ class FrozenPass:
         saes: the frozen SAEs, by hook.
         pattern, scale1, scale2, scale_final: attention patterns and norm divisors.
         embed, attn_out, mlp_out: the parts that are added to the residual stream.
-        W_V, W_O: the weights of every layer, `W_O` with the residual scale.
+        W_V, b_V, W_O: the weights of every layer, `W_O` with the residual scale.
         made_from: model and SAEs as they were.
     """
 
@@ -122,6 +122,7 @@ class FrozenPass:
     attn_out: Float[Tensor, "layer p d_model"] = field(repr=False)
     mlp_out: Float[Tensor, "layer p d_model"] = field(repr=False)
     W_V: Float[Tensor, "layer head d_model d_head"] = field(repr=False)
+    b_V: Float[Tensor, "layer head d_head"] = field(repr=False)
     W_O: Float[Tensor, "layer head d_head d_model"] = field(repr=False)
     made_from: Snapshot = field(repr=False)
 
@@ -179,7 +180,12 @@ class FrozenPass:
     def values(self, layer: int) -> Float[Tensor, "head p d_head"]:
         """`hook_v`, from the residual stream and the frozen scale."""
         resid = self.cache[f"blocks.{layer}.hook_resid_pre"].to(self.dtype) / self.scale1[layer][:, None]
-        return torch.einsum("pd,hde->hpe", resid, self.W_V[layer])
+        return torch.einsum("pd,hde->hpe", resid, self.W_V[layer]) + self.b_V[layer][:, None]
+
+    def attention_bias(self, layer: int) -> Float[Tensor, "d_model"]:
+        """What the biases of values add to the residual stream at every position: a head's pattern sums to 1, so
+        wherever it looks it moves the same."""
+        return torch.einsum("he,hed->d", self.b_V[layer], self.W_O[layer])
 
     def output_sae(self, layer: int) -> SAEPass | None:
         """The SAE on the MLP's output."""
@@ -250,14 +256,11 @@ def freeze(
         ArgumentError: several texts, two SAEs on one hook, or a dtype below float32.
         CheckpointError: weights or activations that are not finite.
         EmptyTextError, ContextLengthError: the text does not fit.
-        NotBilinearError: a model with biases in attention.
         SAEMismatchError: an SAE of another width or without a published point.
     """
     if dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"dtype is {dtype}, expected torch.float32 or torch.float64.")
     check_model(model)
-    if model.cfg.attention_bias:
-        raise NotBilinearError("this model has biases in attention (attn.qkv.bias), which attribution does not split.")
     if not isinstance(text_or_tokens, str | Tensor):
         if isinstance(text_or_tokens, bytes) or not hasattr(text_or_tokens, "__getitem__"):
             raise ArgumentError(f"text_or_tokens is {text_or_tokens!r:.80}, expected a text or its tokens.")
@@ -297,6 +300,7 @@ def freeze(
         attn_out=stack("hook_attn_out"),
         mlp_out=stack("hook_mlp_out"),
         W_V=model.W_V.detach().to(dtype, copy=True),
+        b_V=model.b_V.detach().to(dtype, copy=True),
         W_O=model.W_O.detach().to(dtype, copy=True),
         made_from=Snapshot(model, {f"the SAE on {hook}": view.original for hook, view in views.items()}),
     )

@@ -236,7 +236,7 @@ def split(
     parts, u = _Parts(), reads.vectors
     (level,), (position,), (sees,) = reads.levels.tolist(), reads.positions.tolist(), reads.sees.tolist()
     if attention == "heads":
-        here = reads.positions
+        here, constants = reads.positions, reads.constants
         for layer in range(n_layers):
             if _in_sight(ATTN, 2 * layer + 1, level, sees):
                 rows = frozen.pattern[layer, :, here]
@@ -253,7 +253,8 @@ def split(
         for layer, field_ in fields.mlp.items():
             _add_mlp(parts, frozen, layer, here, field_[0, : position + 1], mlps)
         parts.add("embedding", (fields.embed[0] * frozen.embed).sum(-1)[: position + 1], position=here)
-    parts.add("constant", reads.constants)
+        constants = fields.constants
+    parts.add("constant", constants)
     index, values = parts.collect()
     return Split(
         target=reads.names[0],
@@ -275,17 +276,23 @@ def _in_sight(module: int, level: int, read_level: int, sees: int) -> bool:
 
 @dataclass(frozen=True)
 class Fields:
-    """What a batch of targets reads of the embeddings and of every MLP's output, all attention followed down."""
+    """What a batch of targets reads of the embeddings and of every MLP's output, all attention followed down.
+
+    Attributes:
+        embed, mlp: these reads.
+        constants: of the targets, and what attention's own biases give each.
+    """
 
     embed: Float[Tensor, "t p d_model"]
     mlp: dict[int, Float[Tensor, "t p d_model"]]
+    constants: Float[Tensor, "t"]
 
 
 def backward_fields(frozen: FrozenPass, reads: Reads) -> Fields:
     """Follow targets down through attention; MLPs are where they end."""
     fields = reads.vectors.new_zeros(len(reads), frozen.n_positions, reads.vectors.shape[1])
     rows = torch.arange(len(reads), device=fields.device)
-    mlp = {}
+    mlp, constants = {}, reads.constants
 
     def enter(level: int) -> Tensor:
         """Add the targets that read at this level; give back which of them see one module alone."""
@@ -302,13 +309,14 @@ def backward_fields(frozen: FrozenPass, reads: Reads) -> Fields:
         here = enter(2 * layer + 1)
         if not (reads.levels >= 2 * layer + 1).any():
             continue
+        constants = constants + fields.sum(1) @ frozen.attention_bias(layer)
         moved = attention_back(
             fields, frozen.pattern[layer], frozen.scale1[layer], frozen.W_V[layer], frozen.W_O[layer]
         )
         fields[here[reads.sees[here] == ATTN]] = 0.0
         fields = fields + moved
     enter(0)
-    return Fields(fields, dict(sorted(mlp.items())))
+    return Fields(fields, dict(sorted(mlp.items())), constants)
 
 
 class _Parts:

@@ -49,7 +49,7 @@ class TokenAttribution(Complete, Tabular):
         target, position: the target's name and position.
         tokens: the tokens of the text.
         values: the contribution of each token; those after the target contribute zero.
-        bias: the contribution of biases (of MLPs, and the target's constant).
+        bias: the contribution of biases (of attention and MLPs, and the target's constant).
         actual: the value that the model (and the target's SAE) computed.
         heads: the part that each head moved from each position to the target's own (whatever it is made of), seen by
             the target: one step, weighted by attention.
@@ -203,7 +203,7 @@ def token_pairs(frozen: FrozenPass, reads: Reads, fields: Fields) -> Float[Tenso
     matrices = reads.vectors.new_zeros(len(reads), frozen.n_positions + 1, frozen.n_positions + 1)
     tokens = torch.arange(frozen.n_positions, device=matrices.device)
     matrices[:, tokens, tokens] = (fields.embed * frozen.embed).sum(-1)
-    matrices[:, -1, -1] = reads.constants
+    matrices[:, -1, -1] = fields.constants
     last = int(reads.levels.max())
     ones = _bias_ones(frozen)
     for level, streams, _ in _token_streams(frozen, last):
@@ -233,6 +233,7 @@ def _token_streams(frozen: FrozenPass, last: int) -> Iterator[tuple[int, Tensor,
             added = attention_forward(
                 streams, frozen.pattern[layer], frozen.scale1[layer], frozen.W_V[layer], frozen.W_O[layer]
             )
+            added[-1] += frozen.attention_bias(layer)
         else:
             added = mlp_shares(frozen.mlp(layer), streams / frozen.scale2[layer][:, None], ones)
         streams = streams + added

@@ -1,8 +1,8 @@
 """The numbers of a circuit: one sweep from the target down, every node's contributions exact.
 
 1. nodes are numbered: per position the embedding and, per layer, the active features and the error of the SAE on the
-   MLP's output and of the one on its input; per SAE one node for its `b_dec`; one for all constants (encoder biases,
-   MLP biases)
+   MLP's output and of the one on its input; per SAE one node for its `b_dec`; one for all constants (biases of
+   encoders, of attention and of MLPs)
 2. the target has influence 1, or several have it together. Stage by stage downwards (MLP-out features of a layer, then
    its MLP-in features) the nodes of largest influence are expanded: an MLP-out feature over pairs of MLP-in nodes, an
    MLP-in feature (and any other read of the stream) over everything written below it, through all attention
@@ -179,7 +179,7 @@ def _linear_rows(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t column"]:
             continue
         features = torch.bmm(seen.transpose(0, 1), sae.writes.mT).transpose(0, 1).flatten(1)
         columns += [features, (seen * sae.error).sum(-1), (seen * sae.b_dec).sum((-1, -2))[:, None]]
-    return torch.cat([*columns, reads.constants[:, None]], 1)
+    return torch.cat([*columns, fields.constants[:, None]], 1)
 
 
 def sweep(frozen: FrozenPass, targets: Reads, weights: Float[Tensor, "t"], max_nodes: int) -> Sweep:

@@ -85,7 +85,8 @@ def through_ov(
 ) -> Float[Tensor, "*n d_model"] | Float[Tensor, "head *n d_model"]:
     """What a head reads of the residual stream at the source position, to write along `u` at the destination.
 
-    `(x W_V W_O) . u = x . (W_V W_O u)`: of a normalised `x`, and times the pattern's weight.
+    `(x W_V W_O) . u = x . (W_V W_O u)`: of a normalised `x`, and times the pattern's weight. In a model with biases in
+    attention the head adds `b_V W_O u` besides, whatever it looks at.
 
     Args:
         model: the model.
@@ -132,6 +133,7 @@ def head_basis(
 
     With the decoder of an earlier residual-stream SAE these are its features seen from later positions ("virtual"
     interactions); with `token_basis`, earlier tokens (trigrams). Times the pattern's weight, over the norms' divisors.
+    In a model with biases in attention the head adds `b_V W_O` besides, whatever it looks at.
 
     Args:
         model: the model.

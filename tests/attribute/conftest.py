@@ -17,14 +17,15 @@ from tests.random_saes import VARIANTS, make_sae
 
 TOKENS = torch.tensor([1, 17, 42, 8, 42, 3])
 N_LAYERS = 3
-MODEL_KINDS = list(itertools.product([False, True], repeat=2))  # MLP biases, normalisation
+MODEL_KINDS = list(itertools.product([False, True], repeat=2))  # biases (of attention too), normalisation
 POINTS = list(POINT_TO_HOOK)
 
 
 @functools.cache
 def model_of(bias: bool, normalization: bool, n_layer: int = N_LAYERS, **config: Any) -> HookedBilinearTransformer:
     """Never changed by a test."""
-    return make_model(bias=bias, normalization=normalization, n_layer=n_layer, seed=3, **config)
+    config = {"bias": bias, "attention_bias": bias, "normalization": normalization, "n_layer": n_layer} | config
+    return make_model(seed=3, **config)
 
 
 def saes_of(n_layers: int = N_LAYERS, points: tuple[str, ...] = ("mlp-in", "mlp-out"), **options: Any) -> list[Any]:
