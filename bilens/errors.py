@@ -91,7 +91,7 @@ class MissingPackageError(BilensError, ImportError):
     """A package that comes with an extra of bilens, which was not installed."""
 
 
-def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
+def nearest(word: object, choices: Iterable[str], n: int = 3) -> str:
     """` Did you mean 'a', 'b'?` for the closest choices, or an empty string: appended to an error message."""
-    close = difflib.get_close_matches(word, list(choices), n=n, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), list(choices), n=n, cutoff=0.5)
     return f" Did you mean {', '.join(map(repr, close))}?" if close else ""

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bilens._core.checks import check_flags
 from bilens._core.files import destination_folder, read_json, write_atomically
 from bilens.errors import CheckpointError, OverwriteError, WriteError
 
@@ -74,6 +75,7 @@ def claim(
         OverwriteError: the folder holds other work.
         CheckpointError: the record is damaged.
     """
+    check_flags(overwrite=overwrite)
     folder, identity = record.parent, json.loads(json.dumps(identity))
     try:
         found = read_json(record, remedy="Delete it if nothing in its folder is needed.") if record.exists() else {}

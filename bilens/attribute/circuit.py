@@ -60,8 +60,8 @@ class Circuit(CircuitTables, Paged, Tabular):
         cls,
         model: HookedBilinearTransformer,
         saes: SAEs,
-        text_or_tokens: str | Sequence[int] | Int[Tensor, "p"] | Int[Tensor, "1 p"],
-        target: Target | Sequence[Target] | None = None,
+        text_or_tokens: "str | Sequence[int] | Int[Tensor, 'p'] | Int[Tensor, '1 p']",  # `freeze` and
+        target: "Target | Sequence[Target] | None" = None,  # `as_targets` say better what is wrong with these
         *,
         max_n_logits: int = 1,
         desired_logit_prob: float = 0.95,

@@ -10,7 +10,7 @@ Source: DESIGN section 4.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -26,6 +26,7 @@ from bilens._core.fingerprint import Snapshot, model_fingerprint, sae_fingerprin
 from bilens.attribute.algebra import padded_nonzero
 from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError, nearest
 from bilens.layer.bilinear import BilinearLayer, check_model
+from bilens.model.attached import check_attention_scale
 from bilens.model.hook_points import HOOK_TO_POINT, hook_of, point_of
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.store import FeatureStore
@@ -33,7 +34,7 @@ from bilens.sae.view import LINEAR_ENCODERS, SAEView
 
 INPUT_POINTS = ("mlp-in", "resid-mid")  # where an SAE may read an MLP's input; the first that is there is taken
 Names: TypeAlias = Mapping[str, Sequence[str]] | FeatureStore
-SAEs: TypeAlias = SAE[Any] | Sequence[SAE[Any]] | Mapping[str, SAE[Any]]
+SAEs: TypeAlias = SAE[Any] | Iterable[SAE[Any]] | Mapping[str, SAE[Any]]
 
 
 @dataclass(frozen=True)
@@ -258,11 +259,11 @@ def freeze(
         EmptyTextError, ContextLengthError: the text does not fit.
         SAEMismatchError: an SAE of another width or without a published point.
     """
-    if dtype not in (torch.float32, torch.float64):
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"dtype is {dtype}, expected torch.float32 or torch.float64.")
     check_model(model)
     if not isinstance(text_or_tokens, str | Tensor):
-        if isinstance(text_or_tokens, bytes) or not hasattr(text_or_tokens, "__getitem__"):
+        if isinstance(text_or_tokens, bytes | Mapping) or not hasattr(text_or_tokens, "__getitem__"):
             raise ArgumentError(f"text_or_tokens is {text_or_tokens!r:.80}, expected a text or its tokens.")
         are_texts = any(isinstance(each, str) for each in text_or_tokens)
         text_or_tokens = list(text_or_tokens) if are_texts else torch.tensor(text_or_tokens, dtype=torch.long)
@@ -314,7 +315,7 @@ def check_saes(model: HookedBilinearTransformer, saes: SAEs) -> dict[str, SAEVie
     """
     if isinstance(saes, SAE):
         saes = [saes]
-    if not isinstance(saes, Mapping | Sequence) or isinstance(saes, str | bytes):
+    if not isinstance(saes, Iterable) or isinstance(saes, str | bytes):
         raise ArgumentError(f"saes is {saes!r:.80}, expected SAEs in a list, or by their hooks.")
     named = saes.items() if isinstance(saes, Mapping) else [(None, sae) for sae in saes]
     views: dict[str, SAEView] = {}
@@ -335,6 +336,7 @@ def check_saes(model: HookedBilinearTransformer, saes: SAEs) -> dict[str, SAEVie
                 f"the SAE on {hook!r} has d_in {view.d_in}, the model's d_model is {model.cfg.d_model}: "
                 "is it an SAE of another model?"
             )
+        check_attention_scale(model, sae, f"the SAE on {hook!r}")
     order = list(HOOK_TO_POINT.values())
     return dict(sorted(views.items(), key=lambda item: (point_of(item[0])[1], order.index(point_of(item[0])[0]))))
 

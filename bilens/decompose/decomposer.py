@@ -296,6 +296,10 @@ class Decomposer:
         if not 1 <= n <= len(rows):
             raise OutOfRangeError(f"n is {n}, expected 1 to {len(rows)}, the number of pairs of {d_sae} features.")
         coefficients = batch[:, rows, columns] * torch.where(rows == columns, 1.0, 2.0)
+        if activations is not None and activations.shape != (d_sae,):
+            raise ArgumentError(
+                f"activations of shape {tuple(activations.shape)}, expected one for each of the {d_sae} input features."
+            )
         fires = None if activations is None else activations.to(batch)[rows] * activations.to(batch)[columns]
         top = (coefficients if fires is None else coefficients * fires).abs().topk(n, dim=-1).indices
         return self._interactions(
@@ -959,7 +963,7 @@ class Decomposer:
         n = view.d_sae if view else 0
         if names is None:
             return None
-        if isinstance(names, str | Mapping) or not hasattr(names, "__len__"):
+        if isinstance(names, str | Mapping | Tensor) or not hasattr(names, "__len__"):
             raise ArgumentError(f"{which}_names is {names!r:.80}, expected a list of {n} labels, one for each feature.")
         known = isinstance(names, FeatureNames)  # strings, found when they are asked for
         other = None if known else next((name for name in names if not isinstance(name, str)), None)

@@ -141,7 +141,7 @@ def cross_shares(
     c = double(hidden_coefficients(layer, u))
     own = torch.zeros_like(whole)
     at_once = memory // (8 * (3 * c.shape[1] + 2 * c.shape[0]))  # two products and theirs, and what outputs read
-    for rows in wide.split(max(1, at_once)):
+    for rows in wide.split(max(1, min(len(wide), at_once))):
         products = (rows @ double(layer.W_gate)) * (rows @ double(layer.W_in))
         own += (c @ products.T).square().sum(-1)
     return torch.where(whole > 0, 1 - own / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0.0).clamp(0, 1)
@@ -153,7 +153,8 @@ def effective_ranks(layer: BilinearLayer, u: Float[Tensor, "n d_model"], memory:
     parts = []
     # Branches times coefficients, the raw matrix, Q, and what the solver works in.
     d_model, d_mlp = layer.W_gate.shape
-    for rows in u.split(max(1, memory // (u.element_size() * d_model * (d_mlp + 4 * d_model)))):
+    at_once = memory // (u.element_size() * d_model * (d_mlp + 4 * d_model))
+    for rows in u.split(max(1, min(len(u), at_once))):
         values = torch.linalg.eigvalsh(interaction_matrix(layer, rows)).double()
         squares = (values**2).sum(-1)
         ranks = values.abs().sum(-1) ** 2 / squares.clamp_min(torch.finfo(squares.dtype).tiny)

@@ -15,6 +15,7 @@ SAEs work token by token, so generation with a key-value cache gives what it giv
 """
 
 import copyreg
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -415,7 +416,22 @@ def splice_hooks(model: Any, sae: Any, called: str = "the SAE") -> tuple[str, st
             raise SAEMismatchError(
                 f"{called} has {kind} {width}; {name!r} is {found} wide, so it belongs to another model or hook."
             )
+    check_attention_scale(model, sae, called)
     return reads, writes
+
+
+def check_attention_scale(model: Any, sae: Any, called: str = "the SAE") -> None:
+    """Refuse an SAE in which another factor on attention's output was folded than the model has.
+
+    Raises:
+        SAEMismatchError: it was; that is only known of published attn-out SAEs.
+    """
+    folded, here = sae.cfg.metadata.attention_scale, getattr(model.cfg, "residual_scale", None)
+    if folded is not None and here is not None and not math.isclose(folded, here):
+        raise SAEMismatchError(
+            f"{called} was loaded for a model that multiplies attention's output by {folded:.4g}, this one multiplies "
+            f"it by {here:.4g}. Load it with n_layers={model.cfg.n_layers}, scale_attn={model.cfg.scale_attn}."
+        )
 
 
 def hook_width(cfg: Any, name: str) -> int:

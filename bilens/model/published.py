@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import Self
 
-from bilens._core.checks import check_finite
+from bilens._core.checks import check_finite, check_flags
 from bilens._core.files import destination_folder, read_json, write_atomically, write_files
 from bilens.errors import CheckpointError
 from bilens.model.config import any_attention_bias, config_from_published, config_to_published
@@ -111,6 +111,7 @@ class PublishedMixin:
             ArgumentError: a dtype that holds no weights.
             ArgumentError, WriteError: the folder cannot be written to.
         """
+        check_flags(overwrite=overwrite)
         dtype = resolve_dtype("auto" if dtype is None else dtype, self.cfg.dtype)
         folder = destination_folder(folder)
         tensors = {

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bilens._core.checks import check_flags
 from bilens.errors import (
     ArgumentError,
     ContextLengthError,
@@ -170,6 +171,7 @@ class TokenizationMixin:
         tokenizer = self._require_tokenizer()
         bos = [tokenizer.bos_token_id] if self._prepends_bos(prepend_bos) else []
         side = self._side(padding_side)
+        check_flags(move_to_device=move_to_device, truncate=truncate)
         if not isinstance(input, str | list | tuple):
             raise ArgumentError(f"{input!r:.80} is neither a text nor a list of texts.")
         texts = [input] if isinstance(input, str) else input

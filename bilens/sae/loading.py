@@ -471,7 +471,9 @@ def _load_published(
     sae.load_state_dict(weights, assign=True)
     sae.to(device=device, dtype=resolve_dtype(dtype, w_enc.dtype))
     if entry.point == "attn-out":
-        sae.fold_activation_norm_scaling_factor(_before_residual_scale(folder, n_layers) if scale_attn else 1.0)
+        before = _before_residual_scale(folder, n_layers) if scale_attn else 1.0
+        sae.fold_activation_norm_scaling_factor(before)
+        sae.cfg.metadata.attention_scale = 1 / before  # a model of another scale refuses the SAE
     return sae
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def text_starts(
     """
     if isinstance(texts, str):
         raise ArgumentError(f"texts is the one text {texts[:40]!r}; expected a list of them: [text].")
-    if not isinstance(texts, Iterable):
+    if not isinstance(texts, Iterable) or isinstance(texts, Tensor | np.ndarray):
         raise ArgumentError(f"texts is {texts!r:.80}, expected a list of texts.")
     texts = list(texts)
     other = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)

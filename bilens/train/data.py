@@ -45,7 +45,7 @@ def load_texts(source: Texts, split: str = "train", column: str = "text") -> lis
     if isinstance(source, str | os.PathLike):
         data, name = open_dataset(source, split), str(source)
     if hasattr(data, "column_names"):
-        if column not in data.column_names:
+        if not isinstance(column, str) or column not in data.column_names:
             raise TrainingError(f"{name} has no column {column!r}; it has {data.column_names}.")
         data, where = data[column], f"{name}: column {column!r}"
     try:
@@ -111,20 +111,21 @@ def open_dataset(source: str | os.PathLike[str], split: str = "train", *, stream
             raise TrainingError(f"{source} cannot be read as {kind}: {error.__cause__ or error}") from error
         except BROKEN as error:  # of the format's reader, where nothing is generated first
             raise TrainingError(f"{source} cannot be read as {kind}: {error}") from error
-    if kind is not None:
-        raise TrainingError(f"no file {path} (in {Path.cwd()}).")
     if path.exists():
         raise TrainingError(f"{path}: a data file must end in .jsonl, .json, .txt or .parquet (.gz may follow).")
-    check_dataset_name(source)
+    check_source(source)
     return load_dataset(str(source), split=split, streaming=streaming)
 
 
-def check_dataset_name(source: str | os.PathLike[str]) -> None:
-    """Refuse to ask the hub for something that can be no dataset there, such as a text.
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Refuse to ask the hub for what is not here and can be no dataset there, such as a text.
 
     Raises:
-        ArgumentError: it cannot.
+        TrainingError: the name of a data file.
+        ArgumentError: no name at all.
     """
+    if _kind(source) is not None:
+        raise TrainingError(f"no file {source} (in {Path.cwd()}).")
     if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", str(source)):
         raise ArgumentError(
             f"{str(source)!r:.80} is neither a file nor the name of a dataset (owner/name). A text is given in a list: "
@@ -151,7 +152,7 @@ def stream_texts(source: str | os.PathLike[str], split: str = "train", column: s
             raise TrainingError(f"{source} cannot be read as {_kind(source) or 'a dataset'}: {error}") from error
         if row is None:
             break
-        if column not in row:
+        if not isinstance(column, str) or column not in row:
             raise TrainingError(f"{source} has no column {column!r}; it has {list(row)}.")
         text = row[column]
         if not isinstance(text, str | None):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from typing_extensions import Self
 
-from bilens._core.checks import check_finite
+from bilens._core.checks import check_finite, check_flags
 from bilens._core.files import destination_folder, read_json, to_path, write_atomically
 from bilens.errors import CheckpointError, ModelNotFoundError
 from bilens.model.files import (
@@ -93,6 +93,7 @@ class PublishedClassifierMixin:
             CheckpointError: a weight that is not finite: nothing could load the file.
             ArgumentError, WriteError: the folder cannot be written to.
         """
+        check_flags(overwrite=overwrite)
         folder = destination_folder(folder)
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in self.named_parameters()}
         for name, tensor in tensors.items():

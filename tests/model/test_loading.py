@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bilens._core.files import write_atomically
-from bilens.attribute import freeze
-from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, NotBilinearError, OverwriteError
+from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, OverwriteError
 from bilens.model import files, published
 from bilens.model.config import config_from_published
 from bilens.model.files import list_models, load_tokenizer
@@ -391,8 +390,6 @@ def test_biases_of_attention_are_those_of_the_file(tmp_path: Path) -> None:
             assert torch.equal(one(tokens), model(tokens))
     rows = model.blocks[1].attn.qkv.bias[16:32]  # q, then k, head by head
     assert torch.equal(model.b_K[1], rows.reshape(2, 8))
-    with pytest.raises(NotBilinearError, match="biases in attention"):
-        freeze(model, [], tokens)
     edit_config(tmp_path, bias=False)
     with pytest.raises(CheckpointError, match=r"attn.qkv.bias.* have no place"):
         load_model(tmp_path)

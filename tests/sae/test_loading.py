@@ -12,10 +12,12 @@ from torch.testing import assert_close
 
 import bilens.model.files
 import bilens.sae.loading
+from bilens.attribute import freeze
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, SAEMismatchError
 from bilens.model.hook_points import POINT_TO_HOOK, hook_of, point_of
 from bilens.sae.loading import SAEEntry, folder_name, list_saes, load_sae, load_sae_folder, load_saes, sae_source
 from bilens.sae.scope import ScopeSAE
+from tests.conftest import make_model
 
 SCOPE = Path(__file__).parents[3] / "shared" / "reference" / "ts-micro-scope"
 REFERENCES = sorted(path.parent.name for path in SCOPE.glob("*/expected.safetensors"))
@@ -253,6 +255,22 @@ def test_attn_out_is_moved_behind_the_residual_scale(tmp_path):
     sae.save_model(tmp_path / "saved" / "2-attn-out-x2-k3")
     again = load_sae(tmp_path / "saved", "attn-out", 2, dtype=torch.float64)
     assert_close(again(attention), sae(attention), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [{"n_layers": 3}, {"n_layers": 2, "scale_attn": False}], ids=str)
+def test_an_attn_out_sae_is_refused_by_a_model_of_another_scale(tmp_path, wrong):
+    """What was folded into it goes with it, also through SAELens' format."""
+    model, tokens = make_model(d_model=D), torch.tensor([1, 2, 3])
+    published(tmp_path / "scope", "attn-out")
+    fits = load_sae(tmp_path / "scope", "attn-out", 0, n_layers=2)
+    assert freeze(model, tokens, fits).saes
+    model.add_sae(fits)
+    model.reset_saes()
+    load_sae(tmp_path / "scope", "attn-out", 0, **wrong).save_model(tmp_path / "saved" / "0-attn-out-x2-k3")
+    other = load_sae(tmp_path / "saved", "attn-out", 0)
+    for use in (lambda: model.add_sae(other), lambda: freeze(model, tokens, other)):
+        with pytest.raises(SAEMismatchError, match=r"by 0\.5\. Load it with n_layers=2, scale_attn=True"):
+            use()
 
 
 @pytest.mark.parametrize("n_layers", [None, 0])

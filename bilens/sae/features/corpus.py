@@ -24,7 +24,7 @@ from torch import Tensor
 from bilens._core.files import to_path
 from bilens.errors import ArgumentError, EmptyTextError
 from bilens.sae.features.statistics import Places
-from bilens.train.data import TokenizedTexts, check_dataset_name, stream_texts
+from bilens.train.data import TokenizedTexts, check_source, stream_texts
 
 ENDS = 2**20  # bytes of a file that are hashed at either end
 
@@ -76,7 +76,7 @@ def open_corpus(
     if isinstance(source, str | os.PathLike):
         path = to_path(source, "source")
         if not path.exists():
-            check_dataset_name(source)
+            check_source(source)
         identity = _file_identity(path) if path.is_file() else {"dataset": str(source), "split": split}
         identity |= {"column": column, "max_texts": max_texts}
         return Corpus(lambda: islice(stream_texts(source, split, column), max_texts), identity, max_texts)

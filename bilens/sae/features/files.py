@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 STATISTICS_FILE, CONTEXTS_FILE = "statistics.safetensors", "contexts.parquet"
 FEATURES_PER_GROUP = 128
 LOGITS_AT_ONCE = 2**25  # effects of features on tokens in memory, 128 MB
+ROW = ("fired", "sum", "maximum", "histogram", "tokens", "token_counts", "token_share", "token_pmi")
+EFFECTS = ("promoted", "promotes", "suppressed", "suppresses")  # where the SAE writes to the residual stream
 TOP, RANDOM = -1, 0  # the band of a strongest context; random ones have theirs from 0
 # What is written there is added to the residual stream, or (ln_final) multiplied by the unembedding at once.
 WRITES_TO_LOGITS = (
@@ -112,6 +114,9 @@ class FeatureFiles:
         """Every number of one feature."""
         with self._damage():
             names = self._statistics.keys()
+            needed = (*ROW, *(EFFECTS if any(name in names for name in EFFECTS) else ()))
+            if missing := [name for name in needed if name not in names]:
+                raise KeyError(f"{STATISTICS_FILE} has no {', '.join(missing)}")
             return {name: self._statistics.get_slice(name)[feature : feature + 1][0] for name in names}
 
     def contexts(self, feature: int) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from sae_lens import SAE
 
 from bilens._core import parallel
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_amounts, check_file_name, check_memory
+from bilens._core.checks import check_amounts, check_file_name, check_flags, check_memory
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, read_json, to_path
 from bilens._core.fingerprint import check_same, fingerprint, model_fingerprint, sae_fingerprint
@@ -137,6 +137,7 @@ def build_feature_store(
     config = FeatureStoreConfig() if config is None else config
     folder = destination_folder(folder)
     check_amounts(checkpoint_seconds=checkpoint_seconds)
+    check_flags(overwrite=overwrite)
     if not isinstance(config, FeatureStoreConfig):
         raise ArgumentError(f"config is {config!r:.80}; expected a FeatureStoreConfig.")
     if not isinstance(saes, Mapping) or not saes:

@@ -111,6 +111,7 @@ def finetune_saes(
         HookNameError, SAEMismatchError: an SAE that is on no hook of a block of this model.
         TrainingError: a loss that is not finite.
     """
+    check_flags(overwrite=overwrite)
     config, out = config or FinetuneConfig(), destination_folder(out)
     if not isinstance(saes, Mapping) or not saes:
         raise ArgumentError(f"saes is {saes!r:.80}, expected SAEs by the names of their folders.")
@@ -238,7 +239,8 @@ class FinetuneRun:
         self.sae.cfg.metadata.finetuning_source = there.cfg.metadata.finetuning_source
 
     def _on_disk(self) -> SAE[Any]:
-        return load_sae_folder(self.checkpoint.parent, device="cpu", n_layers=self.model.cfg.n_layers)
+        cfg = self.model.cfg
+        return load_sae_folder(self.checkpoint.parent, device="cpu", n_layers=cfg.n_layers, scale_attn=cfg.scale_attn)
 
     def fit(self) -> None:
         """Take every step that is left."""

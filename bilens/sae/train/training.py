@@ -256,6 +256,7 @@ def train_saes(
         WriteError: another process is at work in `out`, or the disk is full.
         TrainingError: too little text, or a loss that is not finite.
     """
+    check_flags(overwrite=overwrite)
     config, out = config or SAETrainConfig(), destination_folder(out)
     if hooks is None:
         layers = range(model.cfg.n_layers)
