@@ -17,9 +17,10 @@ Source: Pearce et al. 2025, section 5 (single layers); DESIGN section 4.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,13 +28,11 @@ from torch import Tensor
 from bilens._core.checks import check_index
 from bilens._core.display import Tabular
 from bilens.attribute.frozen import FrozenPass, freeze
+from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, constant_term, interaction_matrix, linear_term
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.model.transformer import HookedBilinearTransformer
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 SHOWN_TOKENS = 6
 COLUMNS = ("node", "parent", "depth", "kind", "layer", "via", "rank", "eigenvalue", "strength", "fidelity", "tokens")
@@ -57,12 +56,10 @@ class Chain(Tabular):
     def to_frame(self) -> pd.DataFrame:
         return self.frame
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The fidelity of every step, deepest last."""
-        from bilens.draw.plots import bars
-
         shown = self.frame[self.frame.fidelity.notna()].to_dict("records")
-        return bars([self._label(row) for row in shown], [row["fidelity"] for row in shown], "fidelity")
+        return plots.bars([self._label(row) for row in shown], [row["fidelity"] for row in shown], "fidelity")
 
     def __str__(self) -> str:
         lines: list[str] = []

@@ -14,10 +14,11 @@ without an SAE on its MLP's input, and MLPs without one on their output, are whe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,12 +38,10 @@ from bilens.attribute.circuit_tables import (
 from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
 from bilens.attribute.tracing import KINDS, Numbering, Sweep, head_sums, sweep
+from bilens.draw import plots
 from bilens.errors import ArgumentError, MissingSAEError
 from bilens.model.hook_points import hook_of
 from bilens.model.transformer import HookedBilinearTransformer
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 BIAS = KINDS.index("bias")
 
@@ -181,13 +180,11 @@ class Circuit(CircuitTables, Paged, Tabular):
         """The nodes, most influential first."""
         return self.nodes.sort_values("influence", ascending=False, ignore_index=True)
 
-    def plot(self, top: int = 25) -> "go.Figure":
+    def plot(self, top: int = 25) -> go.Figure:
         """The most influential nodes as bars."""
-        from bilens.draw.plots import bars
-
         frame = self.to_frame()
         frame = frame[frame.kind != "target"].head(top)
-        return bars(frame.name.tolist(), frame.influence.tolist(), f"influence on {self.target}")
+        return plots.bars(frame.name.tolist(), frame.influence.tolist(), f"influence on {self.target}")
 
     def to_attribution_graph(self, slug: str = "bilens") -> dict[str, Any]:
         """The attribution-graph JSON of circuit-tracer and Neuronpedia; see `attribution_graphs`.

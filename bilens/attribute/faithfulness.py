@@ -15,9 +15,10 @@ the other end came through the residual stream and attention.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -31,13 +32,10 @@ from bilens.attribute.circuit import Circuit, trace_circuit
 from bilens.attribute.frozen import FrozenPass, SAEPass, SAEs, check_saes, freeze
 from bilens.attribute.interventions import Hook, frozen_hooks, read_values, rerun
 from bilens.attribute.targets import STREAM, Reads, Target, feature_reads, read_targets
+from bilens.draw import plots
+from bilens.draw.markup import Numbers
 from bilens.errors import ArgumentError
 from bilens.model.transformer import HookedBilinearTransformer
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-    from bilens.draw.markup import Numbers
 
 AttentionMode = Literal["frozen", "real"]
 MODES: tuple[AttentionMode, ...] = ("frozen", "real")
@@ -66,14 +64,12 @@ class Faithfulness(Tabular):
         rows = self.frame[(self.frame.kept == kept) & (self.frame.attention == attention)]
         return float(rows.recovered.iloc[0])
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Recovered value over the number of nodes kept."""
-        from bilens.draw.plots import line
-
         curve = self.frame[self.frame.kept.str.startswith("top")].sort_values("nodes")
         nodes = sorted(curve.nodes.unique())
         series: dict[str, Numbers] = {mode: curve[curve.attention == mode].recovered.tolist() for mode in MODES}
-        return line(nodes, series, self.target, x_title="nodes kept", y_title="recovered")
+        return plots.line(nodes, series, self.target, x_title="nodes kept", y_title="recovered")
 
     def __str__(self) -> str:
         return f"{self.target}\n{self.frame.to_string(index=False)}"
@@ -107,12 +103,10 @@ class EdgeCheck(Tabular):
     def to_frame(self) -> pd.DataFrame:
         return self.frame
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Measured over predicted."""
-        from bilens.draw.plots import scatter
-
         labels = [f"{s} → {t}" for s, t in zip(self.frame.source, self.frame.target, strict=True)]
-        return scatter(
+        return plots.scatter(
             self.frame.predicted,
             self.frame.measured,
             labels,
@@ -274,14 +268,12 @@ class CircuitChecks(Tabular):
         recovered = self.curves.groupby(["ablation", "attention", "kept"], sort=False).recovered
         return recovered.quantile([0.25, 0.5, 0.75]).unstack().reset_index()
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The median recovered value over the number of nodes kept."""
-        from bilens.draw.plots import line
-
         top = self.curves[self.curves.kept.str.startswith("top")]
         medians = top.groupby(["attention", "ablation", "nodes"]).recovered.median().unstack([0, 1])
         series: dict[str, Numbers] = {", ".join(mode): medians[mode].tolist() for mode in medians.columns}
-        return line(list(medians.index), series, x_title="nodes kept", y_title="median recovered")
+        return plots.line(list(medians.index), series, x_title="nodes kept", y_title="median recovered")
 
     def __str__(self) -> str:
         return f"{self.to_frame().to_string(index=False)}\ncorrelation of edges\n{self.correlations.to_string()}"

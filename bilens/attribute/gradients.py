@@ -8,9 +8,11 @@ any number of nodes is an approximation: norms make the value jump at the baseli
 """
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,13 +23,9 @@ from bilens.attribute.frozen import FrozenPass
 from bilens.attribute.interventions import frozen_hooks, read_values, rerun
 from bilens.attribute.targets import Target, read_targets
 from bilens.attribute.tokens import attribute_tokens
+from bilens.draw import plots
+from bilens.draw.circuits import ColoredTokens
 from bilens.errors import ArgumentError
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
-    from bilens.draw.circuits import ColoredTokens
 
 AttentionMode = Literal["frozen", "real"]
 MOST_STEPS = 64  # nodes by default, however many layers there are
@@ -66,23 +64,19 @@ class GradientAttribution(Tabular):
         """`|completeness_error|` over the sum of absolute parts."""
         return abs(self.completeness_error) / max(self.values.abs().sum().item() + abs(self.baseline), 1e-30)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per token: `position, token, value`."""
-        import pandas as pd
-
         return pd.DataFrame({"position": range(len(self.tokens)), "token": self.tokens, "value": self.values.tolist()})
 
     def to_view(self) -> "ColoredTokens":
         """The text, each token coloured by its part."""
-        from bilens.draw.circuits import ColoredTokens
-
         return ColoredTokens(self.tokens, self.values, wordpiece=self.wordpiece)
 
-    def plot(self) -> "go.Figure":
-        from bilens.draw.plots import bars
-
+    def plot(self) -> go.Figure:
         labels = [f"{place} {token}" for place, token in enumerate(self.tokens)]
-        return bars(labels, self.values, f"{self.target} at {self.position}: {self.method}, {self.attention} attention")
+        return plots.bars(
+            labels, self.values, f"{self.target} at {self.position}: {self.method}, {self.attention} attention"
+        )
 
     def __str__(self) -> str:
         frame = self.to_frame().sort_values("value", key=abs, ascending=False).head(12)
@@ -131,7 +125,7 @@ def integrated_gradients(
     return _result(frozen, target, "integrated gradients", attention, mean * frozen.embed, values[0].item())
 
 
-def compare_tokens(frozen: FrozenPass, target: Target) -> "pd.DataFrame":
+def compare_tokens(frozen: FrozenPass, target: Target) -> pd.DataFrame:
     """The exact contribution of each token beside the usual attributions, one column each."""
     exact = attribute_tokens(frozen, target)
     assert not isinstance(exact, list)

@@ -13,8 +13,10 @@ Source: DESIGN section 4.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,12 +28,9 @@ from bilens.attribute.algebra import attention_back, head_parts, mlp_branches, p
 from bilens.attribute.frozen import FrozenPass, Names, names_by_hook
 from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
 from bilens.decompose.results import BIAS_SOURCES
+from bilens.draw import plots
 from bilens.errors import ArgumentError, MissingSAEError
 from bilens.model.hook_points import hook_of
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 Attention = Literal["heads", "paths"]
 MLPs = Literal["whole", "features", "pairs"]
@@ -147,10 +146,8 @@ class Split(Complete, Tabular):
         """Each part as a reader would call it."""
         return [self._label(*row) for row in self.index.tolist()]
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per part, largest first: `kind, layer, head, position, token, i, j, label, value`; -1 for none."""
-        import pandas as pd
-
         ordered = self.top(len(self.values))
         frame = pd.DataFrame(ordered.index.tolist(), columns=list(COLUMNS))
         frame["kind"] = [KINDS[kind] for kind in frame.kind]
@@ -159,16 +156,14 @@ class Split(Complete, Tabular):
         frame["value"] = ordered.values.tolist()
         return frame
 
-    def plot(self, top: int = 20) -> "go.Figure":
+    def plot(self, top: int = 20) -> go.Figure:
         """The largest parts and the sum of the others, as signed bars."""
-        from bilens.draw.plots import bars
-
         shown = self.top(top)
         labels, values = shown.labels(), shown.values.tolist()
         if len(self.values) > top:
             labels.append(f"{len(self.values) - top} others")
             values.append((self.values.sum() - shown.values.sum()).item())
-        return bars(labels, values, f"{self.target} at {self.position}")
+        return plots.bars(labels, values, f"{self.target} at {self.position}")
 
     def __str__(self) -> str:
         lines = [

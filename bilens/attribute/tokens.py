@@ -18,8 +18,9 @@ Its rows add up to the contributions.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,14 +32,10 @@ from bilens.attribute.algebra import attention_forward, head_parts, mlp_shares
 from bilens.attribute.frozen import FrozenPass
 from bilens.attribute.split import Fields, backward_fields
 from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
+from bilens.draw import plots
+from bilens.draw.circuits import AttentionPatterns, ColoredTokens
 from bilens.errors import ArgumentError
 from bilens.layer.bilinear import hidden_coefficients
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
-    from bilens.draw.circuits import AttentionPatterns, ColoredTokens
 
 
 @dataclass(frozen=True)
@@ -76,17 +73,13 @@ class TokenAttribution(Complete, Tabular):
     def absolute_sum(self) -> float:
         return self.values.abs().sum().item() + abs(self.bias)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per token, and one for biases: `position, token, value`."""
-        import pandas as pd
-
         rows = list(zip(range(len(self.tokens)), self.tokens, self.values.tolist(), strict=True))
         return pd.DataFrame([*rows, (-1, "(biases)", self.bias)], columns=["position", "token", "value"])
 
-    def head_frame(self, top: int = 50) -> "pd.DataFrame":
+    def head_frame(self, top: int = 50) -> pd.DataFrame:
         """What heads moved, largest first: `layer, head, position, token, value`."""
-        import pandas as pd
-
         flat = self.heads.flatten()
         order = flat.abs().argsort(descending=True)[:top]
         where = torch.stack(torch.unravel_index(order, self.heads.shape), 1).tolist()
@@ -98,35 +91,27 @@ class TokenAttribution(Complete, Tabular):
 
     def to_view(self) -> "ColoredTokens":
         """The text, each token coloured by its contribution."""
-        from bilens.draw.circuits import ColoredTokens
-
         return ColoredTokens(self.tokens, self.values, wordpiece=self.wordpiece)
 
     def heads_view(self) -> "AttentionPatterns":
         """What every head moved to the target's position, one map per head, in that position's row."""
-        from bilens.draw.circuits import AttentionPatterns
-
         n_layers, n_heads, n = self.heads.shape
         maps = self.heads.new_zeros(n_layers * n_heads, n, n)
         maps[:, self.position] = self.heads.flatten(0, 1)
         names = [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
         return AttentionPatterns(self.tokens, maps, names, wordpiece=self.wordpiece)
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Contributions as signed bars, in the order of the text."""
-        from bilens.draw.plots import bars
-
         labels = [f"{place} {token}" for place, token in enumerate(self.tokens)]
-        return bars([*labels, "biases"], [*self.values.tolist(), self.bias], f"{self.target} at {self.position}")
+        return plots.bars([*labels, "biases"], [*self.values.tolist(), self.bias], f"{self.target} at {self.position}")
 
-    def plot_pairs(self) -> "go.Figure":
+    def plot_pairs(self) -> go.Figure:
         """The pair matrix as a heat map."""
-        from bilens.draw.plots import heatmap
-
         if self.pairs is None:
             raise ArgumentError("this was made without the pair matrix; ask for it with attribute_tokens(pairs=True).")
         labels = [*(f"{place} {token}" for place, token in enumerate(self.tokens)), "biases"]
-        return heatmap(self.pairs, labels, labels, f"{self.target} at {self.position}: pairs of tokens")
+        return plots.heatmap(self.pairs, labels, labels, f"{self.target} at {self.position}: pairs of tokens")
 
     def _repr_html_(self) -> str:
         return self.to_view()._repr_html_()

@@ -8,8 +8,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,14 +19,11 @@ from bilens._core.bare import require_bare
 from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.results import Attribution
+from bilens.draw import plots
 from bilens.layer.bilinear import interaction_matrix
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.solve import EigenSweep, top_eigenpairs
 from bilens.sae.features.examples import FeatureActivations, FeatureSummary
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 TEXTS = 32  # run at a time
 
@@ -72,11 +70,11 @@ class FeatureCircuit(Paged):
         names = self.attribution.input_names
         return str(feature) if names is None else names[feature]
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """The pairs of the attribution; see `Attribution.to_frame`."""
         return self.attribution.to_frame()
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The pairs of the attribution; see `Attribution.plot`."""
         return self.attribution.plot()
 
@@ -198,10 +196,8 @@ class RankedFeatures(Tabular):
     def score(self) -> Float[Tensor, "n"]:
         return self.correlation * self.cross_share
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per feature: `feature, name, score, correlation, cross_share, density`."""
-        import pandas as pd
-
         features = self.features.tolist()
         return pd.DataFrame(
             {
@@ -214,12 +210,10 @@ class RankedFeatures(Tabular):
             }
         )
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The two factors of the score, feature by feature."""
-        from bilens.draw.plots import scatter
-
         labels, shares = self.to_frame().name.tolist(), self.cross_share.tolist()
-        return scatter(shares, self.correlation.tolist(), labels, x_title="cross share", y_title="correlation")
+        return plots.scatter(shares, self.correlation.tolist(), labels, x_title="cross share", y_title="correlation")
 
     def __str__(self) -> str:
         return self.to_frame().head(20).round(4).to_string(index=False)

@@ -15,20 +15,19 @@ Source: Pearce et al. 2025 (arXiv 2410.08417), section 5.2 and figure 9 (correla
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.display import Tabular
+from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, constant_term, linear_term
 from bilens.layer.eigen.solve import top_eigenpairs
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 SPREAD = 1e-6  # of the root mean square: activations that differ by less are equal but for float32 rounding
 PAIRS_AT_ONCE = 2**25  # numbers (token x feature x eigenpair) held at a time: 128 MB in float32
@@ -65,14 +64,12 @@ class Fidelity(Tabular):
         """Which features have a correlation, and over so many active tokens: one over few says little."""
         return (self.n_active >= min_active) & self.correlation.isfinite().any(-1)
 
-    def to_frame(self, k: int | None = None) -> "pd.DataFrame":
+    def to_frame(self, k: int | None = None) -> pd.DataFrame:
         """One row per feature: `feature, name, n_active, density, correlation, correlation_all, explained_variance`.
 
         Args:
             k: eigenpairs used; `None` is 2, or fewer where there are fewer.
         """
-        import pandas as pd
-
         at = self._column(min(2, self.k) if k is None else k)
         return pd.DataFrame(
             {
@@ -86,14 +83,12 @@ class Fidelity(Tabular):
             }
         )
 
-    def shares(self, thresholds: Sequence[float] = (0.5, 0.75, 0.9), *, min_active: int = 20) -> "pd.DataFrame":
+    def shares(self, thresholds: Sequence[float] = (0.5, 0.75, 0.9), *, min_active: int = 20) -> pd.DataFrame:
         """Share of features whose correlation over active tokens is above each threshold: one row per k.
 
         Raises:
             ArgumentError: no feature is active on so many tokens.
         """
-        import pandas as pd
-
         self._check_eligible(min_active)
         eligible = self.correlation[self.eligible(min_active)]
         columns = [column[column.isfinite()] for column in eligible.T]
@@ -104,19 +99,17 @@ class Fidelity(Tabular):
         ]
         return pd.DataFrame(rows)
 
-    def plot(self, *, min_active: int = 20) -> "go.Figure":
+    def plot(self, *, min_active: int = 20) -> go.Figure:
         """Correlation against k: median and quartiles of the features.
 
         Raises:
             ArgumentError: no feature is active on so many tokens.
         """
-        from bilens.draw.plots import line
-
         self._check_eligible(min_active)
         kept = self.correlation[self.eligible(min_active)]
         quantiles = {"upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25}
         curves = {name: kept.nanquantile(q, dim=0).tolist() for name, q in quantiles.items()}
-        return line(
+        return plots.line(
             list(range(1, self.k + 1)),
             curves,
             x_title="eigenpairs",
@@ -124,22 +117,18 @@ class Fidelity(Tabular):
             log_x=self.k > 10,
         )
 
-    def histogram(self, k: int = 2, *, min_active: int = 20) -> "go.Figure":
+    def histogram(self, k: int = 2, *, min_active: int = 20) -> go.Figure:
         """How many features have which correlation, with `k` eigenpairs."""
-        from bilens.draw.plots import histogram
-
         self._check_eligible(min_active)
         values = self.correlation[self.eligible(min_active), self._column(k)]
-        return histogram(values[values.isfinite()].tolist(), x_title=f"correlation with {k} eigenpairs")
+        return plots.histogram(values[values.isfinite()].tolist(), x_title=f"correlation with {k} eigenpairs")
 
-    def scatter(self, k: int = 2, *, min_active: int = 20) -> "go.Figure":
+    def scatter(self, k: int = 2, *, min_active: int = 20) -> go.Figure:
         """Correlation against how many tokens each feature is active on."""
-        from bilens.draw.plots import scatter
-
         self._check_eligible(min_active)
         frame = self.to_frame(k)[self.eligible(min_active).numpy()].dropna()
         labels = [f"{row.feature} {row.name_}" for row in frame.rename(columns={"name": "name_"}).itertuples()]
-        figure = scatter(
+        figure = plots.scatter(
             frame.density.tolist(),
             frame.correlation.tolist(),
             labels,

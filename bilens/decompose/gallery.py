@@ -24,8 +24,10 @@ is the cross term, `2 Q_ij f_i f_j`, token by token.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -37,14 +39,11 @@ from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.motifs import MOTIFS, classify, negated_first
 from bilens.decompose.similarity import cluster
+from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer
 from bilens.layer.triples import coefficients_of
 from bilens.sae.features.examples import Example, FeatureActivations
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 MIN_TOKENS = 30
 SAME_TOKENS = 0.5
@@ -137,15 +136,13 @@ class MotifGallery(Tabular, Paged):
     """
 
     entries: Sequence[GalleryEntry] = field(repr=False)
-    counts: "pd.DataFrame" = field(repr=False)
+    counts: pd.DataFrame = field(repr=False)
     n_tokens: int
     wordpiece: bool = False
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per entry: `layer, motif, strength, output, i, j, output_name, i_name, j_name`, the weights' `z_10,
         z_01, z_11`, the measured `neither, first_alone, second_alone, both`, `part, whole, alike` (how many)."""
-        import pandas as pd
-
         plain = ("layer", "kind", "strength", "output", "i", "j", "output_name", "i_name", "j_name")
         measured = (case.replace(" ", "_") for case in CASES)
         rows = [
@@ -155,12 +152,10 @@ class MotifGallery(Tabular, Paged):
         columns = [*plain, "z_10", "z_01", "z_11", *measured, "part", "whole", "alike"]
         return pd.DataFrame(rows, columns=columns).rename(columns={"kind": "motif"})
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """How many families of motifs every layer has, kind by kind."""
-        from bilens.draw.plots import heatmap
-
         table = self.counts.pivot(index="layer", columns="kind", values="families")[list(MOTIFS)]
-        return heatmap(table, [f"layer {layer}" for layer in table.index], list(MOTIFS), "families of motifs")
+        return plots.heatmap(table, [f"layer {layer}" for layer in table.index], list(MOTIFS), "families of motifs")
 
     def __str__(self) -> str:
         columns = ["layer", "motif", "strength", "output_name", "i_name", "j_name", "part", "whole", "alike"]
@@ -196,8 +191,6 @@ def motif_gallery(
         MissingSAEError: a decomposer without one of its SAEs.
         SAEMismatchError: activations of an SAE of another size, or one on another hook than the layer reads.
     """
-    import pandas as pd
-
     if not decomposers or not len(decomposers) == len(inputs) == len(outputs):
         raise ArgumentError(
             f"{len(decomposers)} decomposers, {len(inputs)} input and {len(outputs)} output activations: expected one "

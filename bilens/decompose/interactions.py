@@ -6,18 +6,17 @@ of two, which stand once. A pair's contribution on a token is `coefficient * f_i
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bilens._core.checks import name_of
 from bilens._core.display import Tabular
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
+from bilens.draw import plots
 
 ONE_LENGTH = 1.01  # decoder rows whose lengths differ by less are of one length
 COLUMNS = ("layer", "output", "i", "j", "coefficient", "weight")
@@ -70,11 +69,9 @@ class Interactions(Tabular):
         columns = {name: value for name in COLUMNS if (value := getattr(self, name)) is not None}
         return replace(self, **{name: value[rows] for name, value in columns.items()})
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per pair: `layer, output, i, j, kind, coefficient, output_name, i_name, j_name`, with weights
         `weight, score` after the coefficient."""
-        import pandas as pd
-
         layers, output, i, j = (getattr(self, name).tolist() for name in COLUMNS[:4])
         columns = {
             "layer": layers,
@@ -91,10 +88,8 @@ class Interactions(Tabular):
             columns[column] = [name_of(of[place], number) for of, number in zip(names, which, strict=True)]
         return pd.DataFrame(columns)
 
-    def plot(self, top: int = 30) -> "go.Figure":
+    def plot(self, top: int = 30) -> go.Figure:
         """The first `top` of them as signed bars; several outputs or layers are named, too."""
-        from bilens.draw.plots import bars
-
         frame = self.to_frame().head(top)
         labels = [a if a == b else f"{a} x {b}" for a, b in zip(frame.i_name, frame.j_name, strict=True)]
         if frame.output.nunique() > 1:
@@ -102,7 +97,7 @@ class Interactions(Tabular):
         if frame.layer.nunique() > 1:
             labels = [f"{layer}: {label}" for layer, label in zip(frame.layer, labels, strict=True)]
         column = "coefficient" if self.weight is None else "score"
-        return bars(labels, frame[column].tolist(), "interactions", value_title=column)
+        return plots.bars(labels, frame[column].tolist(), "interactions", value_title=column)
 
     def __repr__(self) -> str:
         layers = ", ".join(map(str, self.layer.unique().tolist()))

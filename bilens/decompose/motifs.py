@@ -26,8 +26,9 @@ never happen. `together` leaves those pairs out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -35,12 +36,9 @@ from torch import Tensor
 from bilens._core.checks import name_of
 from bilens._core.display import Tabular
 from bilens.decompose.sparsity import Triangle, check_fence, feature_entries, outside
+from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
 from bilens.layer.bilinear import BilinearLayer
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 MOTIFS = ("and", "xor", "negation", "inhibition")
 ON, OFF = 0.5, 0.25
@@ -68,10 +66,8 @@ class Motifs(Tabular):
     input_names: Sequence[str] | None = field(default=None, repr=False)
     output_names: Sequence[str] | None = field(default=None, repr=False)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per motif: `output, i, j, motif, strength, z_10, z_01, z_11, output_name, i_name, j_name`."""
-        import pandas as pd
-
         outputs, i, j = self.outputs.tolist(), self.i.tolist(), self.j.tolist()
         return pd.DataFrame(
             {
@@ -89,15 +85,13 @@ class Motifs(Tabular):
             }
         )
 
-    def plot(self, top: int = 20) -> "go.Figure":
+    def plot(self, top: int = 20) -> go.Figure:
         """The truth tables of the `top` ones, as a heat map."""
-        from bilens.draw.plots import heatmap
-
         frame = self.to_frame().head(top)
         sign = {"and": "and", "xor": "xor", "negation": "and not", "inhibition": "against"}
         labels = [f"{r.output_name} <- {r.i_name} {sign[r.motif]} {r.j_name}" for r in frame.itertuples()]
         cases = ["first alone", "second alone", "both"]
-        return heatmap(frame[["z_10", "z_01", "z_11"]].to_numpy(), labels, cases, "motifs")
+        return plots.heatmap(frame[["z_10", "z_01", "z_11"]].to_numpy(), labels, cases, "motifs")
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,11 +13,7 @@ from torch import Tensor
 from bilens._core.checks import name_of
 from bilens._core.completeness import Complete
 from bilens._core.display import Tabular
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
+from bilens.draw import plots
 
 BIAS_SOURCES = ("b_dec", "error", "mlp bias")
 
@@ -82,15 +80,12 @@ class Attribution(Complete, Tabular):
                 groups[f"{second} x {first}"] = (rest[s, t] * (1 if s == t else 2)).item()
         return groups | {"output bias": self.output_bias}
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """Pairs of active input features by falling absolute contribution.
 
         Columns `i, j, kind, f_i, f_j, coefficient, contribution, i_name, j_name`; a cross pair stands once, with
         coefficient `2 Q_ij`, so that `contribution = coefficient * f_i * f_j`.
         """
-        import numpy as np
-        import pandas as pd
-
         m = len(self.inputs)
         # Input features ascend, so source t <= s has the smaller index.
         s, t = torch.tril_indices(m, m)
@@ -112,17 +107,15 @@ class Attribution(Complete, Tabular):
         )
         return frame.sort_values("contribution", key=abs, ascending=False, ignore_index=True)
 
-    def plot(self, top: int = 15) -> "go.Figure":
+    def plot(self, top: int = 15) -> go.Figure:
         """The largest pairs, and every other group, as signed bars."""
-        from bilens.draw.plots import bars
-
         pairs = self.to_frame()
         labels = [a if a == b else f"{a} x {b}" for a, b in zip(pairs.i_name[:top], pairs.j_name[:top], strict=True)]
         shown = dict(zip(labels, pairs.contribution[:top], strict=True))
         if len(pairs) > top:
             shown["other pairs"] = pairs.contribution[top:].sum()
         shown |= {name: value for name, value in self.groups.items() if "interactions" not in name and value}
-        return bars(list(shown), list(shown.values()))
+        return plots.bars(list(shown), list(shown.values()))
 
     def __str__(self) -> str:
         name = self.output_name or self.feature

@@ -13,21 +13,20 @@ layer may turn two directions into much the same matrix. Clusters are of the int
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.checks import name_of
 from bilens._core.display import Tabular
+from bilens.draw import plots
 from bilens.errors import OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer
 from bilens.layer.inner import cosines, double, inner_products
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 Linkage = Literal["average", "complete", "single"]
 MOST_POINTS = 4000
@@ -40,10 +39,8 @@ class FeatureCosines:
     interaction: Float[Tensor, "n n"] = field(repr=False)
     direction: Float[Tensor, "n n"] = field(repr=False)
 
-    def plot(self, features: Int[Tensor, "n"], names: Sequence[str] | None, seed: int = 0) -> "go.Figure":
+    def plot(self, features: Int[Tensor, "n"], names: Sequence[str] | None, seed: int = 0) -> go.Figure:
         """One cosine against the other, pair by pair; of many pairs some, drawn with a seed."""
-        from bilens.draw.plots import scatter
-
         i, j = torch.tril_indices(len(features), len(features), -1)
         if len(i) > MOST_POINTS:
             # Half at random, half the closest of either kind: what a sample alone would miss.
@@ -56,7 +53,7 @@ class FeatureCosines:
             f"{name_of(names, a)} / {name_of(names, b)}"
             for a, b in zip(features[i].tolist(), features[j].tolist(), strict=True)
         ]
-        return scatter(
+        return plots.scatter(
             self.direction[i, j].tolist(),
             self.interaction[i, j].tolist(),
             labels,
@@ -92,11 +89,9 @@ class Neighbours(Tabular):
         same = self.by_interaction[:, :, None] == self.by_direction[:, None, :]
         return same.any(-1).float().mean().item()
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per output and rank: `output, output_name, rank`, then for the neighbour by interaction and the one
         by direction `<kind>_neighbour, <kind>_name, <kind>_cosine, <kind>_other_cosine` (the other measure's)."""
-        import pandas as pd
-
         place = {feature: row for row, feature in enumerate(self.features.tolist())}
         both = {"interaction": self.by_interaction, "direction": self.by_direction}
         rows = []
@@ -114,7 +109,7 @@ class Neighbours(Tabular):
                 rows.append(row)
         return pd.DataFrame(rows)
 
-    def plot(self, seed: int = 0) -> "go.Figure":
+    def plot(self, seed: int = 0) -> go.Figure:
         """Both cosines of all pairs (of many, a sample and the closest)."""
         return self.cosines.plot(self.features, self.names, seed)
 
@@ -151,11 +146,9 @@ class FeatureClusters(Tabular):
             raise OutOfRangeError(f"cluster {cluster} is none of the {len(self.sizes)}, 0 to {len(self.sizes) - 1}.")
         return self.features[self.labels == cluster].tolist()
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per feature, by cluster: `feature, name, cluster, size, interaction_cosine, direction_cosine`: means
         over the pairs within its cluster; NaN for a cluster of one."""
-        import pandas as pd
-
         means = {
             "interaction_cosine": within_means(self.cosines.interaction, self.labels),
             "direction_cosine": within_means(self.cosines.direction, self.labels),
@@ -172,7 +165,7 @@ class FeatureClusters(Tabular):
             | {name: of[labels].tolist() for name, of in means.items()}
         )
 
-    def plot(self, seed: int = 0) -> "go.Figure":
+    def plot(self, seed: int = 0) -> go.Figure:
         """Both cosines of all pairs (of many, a sample and the closest)."""
         return self.cosines.plot(self.features, self.names, seed)
 

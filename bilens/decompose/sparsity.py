@@ -17,8 +17,9 @@ Directions are taken at the length they have; only ratios of entries matter to 3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,12 +27,9 @@ from tqdm.auto import tqdm
 
 from bilens._core.checks import name_of
 from bilens._core.display import Tabular
+from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 BLOCK = 256  # rows of the triangle at a time
 SORTED_WHOLE, SAMPLE, MARGIN = 2**16, 2**14, 0.02  # of the quartiles' brackets
@@ -69,11 +67,9 @@ class Sparsity(Tabular):
         """Share of the cross interactions that are outliers."""
         return self.cross_outliers / max(1, self.n_inputs * (self.n_inputs - 1) // 2)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per output: `output, name, kurtosis, cross_outliers, self_outliers, cross_share, cross_q1, cross_q3,
         self_q1, self_q3, largest_cross, largest_self`."""
-        import pandas as pd
-
         outputs = self.outputs.tolist()
         return pd.DataFrame(
             {
@@ -92,12 +88,10 @@ class Sparsity(Tabular):
             }
         )
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Each output's share of outliers against its kurtosis."""
-        from bilens.draw.plots import scatter
-
         frame = self.to_frame().dropna(subset="kurtosis")
-        return scatter(
+        return plots.scatter(
             frame.cross_share.tolist(),
             frame["kurtosis"].tolist(),
             frame.name.tolist(),

@@ -13,21 +13,20 @@ Norms, traces and shares come from the factors; only the effective rank needs ev
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.display import Tabular
+from bilens.draw import plots
 from bilens.errors import ArgumentError, nearest
 from bilens.layer.bilinear import BilinearLayer, hidden_coefficients, interaction_matrix
 from bilens.layer.eigen.solve import EigenSweep, Method, top_eigenpairs
 from bilens.layer.inner import double, norms
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 Criterion = Literal["share", "norm", "trace", "cross_share", "effective_rank", "eigenvalue_1"]
 
@@ -49,7 +48,7 @@ class Spectra(Tabular):
     effective_rank: Float[Tensor, "n"] | None = field(default=None, repr=False)
     names: Sequence[str] | None = field(default=None, repr=False)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per output: `output, name`, the columns of `EigenSweep`, `cross_share, effective_rank`."""
         frame = self.eigen.to_frame()
         frame["output"] = self.outputs.tolist()
@@ -60,7 +59,7 @@ class Spectra(Tabular):
                 frame[column] = values.tolist()
         return frame
 
-    def ranked(self, by: Criterion = "share", *, ascending: bool = False) -> "pd.DataFrame":
+    def ranked(self, by: Criterion = "share", *, ascending: bool = False) -> pd.DataFrame:
         """The table in the order of one column, by falling absolute value.
 
         Args:
@@ -76,14 +75,12 @@ class Spectra(Tabular):
             raise ArgumentError(f"there is no {by!r} to rank by; there are {', '.join(there)}." + nearest(by, there))
         return frame.sort_values(by, key=abs, ascending=ascending, ignore_index=True)
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """How much the leading eigenpairs are of each interaction matrix, against how large it is."""
-        from bilens.draw.plots import scatter
-
         k = self.eigen.values.shape[1]
         labels = [self.names[i] if self.names else str(i) for i in self.outputs.tolist()]
         norms_, shares = self.eigen.norms.tolist(), self.eigen.shares.tolist()
-        return scatter(norms_, shares, labels, x_title="Frobenius norm", y_title=f"share of {k} eigenpairs")
+        return plots.scatter(norms_, shares, labels, x_title="Frobenius norm", y_title=f"share of {k} eigenpairs")
 
     def __str__(self) -> str:
         return f"{self.eigen!r}\n{self.ranked().head(10).to_string(index=False)}"

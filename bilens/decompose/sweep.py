@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,13 +31,10 @@ from bilens._core.folders import alone_in, differing, other_work, write_json
 from bilens._core.typing import typed
 from bilens.decompose.decomposer import Decomposer, Side
 from bilens.decompose.spectra import Spectra
+from bilens.draw import plots
 from bilens.errors import ArgumentError, CheckpointError, MissingSAEError, OutOfRangeError
 from bilens.layer.eigen.solve import EigenSweep, Method
 from bilens.model.files import read_tensors
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 MANIFEST = "sweep.json"
 BLOCK = 2048  # output features
@@ -105,10 +104,8 @@ class Sweep(Tabular):
             )
         return found
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per layer and output feature: `layer`, then the columns of `Spectra`."""
-        import pandas as pd
-
         frames = []
         for layer in self.layers:
             frame = self[layer].to_frame()
@@ -116,14 +113,12 @@ class Sweep(Tabular):
             frames.append(frame)
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """How low-rank the layers are: the share of the leading eigenpairs, its median and quartiles."""
-        from bilens.draw.plots import line
-
         quantiles = {"upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25}
         shares = {layer: self[layer].eigen.shares for layer in self.layers}
         curves = {name: [share.quantile(q).item() for share in shares.values()] for name, q in quantiles.items()}
-        return line(list(shares), curves, x_title="layer", y_title="share of the leading eigenpairs")
+        return plots.line(list(shares), curves, x_title="layer", y_title="share of the leading eigenpairs")
 
     def __str__(self) -> str:
         frame = self.to_frame()

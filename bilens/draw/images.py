@@ -5,15 +5,13 @@ so that images of one grid compare in shape and not in size. Numbers go out as 3
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from bilens.draw.markup import Numbers, ViewError, full_scale, numbers, plotly_text, signed_colors
 from bilens.draw.plots import DIVERGING, FAINT, GREY, template
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 CELL, TITLE, TOP, SIDE = 104, 20, 52, 14  # pixels: an image, the line over it, over and beside the grid
 LETTER = 7  # pixels: the width of one, for room at the left
@@ -26,7 +24,7 @@ def image_grid(
     *,
     row_labels: Sequence[str] | None = None,
     title: str = "",
-) -> "go.Figure":
+) -> go.Figure:
     """Images in rows and columns, each with a line over it.
 
     Args:
@@ -59,7 +57,7 @@ def image_grid(
 
 def spectrum_with_images(
     values: Numbers, images: Sequence[Sequence[Numbers]], titles: Sequence[Sequence[str]], title: str = ""
-) -> "go.Figure":
+) -> go.Figure:
     """Eigenvalues from the most positive to the most negative as bars, and images at the left: a row for each sign.
 
     Args:
@@ -90,7 +88,7 @@ def explanation_figure(
     explained: Sequence[str],
     parts: Sequence[Sequence[tuple[str, float]]],
     features: Sequence[Sequence[Numbers]],
-) -> "go.Figure":
+) -> go.Figure:
     """An image and its logits; below, for every class explained, bars of the parts of its logit, and their images.
 
     Args:
@@ -126,8 +124,6 @@ class _Canvas:
     """A figure of fixed size on which images and bars are placed by pixels from the top left."""
 
     def __init__(self, width: float, height: float, title: str):
-        import plotly.graph_objects as go
-
         self.figure, self.count = go.Figure(), 0
         self.width, self.height = max(width, 320), max(height, 120)
         self.figure.update_layout(
@@ -156,8 +152,6 @@ class _Canvas:
 
     def image(self, image: Numbers, x: float, y: float, side: float, title: str = "", *, grey: bool = False) -> None:
         """An image in a square, with a line over it."""
-        import plotly.graph_objects as go
-
         pixels = numbers(image, "an image", None, None)
         rows, columns = pixels.shape
         limit, longer = full_scale(pixels), max(rows, columns, 1)
@@ -202,8 +196,6 @@ class _Canvas:
         names: str | None = "category",
     ) -> None:
         """Signed bars, upright or (`across`) lying; `names` of `None` numbers them."""
-        import plotly.graph_objects as go
-
         xaxis, yaxis = self._axes(x, y, width, height)
         shown = [plotly_text(label) if isinstance(label, str) else label for label in labels]
         low, high = min(values.min(initial=0), 0), max(values.max(initial=0), 0)

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from plotly.offline import get_plotlyjs
 
 from bilens.errors import BilensError
 
@@ -144,8 +145,6 @@ def circuitsvis_bundle() -> str:
 @cache
 def plotly_bundle() -> str:
     """plotly.js, which defines the global `Plotly`."""
-    from plotly.offline import get_plotlyjs
-
     return script_source(get_plotlyjs())
 
 

@@ -12,15 +12,13 @@ from hashlib import sha256
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from bilens._core.files import PAGE, destination, to_path, write_atomically
 from bilens.draw.markup import ViewError, asset, escape, island, scripts_for
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @runtime_checkable
@@ -57,7 +55,7 @@ class Html(View):
         return self.markup
 
 
-Content: TypeAlias = "str | pd.DataFrame | Drawable | go.Figure"
+Content: TypeAlias = str | pd.DataFrame | Drawable | go.Figure
 NONE = "'none'"
 DEFAULT_PLOT_HEIGHT = 450
 

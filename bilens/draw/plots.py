@@ -5,10 +5,12 @@ Labels are text: markup in them is shown, not obeyed.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from bilens.draw.markup import (
     NEGATIVE,
@@ -21,9 +23,6 @@ from bilens.draw.markup import (
     plotly_text,
     signed_colors,
 )
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 GREY = "#7f8790"
 FAINT = "rgba(127, 135, 144, 0.22)"
@@ -38,8 +37,6 @@ LINE_HEIGHT = 22
 
 def template() -> "go.layout.Template":
     """The look of every figure here."""
-    import plotly.graph_objects as go
-
     axis = {
         "automargin": True,
         "gridcolor": FAINT,
@@ -69,7 +66,7 @@ def template() -> "go.layout.Template":
 
 
 def heatmap(
-    matrix: "Numbers | pd.DataFrame",
+    matrix: Numbers | pd.DataFrame,
     row_labels: Sequence[str] | None = None,
     col_labels: Sequence[str] | None = None,
     title: str = "",
@@ -77,7 +74,7 @@ def heatmap(
     row_title: str = "",
     col_title: str = "",
     scale: float | None = None,
-) -> "go.Figure":
+) -> go.Figure:
     """A matrix, red below zero and blue above; hovering shows both whole labels and the number.
 
     Args:
@@ -89,8 +86,6 @@ def heatmap(
         col_title: the title of the columns.
         scale: the |value| in full colour; the largest one by default.
     """
-    import plotly.graph_objects as go
-
     if isinstance(matrix, pd.DataFrame):
         row_labels = list(map(str, matrix.index)) if row_labels is None else row_labels
         col_labels = list(map(str, matrix.columns)) if col_labels is None else col_labels
@@ -121,10 +116,8 @@ def heatmap(
     return figure
 
 
-def spectrum(values: Numbers, title: str = "", *, value_title: str = "eigenvalue") -> "go.Figure":
+def spectrum(values: Numbers, title: str = "", *, value_title: str = "eigenvalue") -> go.Figure:
     """Signed eigenvalues as bars, the largest |value| first; hovering shows the place each had in `values`."""
-    import plotly.graph_objects as go
-
     given = numbers(values, "values", None)
     order = np.argsort(-np.abs(given), kind="stable")
     bars_ = go.Bar(
@@ -140,10 +133,8 @@ def spectrum(values: Numbers, title: str = "", *, value_title: str = "eigenvalue
     return figure
 
 
-def bars(labels: Sequence[str], values: Numbers, title: str = "", *, value_title: str = "") -> "go.Figure":
+def bars(labels: Sequence[str], values: Numbers, title: str = "", *, value_title: str = "") -> go.Figure:
     """Signed contributions as horizontal bars, the first on top, each with its number."""
-    import plotly.graph_objects as go
-
     given = numbers(values, "values (one per label)", len(labels))
     y, yaxis = _labelled(list(map(str, labels)), LONGEST_BAR_LABEL)
     bars_ = go.Bar(
@@ -174,7 +165,7 @@ def scatter(
     x_title: str = "",
     y_title: str = "",
     diagonal: bool = False,
-) -> "go.Figure":
+) -> go.Figure:
     """Points, each with its whole label on hovering.
 
     Args:
@@ -186,8 +177,6 @@ def scatter(
         y_title: beside the vertical axis.
         diagonal: a line at y = x, to compare two measures of one thing.
     """
-    import plotly.graph_objects as go
-
     across = numbers(x, "x", None)
     up = numbers(y, "y (one per x)", len(across))
     points = go.Scatter(
@@ -210,7 +199,7 @@ def scatter(
 
 def scatter_grid(
     panels: Mapping[str, tuple[Numbers, Numbers]], columns: int = 3, *, x_title: str = "", y_title: str = ""
-) -> "go.Figure":
+) -> go.Figure:
     """Small scatter plots in rows, each with its name over it and a line at y = x.
 
     Args:
@@ -218,9 +207,6 @@ def scatter_grid(
         columns: the number of plots in a row.
         x_title, y_title: the axis titles of all plots.
     """
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
     rows = -(-len(panels) // columns) or 1
     titles = [plotly_text(name) for name in panels]
     figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.2 / rows)
@@ -240,10 +226,8 @@ def scatter_grid(
     return figure.update_layout(showlegend=False).update_annotations(font_size=12)
 
 
-def histogram(values: Numbers, title: str = "", *, x_title: str = "", bins: int = 40) -> "go.Figure":
+def histogram(values: Numbers, title: str = "", *, x_title: str = "", bins: int = 40) -> go.Figure:
     """How many values fall where."""
-    import plotly.graph_objects as go
-
     counts, edges = np.histogram(numbers(values, "values", None), bins=bins)
     bars_ = go.Bar(
         x=(edges[:-1] + edges[1:]) / 2,
@@ -268,14 +252,12 @@ def line(
     y_title: str = "",
     log_x: bool = False,
     log_y: bool = False,
-) -> "go.Figure":
+) -> go.Figure:
     """Named curves over one x.
 
     Raises:
         ViewError: a curve of another length than `x`, a value that is not finite, or none above zero on a log axis.
     """
-    import plotly.graph_objects as go
-
     across = numbers(x, "x", None)
     figure = _figure(title, x_title, y_title, height=360)
     for name, curve in series.items():
@@ -299,9 +281,7 @@ def line(
     return figure
 
 
-def _figure(title: str, x_title: str, y_title: str, height: int) -> "go.Figure":
-    import plotly.graph_objects as go
-
+def _figure(title: str, x_title: str, y_title: str, height: int) -> go.Figure:
     figure = go.Figure()
     figure.update_layout(template=template(), title_text=plotly_text(title), height=height)
     figure.update_layout(xaxis_title_text=plotly_text(x_title), yaxis_title_text=plotly_text(y_title))

@@ -1,15 +1,13 @@
 """Several small matrices, or several small curves, in one figure on one scale."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from bilens.draw.markup import Numbers, ViewError, full_scale, numbers, plotly_text
 from bilens.draw.plots import COLORS, DIVERGING, GREY, template
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 CELL, LINE, TOP = 200, 150, 76  # pixels: a matrix' side, a curve's height, over the grid
 MOST_LABELS = 8  # along a matrix' side
@@ -21,7 +19,7 @@ def matrix_grid(
     column_labels: Sequence[str],
     axis_labels: Sequence[str],
     title: str = "",
-) -> "go.Figure":
+) -> go.Figure:
     """Matrices over the same axes in rows and columns, red below zero and blue above, all on one scale.
 
     Args:
@@ -34,9 +32,6 @@ def matrix_grid(
     Raises:
         ViewError: lengths that do not fit, or a value that is not finite.
     """
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
     rows, columns, n = len(matrices), len(column_labels), len(axis_labels)
     if len(row_labels) != rows or any(len(row) != columns for row in matrices):
         raise ViewError(f"{rows} rows of matrices, with {len(row_labels)} row labels and {columns} column labels.")
@@ -83,7 +78,7 @@ def matrix_grid(
 
 def curve_grid(
     rows: Sequence[Mapping[str, Numbers]], titles: Sequence[str], title: str = "", *, x_title: str = ""
-) -> "go.Figure":
+) -> go.Figure:
     """A row for every set of named curves, one under the other, on one scale; a name has one colour in all of them.
 
     Args:
@@ -95,9 +90,6 @@ def curve_grid(
     Raises:
         ViewError: lengths that do not fit, or a value that is not finite.
     """
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
     if len(titles) != len(rows):
         raise ViewError(f"{len(titles)} titles for {len(rows)} rows of curves.")
     figure = make_subplots(

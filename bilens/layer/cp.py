@@ -27,22 +27,21 @@ Sources: Kolda & Bader, Tensor decompositions and applications, 2009, section 3;
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.display import Tabular
+from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, biases_as_weights
 from bilens.layer.inner import branches, double, tensor_inner, tensor_norm
 from bilens.layer.reading import Lexicon
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 CG_STEPS = 5
 DAMPING = 1e-9  # towards the writes of the sweep before, where the branches leave them undetermined
@@ -79,10 +78,8 @@ class CPDecomposition(Tabular):
     def rank(self) -> int:
         return len(self.weights)
 
-    def to_frame(self, top: int = 3) -> "pd.DataFrame":
+    def to_frame(self, top: int = 3) -> pd.DataFrame:
         """One row per hidden unit: `unit, weight` and, where there are names, `writes, left_reads, right_reads`."""
-        import pandas as pd
-
         frame = pd.DataFrame({"unit": range(self.rank), "weight": self.weights})
         if self.outputs is not None and self.inputs is not None:
             frame["writes"] = self.outputs.nearest(self.layer.W_out, top).describe()
@@ -90,11 +87,9 @@ class CPDecomposition(Tabular):
             frame["right_reads"] = self.inputs.nearest(self.layer.W_in.T, top).describe()
         return frame
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The explained share of the squared norm, sweep by sweep."""
-        from bilens.draw.plots import line
-
-        return line(
+        return plots.line(
             list(range(len(self.explained))),
             {"explained": self.explained},
             f"{self.rank} shared neurons: cosine {self.cosine:.4f}",
@@ -118,10 +113,8 @@ class CPCurve(Tabular):
 
     fits: Sequence[CPDecomposition]
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per rank: `rank, cosine, pruned, explained, cancellation, sweeps, converged`."""
-        import pandas as pd
-
         return pd.DataFrame(
             [
                 {
@@ -137,12 +130,12 @@ class CPCurve(Tabular):
             ]
         )
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Cosine against rank, fitted and by keeping the largest units."""
-        from bilens.draw.plots import line
-
         curves = {"fitted": [f.cosine for f in self.fits], "largest units kept": [f.pruned for f in self.fits]}
-        return line([f.rank for f in self.fits], curves, "shared neurons", x_title="hidden units", y_title="cosine")
+        return plots.line(
+            [f.rank for f in self.fits], curves, "shared neurons", x_title="hidden units", y_title="cosine"
+        )
 
     def __str__(self) -> str:
         return self.to_frame().to_string(index=False)

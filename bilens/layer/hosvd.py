@@ -19,24 +19,22 @@ section 3, for the output mode.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
+from bilens.draw import plots
 from bilens.errors import OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.inner import BLOCK, branches, double, inner_products, tensor_norm
 from bilens.layer.reading import Lexicon
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
 
 Mode = Literal["output", "input"]
 
@@ -107,7 +105,7 @@ class HOSVD(Tabular):
         )
 
     @typed
-    def to_frame(self, mode: Mode = "output", top: int = 3) -> "pd.DataFrame":
+    def to_frame(self, mode: Mode = "output", top: int = 3) -> pd.DataFrame:
         """One row per direction: `rank, singular_value, share, cumulative, like` and, of the first output directions,
         `eigenvalue_1, reads_1, eigenvalue_2, reads_2`: the leading eigenvectors of what they read.
 
@@ -118,8 +116,6 @@ class HOSVD(Tabular):
         Raises:
             ArgumentError: another mode.
         """
-        import pandas as pd
-
         output = mode == "output"
         values = self.output_values if output else self.input_values
         n = len(self.circuits.outputs)
@@ -135,16 +131,14 @@ class HOSVD(Tabular):
             frame[f"reads_{place + 1}"] = self.inputs.nearest(self.circuits.vectors[:, place], top).describe()
         return frame
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The share of `||T||^2` that the first directions of each mode hold."""
-        from bilens.draw.plots import line
-
         curves = {
             name: ((values**2).cumsum(0) / (values**2).sum()).tolist()
             for name, values in (("output", self.output_values), ("input", self.input_values))
         }
         ranks = list(range(1, len(self.output_values) + 1))
-        return line(ranks, curves, "HOSVD", x_title="directions kept", y_title="share of the squared norm")
+        return plots.line(ranks, curves, "HOSVD", x_title="directions kept", y_title="share of the squared norm")
 
     def __str__(self) -> str:
         return f"HOSVD of a layer, norm {self.norm:.4g}\n{self.to_frame().head(10).to_string(index=False)}"

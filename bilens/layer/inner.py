@@ -19,20 +19,18 @@ All of it is about the quadratic part: MLP biases do not enter.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bilens._core.display import Tabular
+from bilens.draw import plots
 from bilens.errors import SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer
 from bilens.model.transformer import HookedBilinearTransformer
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 BLOCK = 2**23  # entries of K at a time: 64 MB
 
@@ -62,10 +60,8 @@ class LayerSimilarity(Tabular):
         """`||T - T'||`."""
         return (self.norms[:, None] ** 2 + self.other_norms**2 - 2 * self.inner).clamp_min(0).sqrt()
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per pair of layers: `layer, other, inner, cosine, distance`."""
-        import pandas as pd
-
         cosines, distances = self.cosines, self.distances
         return pd.DataFrame(
             [
@@ -81,15 +77,11 @@ class LayerSimilarity(Tabular):
             ]
         )
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Heat map of the cosines."""
-        from bilens.draw.plots import heatmap
-
-        return heatmap(self.cosines.tolist(), self.names, self.other_names, "cosine of layer tensors", scale=1.0)
+        return plots.heatmap(self.cosines.tolist(), self.names, self.other_names, "cosine of layer tensors", scale=1.0)
 
     def __str__(self) -> str:
-        import pandas as pd
-
         table = pd.DataFrame(self.cosines.tolist(), index=list(self.names), columns=list(self.other_names))
         return f"cosines of layer tensors\n{table.to_string(float_format='{:+.4f}'.format)}"
 

@@ -6,6 +6,8 @@ Planes are plain SVG, so that a page of dozens of them stays small, opens at onc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from bilens.decompose.gallery import CASES, FLOOR, GalleryEntry, formula
 from bilens.decompose.motifs import MOTIFS
 from bilens.draw.markup import NEGATIVE, POSITIVE, escape, full_scale, numbers
@@ -13,8 +15,6 @@ from bilens.draw.page import Html, Page, View, columns, details, table
 from bilens.draw.tokens import TokenStrip
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from bilens.decompose.gallery import MotifGallery
 
 HOW_TO_READ = (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from bilens.draw.markup import ViewError, island, spaced, to_json, visible
 from bilens.draw.page import Content, Page, View, captioned, columns, details, table
@@ -18,8 +19,6 @@ from bilens.draw.plots import line, scatter, spectrum
 from bilens.pages.circuit import eigencircuits
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from bilens.attribute.circuit import Circuit
     from bilens.attribute.faithfulness import EdgeCheck, Faithfulness
     from bilens.attribute.tokens import TokenAttribution
@@ -365,7 +364,7 @@ def _checks(circuit: "Circuit", faithfulness: "Faithfulness | None", edges: "Seq
     return [*contents, columns(*plots)] if plots else contents
 
 
-def _curve(faithfulness: "Faithfulness") -> "go.Figure":
+def _curve(faithfulness: "Faithfulness") -> go.Figure:
     frame = faithfulness.frame
     curve = frame[frame.kept.str.startswith("top") | (frame.kept == "nothing")].sort_values("nodes")
     series: dict[str, Any] = {
@@ -376,7 +375,7 @@ def _curve(faithfulness: "Faithfulness") -> "go.Figure":
     return line(nodes, series, x_title="nodes kept", y_title=faithfulness.target)
 
 
-def _edge_scatter(attention: str, frame: pd.DataFrame, names: Mapping[str, str]) -> "go.Figure":
+def _edge_scatter(attention: str, frame: pd.DataFrame, names: Mapping[str, str]) -> go.Figure:
     labels = [
         f"{names.get(row.source, row.source)} → {names.get(row.target, row.target)} ({row.kind})"
         for row in frame.itertuples()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bilens.draw import plots
 from bilens.model.config import config_from_published
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.reproduce.language_runs import model_and_texts
@@ -46,8 +47,6 @@ def trained(train: TokenizedTexts, valid: TokenizedTexts, tokenizer: Any, config
 
 def activation_functions(settings: Settings) -> Made:
     """Table 6."""
-    from bilens.draw.plots import line
-
     model, texts = model_and_texts(settings)
     held = max(1, len(texts) // 10)
     valid, train = (TokenizedTexts.from_texts(part, model.tokenizer) for part in (texts[:held], texts[held:]))
@@ -74,7 +73,7 @@ def activation_functions(settings: Settings) -> Made:
     ]
     steps = list(equal_data["Bilinear"].losses)
     curves = {name: list(found.losses.values()) for name, found in equal_data.items()}
-    figure = line(steps, curves, x_title="step", y_title="nats per token, held-out texts")
+    figure = plots.line(steps, curves, x_title="step", y_title="nats per token, held-out texts")
     ran = (
         f"{len(train.rows)} texts of {train.n_tokens:,} tokens, read {config.epochs:g} times, {len(valid.rows)} held "
         f"out (the paper: TinyStories, read 5 times, about 2 B tokens); layers: {config.n_layer} (6), d_model: "

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.draw import plots
+from bilens.draw.images import image_grid
 from bilens.reproduce.image_runs import ran_on, trained
 from bilens.reproduce.reproduction import Made, Settings
 from bilens.vision import eigenfeatures, explain
@@ -25,9 +27,6 @@ def parts_of(picture: Float[Tensor, "d_input"]) -> Float[Tensor, "part d_input"]
 
 def quadratic(settings: Settings) -> Made:
     """Figure 2A, on the leading positive eigenvector of one class."""
-    from bilens.draw.images import image_grid
-    from bilens.draw.plots import scatter
-
     data, model, config = trained(settings)
     found = eigenfeatures(model, space="embedding")
     assert found.pictures is not None  # one layer
@@ -66,7 +65,7 @@ def quadratic(settings: Settings) -> Made:
         "Inputs of unit length made of the eigenvector's picture, and its activation on each": image_grid(
             [list(as_images(inputs, model.cfg))], [titles], title=f"{label}: eigenvector with eigenvalue {value:.3g}"
         ),
-        "Activation on the test images": scatter(
+        "Activation on the test images": plots.scatter(
             reads, added, labels, x_title="v . x", y_title="activation: eigenvalue times (v . x)^2"
         ),
     }

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilens.decompose import Decomposer
+from bilens.draw import plots
 from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.reproduce.language_runs import model_and_texts, one_decomposer, ran_on
 from bilens.reproduce.reproduction import NOT_IN_PAPER, PICTURE, Made, Settings
@@ -45,8 +46,6 @@ def chosen_feature(decomposer: Decomposer, texts: list[str]) -> tuple[int, Tenso
 
 def interactions(settings: Settings) -> Made:
     """Figure 27."""
-    from bilens.draw.plots import histogram, line
-
     model, texts = model_and_texts(settings)
     d = one_decomposer(settings, model)
     feature, stands_out, correlation = chosen_feature(d, texts)
@@ -75,9 +74,9 @@ def interactions(settings: Settings) -> Made:
     index = list(range(len(values)))
     curves = {"interaction matrix": values.flip(0), "random symmetric matrix": random.flip(0)}
     figures = {
-        "27A: interactions of input features with themselves": histogram(own, x_title="self-interaction"),
-        "27A: interactions of two input features": histogram(cross, x_title="cross-interaction", bins=80),
-        "27B: eigenvalues of the feature, and of a random symmetric matrix": line(
+        "27A: interactions of input features with themselves": plots.histogram(own, x_title="self-interaction"),
+        "27A: interactions of two input features": plots.histogram(cross, x_title="cross-interaction", bins=80),
+        "27B: eigenvalues of the feature, and of a random symmetric matrix": plots.line(
             index, curves, x_title="index", y_title="eigenvalue"
         ),
     }

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.decompose import Decomposer
+from bilens.draw import plots
 from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.reproduce.language_runs import decomposers, model_and_texts, ran_on
 from bilens.reproduce.reproduction import NOT_IN_PAPER, Made, Settings
@@ -39,8 +40,6 @@ def approximations(
 
 def low_rank(settings: Settings) -> Made:
     """Figure 9."""
-    from bilens.draw.plots import line, scatter_grid
-
     model, texts = model_and_texts(settings)
     layers = decomposers(settings, model)
     measured = {f"layer {d.layer}": d.fidelity(texts, k=4 if settings.reduced else 16) for d in layers}
@@ -69,13 +68,14 @@ def low_rank(settings: Settings) -> Made:
     panels = {f"feature {i}: {torch.corrcoef(torch.stack(pair))[0, 1]:.2f}": pair for i, pair in pairs}
     where = f"layer {last.layer}"
     ks = list(range(1, found.k + 1))
+    curves = plots.line(ks, means, x_title="eigenvectors", y_title="mean correlation, active tokens", log_x=True)
     figures = {
-        "9A: mean correlation over features against eigenvectors, over the tokens where a feature is active": line(
-            ks, means, x_title="eigenvectors", y_title="mean correlation, active tokens", log_x=True
-        ),
+        "9A: mean correlation over features against eigenvectors, over the tokens where a feature is active": curves,
         f"9B: features by correlation with two eigenvectors, {where}": found.histogram(2),
         f"9C: activation (across) and approximation by two eigenvectors (up) of nine features drawn at random, "
-        f"{where}; over each its correlation": scatter_grid(panels, x_title="activation", y_title="approximation"),
+        f"{where}; over each its correlation": plots.scatter_grid(
+            panels, x_title="activation", y_title="approximation"
+        ),
         f"Correlation against how often a feature fires, {where} (not in the paper)": found.scatter(2),
     }
     words = [

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.draw import plots
 from bilens.layer.bilinear import BilinearLayer, biases_as_weights
 from bilens.layer.eigen.solve import top_eigenpairs
 from bilens.model.transformer import HookedBilinearTransformer
@@ -101,8 +102,6 @@ def loss_with(
 @torch.no_grad()
 def reexpressed_layer(settings: Settings) -> Made:
     """Appendix K."""
-    from bilens.draw.plots import line
-
     model, texts = model_and_texts(settings)
     d, texts = one_decomposer(settings, model), texts[:MOST_TEXTS]
     U = d.output_view.encoder.to(d.weights.W_out)
@@ -136,10 +135,12 @@ def reexpressed_layer(settings: Settings) -> Made:
     against = {"rebuilt": losses, "the model": [clean] * len(ranks), "without the MLP": [without] * len(ranks)}
     x_title = "eigenvectors of every feature"
     figures = {
-        "K: variance of the MLP's output explained": line(
+        "K: variance of the MLP's output explained": plots.line(
             ranks, curves, x_title=x_title, y_title="explained", log_x=True
         ),
-        "K: loss with the MLP rebuilt": line(ranks, against, x_title=x_title, y_title="nats per token", log_x=True),
+        "K: loss with the MLP rebuilt": plots.line(
+            ranks, against, x_title=x_title, y_title="nats per token", log_x=True
+        ),
     }
     kept = losses[-1] - clean
     words = [

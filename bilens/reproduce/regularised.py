@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.draw import plots
+from bilens.draw.images import image_grid
 from bilens.reproduce.image_runs import data_and_config, ran_on
 from bilens.reproduce.reproduction import PICTURE, Made, Settings
 from bilens.vision import (
@@ -19,9 +22,6 @@ from bilens.vision import (
     regularisation_study,
     train_classifier,
 )
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 TOP = 5  # eigenvectors of a class whose pixels appendix E counts
 
@@ -120,10 +120,8 @@ def _grid(
     row: int,
     labels: Sequence[str],
     noises: Sequence[float],
-) -> "go.Figure":
+) -> go.Figure:
     """The leading positive eigenfeature of one class, of every model, under its test accuracy."""
-    from bilens.draw.images import image_grid
-
     images, titles = [], []
     for line in models:
         features = [eigenfeatures(model, [row]) for model in line]
@@ -135,8 +133,6 @@ def _grid(
 
 def sparsity(settings: Settings) -> Made:
     """Figure 19."""
-    from bilens.draw.plots import heatmap
-
     data, config = data_and_config(settings)
     levels = (0.0, 1.0) if settings.reduced else (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of both, as in the authors' script
     ranks, pixels = (torch.zeros(len(levels), len(levels)) for _ in range(2))
@@ -156,8 +152,10 @@ def sparsity(settings: Settings) -> Made:
     names = [f"{level:g}" for level in levels]
     titles: Any = {"row_title": "weight decay", "col_title": "input noise"}
     figures = {
-        "19: effective rank, (L1/L2)^2 of the eigenvalues, mean over classes": heatmap(ranks, names, names, **titles),
-        f"19: effective pixels, (L1/L2)^2 of the pictures of the first {TOP} eigenvectors": heatmap(
+        "19: effective rank, (L1/L2)^2 of the eigenvalues, mean over classes": plots.heatmap(
+            ranks, names, names, **titles
+        ),
+        f"19: effective pixels, (L1/L2)^2 of the pictures of the first {TOP} eigenvectors": plots.heatmap(
             pixels, names, names, **titles
         ),
     }

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bilens.decompose import Decomposer
+from bilens.draw import plots
 from bilens.reproduce.language_runs import decomposers, model_and_texts, one_layer, ran_on
 from bilens.reproduce.reproduction import PICTURE, Made, Settings
 from bilens.sae.train.evaluation import SAEScore, evaluate_saes
@@ -21,8 +22,6 @@ def loss_added(score: SAEScore) -> float:
 
 def sae_loss(settings: Settings) -> Made:
     """Figure 23."""
-    from bilens.draw.plots import line
-
     model, texts = model_and_texts(settings)
     layers = decomposers(settings, model)
     saes = {
@@ -45,7 +44,7 @@ def sae_loss(settings: Settings) -> Made:
         for point in ("input", "output")
         if f"{layers[0].layer} {point}" in scores
     }
-    across = line([d.layer for d in layers], curves, x_title="layer", y_title="loss added, share of the model's")
+    across = plots.line([d.layer for d in layers], curves, x_title="layer", y_title="loss added, share of the model's")
     clean = next(iter(scores.values())).loss_clean
     words = [
         f"Spliced in one by one, these SAEs add at most {max(map(loss_added, scores.values())):.1%} to the model's "
@@ -67,8 +66,6 @@ FULL = SAETrainConfig(tokens=FIRST, expansion=4, k=16, batch_size=256, bf16=Fals
 
 def training_time(settings: Settings) -> Made:
     """Figure 24 and table 5, on SAEs trained here, each twice as long as the last."""
-    from bilens.draw.plots import histogram, line
-
     model, texts = model_and_texts(settings)
     layer = one_layer(settings, model)
     plain = Decomposer(model, layer)
@@ -99,9 +96,9 @@ def training_time(settings: Settings) -> Made:
     counts = ", ".join(str(len(values)) for values in kept)
     rows.append((f"features active on {MIN_ACTIVE} tokens or more; {said} times the training", "", counts))
     x_title = f"training, in units of {config.tokens:,} tokens"
-    figures = {"Table 5, against training": line(times, columns, x_title=x_title, log_x=True)}
+    figures = {"Table 5, against training": plots.line(times, columns, x_title=x_title, log_x=True)}
     figures |= {
-        f"24: features by correlation with two eigenvectors, {relative} times the training": histogram(
+        f"24: features by correlation with two eigenvectors, {relative} times the training": plots.histogram(
             values, x_title="correlation, active tokens"
         )
         for relative, values in zip(times, kept, strict=True)

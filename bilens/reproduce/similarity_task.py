@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bilens.draw.images import image_grid
 from bilens.layer.bilinear import interaction_matrix
 from bilens.reproduce.image_runs import data_and_config, ran_on
 from bilens.reproduce.reproduction import Made, Settings
@@ -58,8 +59,6 @@ def similarity_data(
 
 def similarity_task(settings: Settings) -> Made:
     """Figure 6."""
-    from bilens.draw.images import image_grid
-
     data, config = data_and_config(settings, d_hidden=64, noise=0.1, weight_decay=1.0, bias=True)  # as in their script
     data, target, threshold = similarity_data(data)
     model = train_classifier(data, config, progress=False).model

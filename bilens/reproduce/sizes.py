@@ -1,12 +1,13 @@
 """Figures 5 and 20: eigenvectors of image classifiers across seeds and sizes, and how few are enough."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.draw import plots
 from bilens.reproduce.image_runs import data_and_config, ran_on, trained_by_size
 from bilens.reproduce.reproduction import NOT_IN_PAPER, PICTURE, Made, Settings
 from bilens.vision import (
@@ -17,9 +18,6 @@ from bilens.vision import (
     feature_similarity,
     truncation,
 )
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 RANKS, KEPT = 20, 30  # eigenvectors compared, and the most that are kept, as in the authors' scripts
 COMPARED = (
@@ -81,8 +79,6 @@ def stability(settings: Settings) -> Made:
 
 def sizes(settings: Settings) -> Made:
     """Figure 20."""
-    from bilens.draw.plots import heatmap
-
     data, config = data_and_config(settings)
     seeds, all_sizes = (2, (16, 24, 32)) if settings.reduced else (3, (32, 64, 128, 256))
     models = trained_by_size(data, config, all_sizes, seeds)
@@ -115,7 +111,7 @@ def sizes(settings: Settings) -> Made:
         f"20B: eigenvectors of equal rank, models of every size with those of {middle} hidden units": _cosines(
             alike, names, middle
         ),
-        "20C: the leading eigenvectors of every class, sizes with sizes": heatmap(
+        "20C: the leading eigenvectors of every class, sizes with sizes": plots.heatmap(
             top, names, names, row_title="hidden units", col_title="hidden units", scale=1.0
         ),
     }
@@ -155,19 +151,15 @@ def _row(alike: FeatureSimilarity, a: str, b: str) -> int:
     return known.index(a if a == b else f"{a} ~ {b}" if f"{a} ~ {b}" in known else f"{b} ~ {a}")
 
 
-def _cosines(alike: FeatureSimilarity, sizes: Sequence[str], other: str | None = None) -> "go.Figure":
+def _cosines(alike: FeatureSimilarity, sizes: Sequence[str], other: str | None = None) -> go.Figure:
     """|Cosine| against rank: of every size with itself, or with another."""
-    from bilens.draw.plots import line
-
     curves = {size: alike.same_rank[_row(alike, size, other or size)] for size in sizes}
     ranks = list(range(alike.same_rank.shape[1]))
-    return line(ranks, curves, x_title="rank of the eigenvector", y_title="mean |cosine|, equal rank")
+    return plots.line(ranks, curves, x_title="rank of the eigenvector", y_title="mean |cosine|, equal rank")
 
 
-def _against_kept(curves: Mapping[str, Float[Tensor, "kept"]], y_title: str) -> "go.Figure":
+def _against_kept(curves: Mapping[str, Float[Tensor, "kept"]], y_title: str) -> go.Figure:
     """Curves over the eigenvectors kept; a narrow model's goes on level where it has no more."""
-    from bilens.draw.plots import line
-
     longest = max(map(len, curves.values()))
     padded = {name: torch.cat([curve, curve[-1:].expand(longest - len(curve))]) for name, curve in curves.items()}
-    return line(list(range(longest)), padded, x_title="eigenvectors kept of every class", y_title=y_title)
+    return plots.line(list(range(longest)), padded, x_title="eigenvectors kept of every class", y_title=y_title)

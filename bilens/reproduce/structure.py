@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from bilens.draw import plots
 from bilens.reproduce.image_runs import ran_on, trained
 from bilens.reproduce.reproduction import NOT_IN_PAPER, Made, Settings
 from bilens.vision import class_hosvd, shared_neurons, top_down, train_classifier
@@ -9,8 +10,6 @@ from bilens.vision import class_hosvd, shared_neurons, top_down, train_classifie
 
 def structure(settings: Settings) -> Made:
     """Figures 17 and 18."""
-    from bilens.draw.plots import heatmap, line
-
     data, model, config = trained(settings)
     hosvd = class_hosvd(model)
     share = hosvd.output_values**2 / (hosvd.output_values**2).sum()
@@ -40,10 +39,10 @@ def structure(settings: Settings) -> Made:
     order = list(range(1, len(share) + 1))
     figures = {
         "17, 18: output directions by importance, each with its leading eigenfeatures": hosvd.plot_outputs(),
-        "17, 18: singular values": line(
+        "17, 18: singular values": plots.line(
             order, {"": hosvd.output_values}, x_title="output direction", y_title="singular value"
         ),
-        "17, 18: what every output direction contributes to the classes": heatmap(
+        "17, 18: what every output direction contributes to the classes": plots.heatmap(
             hosvd.output_directions, names, list(data.class_names), row_title="output direction", col_title="class"
         ),
         "Input directions by importance (not in the paper)": hosvd.plot(),

@@ -15,21 +15,20 @@ Source: Pearce et al. 2025, section 3 (interaction matrices); the gates as quadr
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bilens._core.checks import check_rates, check_sizes
 from bilens._core.display import Tabular
+from bilens.draw.toys import matrix_grid
 from bilens.errors import ArgumentError, nearest
 from bilens.layer.bilinear import BilinearLayer, constant_term, interaction_matrix, linear_term
 from bilens.toy.layer import ToyLayer, optimise
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 # The constant, the coefficient of each bit, and that of their product.
 GATES: dict[str, tuple[float, float, float]] = {
@@ -135,10 +134,8 @@ class BooleanRecovery(Tabular):
         """`xor(x0, x1)`, ..."""
         return [f"{gate}(x{i}, x{j})" for gate, i, j in self.tasks]
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per output: `output, accuracy, rms_error, max_deviation`."""
-        import pandas as pd
-
         return pd.DataFrame(
             {
                 "output": self.names,
@@ -148,10 +145,8 @@ class BooleanRecovery(Tabular):
             }
         )
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Heat maps of every output: as trained, in the unique form, and the closed one."""
-        from bilens.draw.toys import matrix_grid
-
         axis = [f"x{i}" for i in range(self.closed.shape[-1] - 1)] + ["1"]
         rows = list(zip(self.as_trained, self.learned, self.closed, strict=True))
         columns = ["as trained", "diagonal moved", "closed form"]

@@ -17,8 +17,9 @@ Source: the waves are Nanda et al. 2023 (arXiv 2301.05217) and, for a quadratic 
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -26,15 +27,13 @@ from torch import Tensor
 
 from bilens._core.checks import check_amounts, check_index, check_rates, check_sizes
 from bilens._core.display import Tabular
+from bilens.draw import plots
+from bilens.draw.toys import curve_grid
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.toy.layer import ToyLayer, optimise
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 LOG_EVERY = 20
 
@@ -102,19 +101,15 @@ class ModularAddition(Tabular):
         """The first `k` eigenvectors of every class, and the waves in them."""
         return fourier_structure(self.layer.weights(), k)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per point of the curve: `step, train_loss, train_accuracy, test_accuracy`."""
-        import pandas as pd
-
         names = ("train_loss", "train_accuracy", "test_accuracy")
         return pd.DataFrame({"step": self.steps} | {name: getattr(self, name) for name in names})
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Accuracy on the pairs trained on, and on the others, against steps."""
-        from bilens.draw.plots import line
-
         curves = {"pairs trained on": self.train_accuracy, "other pairs": self.test_accuracy}
-        return line(self.steps, curves, f"a + b mod {self.config.p}", x_title="step", y_title="accuracy")
+        return plots.line(self.steps, curves, f"a + b mod {self.config.p}", x_title="step", y_title="accuracy")
 
     def __str__(self) -> str:
         cfg = self.config
@@ -163,10 +158,8 @@ class FourierStructure(Tabular):
         weights = self.circuits.values**2
         return (self.power.sum(-2) * weights[..., None]).sum((0, 1)) / weights.sum()
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per eigenvector: `class, rank, eigenvalue, frequency, share, in_a` (of its square in the a-half)."""
-        import pandas as pd
-
         n, k = self.shares.shape
         return pd.DataFrame(
             {
@@ -179,14 +172,12 @@ class FourierStructure(Tabular):
             }
         )
 
-    def plot(self, which: int = 0, k: int = 4) -> "go.Figure":
+    def plot(self, which: int = 0, k: int = 4) -> go.Figure:
         """The first `k` eigenvectors of one class, half by half.
 
         Raises:
             OutOfRangeError: no such class, or `k` below 1.
         """
-        from bilens.draw.toys import curve_grid
-
         if k < 1:
             raise OutOfRangeError(f"k is {k}, expected at least 1.")
         row = self._class(which)
@@ -200,12 +191,10 @@ class FourierStructure(Tabular):
         ]
         return curve_grid(curves, titles, f"eigenvectors of class {row}", x_title="number")
 
-    def plot_power(self, which: int | None = None) -> "go.Figure":
+    def plot_power(self, which: int | None = None) -> go.Figure:
         """The power of every eigenvector of one class by frequency; without a class, that of all of them together."""
-        from bilens.draw.plots import bars, heatmap
-
         if which is None:
-            return bars(
+            return plots.bars(
                 [f"frequency {f}" for f in range(len(self.spectrum))],
                 self.spectrum,
                 "where the squared eigenvalues of all classes lie",
@@ -213,7 +202,7 @@ class FourierStructure(Tabular):
             )
         row = self._class(which)
         labels = [f"{rank}: {value:+.3g}" for rank, value in enumerate(self.circuits.values[row].tolist())]
-        return heatmap(
+        return plots.heatmap(
             self.power[row].sum(-2),
             labels,
             title=f"power of the eigenvectors of class {row}",
@@ -221,12 +210,10 @@ class FourierStructure(Tabular):
             col_title="frequency",
         )
 
-    def plot_spectrum(self, which: int = 0) -> "go.Figure":
+    def plot_spectrum(self, which: int = 0) -> go.Figure:
         """Eigenvalues of one class."""
-        from bilens.draw.plots import spectrum
-
         row = self._class(which)
-        return spectrum(self.circuits.values[row], f"eigenvalues of class {row}")
+        return plots.spectrum(self.circuits.values[row], f"eigenvalues of class {row}")
 
     def _class(self, which: int) -> int:
         return check_index(which, self.p, "class {} is outside the {} classes")

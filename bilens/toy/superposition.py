@@ -19,8 +19,10 @@ layer in place of the ReLU.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -28,13 +30,11 @@ from tqdm.auto import tqdm
 
 from bilens._core.checks import check_index, check_rates, check_sizes
 from bilens._core.display import Tabular
+from bilens.draw import plots
+from bilens.draw.toys import matrix_grid
 from bilens.errors import ArgumentError, nearest
 from bilens.layer.bilinear import in_basis, interaction_matrix
 from bilens.toy.layer import ToyLayer, optimise
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 Target = Literal["squares", "products"]
 N_JUDGED = 20_000  # samples on which a model is judged
@@ -144,22 +144,18 @@ class SuperposedModel(Tabular):
             wrong[output, i, j] = wrong[output, j, i] = 0
         return wrong
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per output: `output, on_target, alone, together`."""
-        import pandas as pd
-
         names = [f"f{i} f{j}" for i, j in self.pairs]
         columns = {name: getattr(self, name).tolist() for name in ("on_target", "alone", "together")}
         return pd.DataFrame({"output": names} | columns)
 
-    def plot(self, output: int = 0) -> "go.Figure":
+    def plot(self, output: int = 0) -> go.Figure:
         """The geometry of the features (Gram matrix), and the interactions of one output.
 
         Raises:
             OutOfRangeError: no such output.
         """
-        from bilens.draw.toys import matrix_grid
-
         output = check_index(output, len(self.pairs), "output {} is outside the {} outputs")
         i, j = self.pairs[output]
         names = [f"f{k}" for k in range(len(self.directions))]
@@ -185,11 +181,9 @@ class Superposition(Tabular):
     def __getitem__(self, index: int) -> SuperposedModel:
         return self.models[index]
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per sparsity: `sparsity, explained`, how many features have a direction (half the longest's squared
         length or more), and means over outputs of `on_target, alone, together` (see `SuperposedModel`)."""
-        import pandas as pd
-
         return pd.DataFrame(
             [
                 {
@@ -204,10 +198,8 @@ class Superposition(Tabular):
             ]
         )
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Interference and explained variance against how often a feature is active."""
-        from bilens.draw.plots import line
-
         frame = self.to_frame()
         curves = {
             "explained variance": frame["explained"],
@@ -215,12 +207,10 @@ class Superposition(Tabular):
             "interference of two together": frame["together"],
         }
         title = f"{self.config.n_features} features in {self.config.d_model} dimensions"
-        return line(frame["sparsity"], curves, title, x_title="sparsity", y_title="coefficient, or share")
+        return plots.line(frame["sparsity"], curves, title, x_title="sparsity", y_title="coefficient, or share")
 
-    def plot_geometry(self) -> "go.Figure":
+    def plot_geometry(self) -> go.Figure:
         """Gram matrices of the feature directions, a row of them."""
-        from bilens.draw.toys import matrix_grid
-
         names = [f"f{k}" for k in range(self.config.n_features)]
         columns = [f"sparsity {model.sparsity:g}" for model in self.models]
         return matrix_grid(

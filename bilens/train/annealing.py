@@ -20,8 +20,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, to_path
 from bilens._core.fingerprint import model_fingerprint
 from bilens._core.folders import alone_in, claim, digest_of, finish
+from bilens.draw import plots
 from bilens.errors import ArgumentError, NotBilinearError, TrainingError
 from bilens.model.config import config_from_published, config_to_published
 from bilens.model.files import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE
@@ -39,10 +42,6 @@ from bilens.model.loading import load_model
 from bilens.model.transformer import ACTIVATIONS, MLP, HookedBilinearTransformer, RMSNorm
 from bilens.train.data import Texts, TokenizedTexts, pack, training_and_validation
 from bilens.train.language_model import CHECKPOINT_FILE, WORK_FILES, TrainConfig, TrainingRun, Validation, validate
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 RECORD_FILE = "annealing.json"
 N_FIT_BATCHES = 4
@@ -142,22 +141,18 @@ class AnnealingResult(Tabular):
         found = {"before": self.before, "replaced at once": self.at_once, "annealed": self.after}
         return found | ({} if self.scratch is None else {"from scratch": self.scratch})
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per loss to compare: `stage, step, nats_per_token, nats_per_character`."""
-        import pandas as pd
-
         return pd.DataFrame([{"stage": name} | asdict(validation) for name, validation in self.stages.items()])
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The loss while annealing, between those before and after."""
-        from bilens.draw.plots import line
-
         steps = [self.before.step, *(v.step for v in self.validations)]
         losses = [self.before.nats_per_token, *(v.nats_per_token for v in self.validations)]
         curves = {"annealing": losses, "before": [losses[0]] * len(steps)}
         if self.scratch is not None:
             curves["from scratch"] = [self.scratch.nats_per_token] * len(steps)
-        return line(steps, curves, "annealing", x_title="step", y_title="nats per token")
+        return plots.line(steps, curves, "annealing", x_title="step", y_title="nats per token")
 
     def __str__(self) -> str:
         width = max(map(len, self.stages))

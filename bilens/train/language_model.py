@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -154,8 +155,6 @@ class TrainingResult(Tabular):
 
     def to_frame(self) -> Any:
         """One row per validation."""
-        import pandas as pd
-
         return pd.DataFrame([asdict(v) for v in self.validations])
 
     def __str__(self) -> str:

@@ -23,8 +23,10 @@ Source: Pearce et al. 2025, sections 3 and 4.1.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeAlias
+from typing import Literal, SupportsIndex, TypeAlias
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,16 +34,13 @@ from torch import Tensor
 from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
+from bilens.draw.images import image_grid, spectrum_with_images
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.pairs import signed, sorted_eigenpairs
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.model import BilinearClassifier, with_one
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 Space = Literal["embedding", "pixels"]
 Class: TypeAlias = SupportsIndex | str
@@ -104,14 +103,12 @@ class Eigenfeatures(Tabular):
         """The first `k` eigenfeatures of one output with positive (`sign` 1) or negative (-1) eigenvalues."""
         return torch.nonzero(self.values[row] * sign > 0)[:k, 0].tolist()
 
-    def to_frame(self, top: int | None = 10) -> "pd.DataFrame":
+    def to_frame(self, top: int | None = 10) -> pd.DataFrame:
         """One row per eigenfeature: `output, rank, eigenvalue, offset, share` (of the squared eigenvalues found).
 
         Args:
             top: the number of rows for every output; `None` gives all.
         """
-        import pandas as pd
-
         share = self.values**2 / (self.values**2).sum(-1, keepdim=True).clamp_min(1e-300)
         kept = self.values[:, :top].shape[1]
         return pd.DataFrame(
@@ -124,7 +121,7 @@ class Eigenfeatures(Tabular):
             }
         )
 
-    def plot(self, positive: int = 3, negative: int = 2) -> "go.Figure":
+    def plot(self, positive: int = 3, negative: int = 2) -> go.Figure:
         """The first positive and negative eigenfeatures of every output as images, eigenvalues over them.
 
         Args:
@@ -133,8 +130,6 @@ class Eigenfeatures(Tabular):
         Raises:
             ArgumentError: a deeper model; see `images`.
         """
-        from bilens.draw.images import image_grid
-
         images = self.images
         grid, titles = [], []
         for row in range(len(self.labels)):
@@ -146,7 +141,7 @@ class Eigenfeatures(Tabular):
             titles.append(["" if rank is None else f"λ = {self.values[row, rank]:+.3g}" for rank in chosen])
         return image_grid(grid, titles, row_labels=self.labels, title=self._title())
 
-    def plot_spectrum(self, output: Class | None = None, top: int = 3) -> "go.Figure":
+    def plot_spectrum(self, output: Class | None = None, top: int = 3) -> go.Figure:
         """All eigenvalues of one output from the most positive to the most negative, and its first eigenfeatures.
 
         Args:
@@ -156,8 +151,6 @@ class Eigenfeatures(Tabular):
         Raises:
             ArgumentError: not one of the labels.
         """
-        from bilens.draw.images import spectrum_with_images
-
         row = 0 if output is None else self.row(output)
         shown = [] if self.pictures is None else [self.signed_ranks(row, sign, top) for sign in (1, -1)]
         return spectrum_with_images(

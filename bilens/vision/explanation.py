@@ -9,8 +9,9 @@ Source: Pearce et al. 2025, section 4.1 and appendix C.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
+from bilens.draw.images import explanation_figure
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.vision.eigenfeatures import (
     Class,
@@ -29,10 +31,6 @@ from bilens.vision.eigenfeatures import (
     is_quadratic,
 )
 from bilens.vision.model import BilinearClassifier
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,8 @@ class Explanation(Tabular):
     others: list[float]
     features: Eigenfeatures = field(repr=False)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per part: `class, part, eigenvalue, activation`; the rows of one class add up to its logit."""
-        import pandas as pd
-
         rows = []
         for row, label in enumerate(self.features.labels):
             for rank, activation in zip(self.ranks[row], self.activations[row], strict=True):
@@ -71,14 +67,12 @@ class Explanation(Tabular):
             rows.append({"class": label, "part": f"all {self._n_others(row)} others", "activation": self.others[row]})
         return pd.DataFrame(rows, columns=["class", "part", "eigenvalue", "activation"])
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The image and its logits; below, of every class explained, its parts as bars and its eigenfeatures as images.
 
         An eigenfeature is shown with the sign in which it goes along with the image: blue where it wants brightness.
         A deeper model's eigenfeatures are no images: bars only.
         """
-        from bilens.draw.images import explanation_figure
-
         cfg, pictures = self.features.model.cfg, self.features.pictures
         images: list[list[Tensor]] = []
         for row, ranks in enumerate(self.ranks):

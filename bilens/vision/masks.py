@@ -23,8 +23,9 @@ overlap, so that an image along one activates others; a row m_i of the pseudo-in
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -33,16 +34,14 @@ from tqdm.auto import tqdm
 
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
+from bilens.draw import plots
+from bilens.draw.images import image_grid
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import interaction_matrix
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.vision.eigenfeatures import Class, as_images, class_directions, class_index, last_layer
 from bilens.vision.model import BilinearClassifier, with_one
 from bilens.vision.truncation import checked_labels
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,14 @@ class Mask(Tabular):
             row[places] = self.pixels[places[torch.randperm(len(places), generator=generator)]]
         return random
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row: `mask, gain, pixels` (those that are not zero)`, allowed`."""
-        import pandas as pd
-
         used = int((self.pixels != 0).sum())
         columns = {"mask": self.name, "gain": self.gain, "pixels": used, "allowed": int(self.allowed.sum())}
         return pd.DataFrame([columns])
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The mask as an image."""
-        from bilens.draw.images import image_grid
-
         return image_grid([[as_images(self.pixels, self.model.cfg)]], [[f"gain {self.gain:.3g}"]], title=self.name)
 
     def __str__(self) -> str:
@@ -122,11 +117,9 @@ class MaskStudy(Tabular):
     mean_norm: float
     example: Float[Tensor, "mask d_input"] = field(repr=False)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per mask and strength: `mask, strength, images, accuracy, random_accuracy, lowest_random, hits,
         random_hits` (random ones: the mean, and the lowest accuracy of any)."""
-        import pandas as pd
-
         n = len(self.strengths)
         return pd.DataFrame(
             {
@@ -141,14 +134,12 @@ class MaskStudy(Tabular):
             }
         )
 
-    def by_strength(self) -> "pd.DataFrame":
+    def by_strength(self) -> pd.DataFrame:
         """The means over masks: one row per strength."""
         return self.to_frame().drop(columns=["mask", "images"]).groupby("strength", as_index=False).mean()
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Accuracy and hits against strength, of masks and of random ones; means over masks."""
-        from bilens.draw.plots import line
-
         frame = self.by_strength()
         curves = {
             "accuracy, eigenvector mask": frame["accuracy"],
@@ -158,16 +149,14 @@ class MaskStudy(Tabular):
         }
         title = "masks from the weights" if len(self.masks) > 1 else f"mask {self.masks[0].name}"
         x_title = f"length of the mask (the mean image has {self.mean_norm:.3g})"
-        return line(frame["strength"], curves, title, x_title=x_title, y_title="share of images attacked")
+        return plots.line(frame["strength"], curves, title, x_title=x_title, y_title="share of images attacked")
 
-    def plot_masks(self, strength: float | None = None) -> "go.Figure":
+    def plot_masks(self, strength: float | None = None) -> go.Figure:
         """Every mask, an image, and the sum of both.
 
         Args:
             strength: the mask's strength in the sum; by default the middle one of those studied.
         """
-        from bilens.draw.images import image_grid
-
         strength = self.strengths[len(self.strengths) // 2] if strength is None else strength
         grid, titles, cfg = [], [], self.masks[0].model.cfg
         for mask, image in zip(self.masks, self.example.double(), strict=True):

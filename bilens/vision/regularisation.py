@@ -7,21 +7,20 @@ Source: Pearce et al. 2025, section 4.1 (Gaussian noise on the pixels) and appen
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
+from bilens.draw.images import image_grid
 from bilens.errors import ArgumentError, nearest
 from bilens.vision.data import ImageDataset, load_images
 from bilens.vision.eigenfeatures import Class, Eigenfeatures, Space, class_index, eigenfeatures
 from bilens.vision.model import BilinearClassifier
 from bilens.vision.training import ImageTrainConfig, TrainedClassifier, train_classifier
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,9 @@ class RegularisationStudy(Tabular):
         """The eigenfeatures of one class, of every model."""
         return [eigenfeatures(model, [which], space=self.space) for model in self.models]
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per model: the argument varied, `train_accuracy, test_accuracy, top_10_share` (of the first ten
         eigenfeatures of a class in the squared eigenvalues, the mean over classes)."""
-        import pandas as pd
-
         shares = []
         for model in self.models:
             squares = eigenfeatures(model, space=self.space).values ** 2
@@ -69,7 +66,7 @@ class RegularisationStudy(Tabular):
             }
         )
 
-    def plot(self, which: Class = 0, positive: int = 4, negative: int = 2) -> "go.Figure":
+    def plot(self, which: Class = 0, positive: int = 4, negative: int = 2) -> go.Figure:
         """A row of eigenfeatures of one class for every model.
 
         Args:
@@ -79,8 +76,6 @@ class RegularisationStudy(Tabular):
         Raises:
             ArgumentError: no such class, or models of several layers.
         """
-        from bilens.draw.images import image_grid
-
         grid, titles, rows = [], [], []
         for setting, run, found in zip(self.settings, self.runs, self.features(which), strict=True):
             ranks = [*found.signed_ranks(0, 1, positive), *found.signed_ranks(0, -1, negative)]

@@ -14,8 +14,10 @@ Source: Pearce et al. 2025, section 4.2, figures 5A and 20 (there by equal rank)
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -23,13 +25,10 @@ from torch import Tensor
 
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
+from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.vision.eigenfeatures import Eigenfeatures, Space, eigenfeatures
 from bilens.vision.model import BilinearClassifier
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 ZERO = 1e-9  # of the largest eigenvalue: smaller ones have no eigenvector to compare
 
@@ -51,10 +50,8 @@ class FeatureSimilarity(Tabular):
     same_rank: Float[Tensor, "comparison rank"]
     other_class: Float[Tensor, "comparison rank"]
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per comparison and rank: `comparison, pairs, rank, best, same_rank, other_class`."""
-        import pandas as pd
-
         k = self.best.shape[1]
         return pd.DataFrame(
             {
@@ -67,20 +64,18 @@ class FeatureSimilarity(Tabular):
             }
         )
 
-    def plot(self, measure: Literal["same_rank", "best"] = "same_rank") -> "go.Figure":
+    def plot(self, measure: Literal["same_rank", "best"] = "same_rank") -> go.Figure:
         """Mean cosine against rank, and the best with other classes (the mean over comparisons).
 
         Args:
             measure: With the eigenfeature of the same rank, as the paper has it, or with the most alike one.
         """
-        from bilens.draw.plots import GREY, line
-
         others = "best with other classes"
         curves = dict(zip(self.comparisons, getattr(self, measure), strict=True)) | {others: self.other_class.mean(0)}
         ranks = list(range(self.best.shape[1]))
         y_title = f"mean |cosine|, {'equal rank' if measure == 'same_rank' else 'best match'}"
-        figure = line(ranks, curves, "similarity of eigenfeatures", x_title="rank", y_title=y_title)
-        return figure.update_traces(line={"color": GREY, "dash": "dot"}, selector={"name": others})
+        figure = plots.line(ranks, curves, "similarity of eigenfeatures", x_title="rank", y_title=y_title)
+        return figure.update_traces(line={"color": plots.GREY, "dash": "dot"}, selector={"name": others})
 
     def __str__(self) -> str:
         return self.to_frame().to_string(index=False, float_format="{:.3f}".format)

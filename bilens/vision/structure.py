@@ -14,14 +14,17 @@ appendix D for the output mode of the HOSVD, there in the embedding; the input m
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
+from bilens.draw import plots
+from bilens.draw.images import image_grid
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 from bilens.layer.cp import CPDecomposition, cp_decompose, largest_units
@@ -37,10 +40,6 @@ from bilens.vision.eigenfeatures import (
 )
 from bilens.vision.model import BilinearClassifier
 from bilens.vision.truncation import BATCH, checked_labels
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class ClassHOSVD(Tabular):
         images: Float[Tensor, "batch *image"],
         labels: Int[Tensor, "batch"],
         kept: Sequence[int] = (1, 2, 5, 10, 20, 30, 50, 100),
-    ) -> "pd.DataFrame":
+    ) -> pd.DataFrame:
         """Of the classifier that reads only the first input directions: `kept, share` (of the squared norm they hold),
         `accuracy`.
 
@@ -87,8 +86,6 @@ class ClassHOSVD(Tabular):
             ArgumentError: no images, labels outside the model's classes, or images of another size.
             OutOfRangeError: a number below 1.
         """
-        import pandas as pd
-
         if min(kept) < 1:
             raise OutOfRangeError(f"kept is {list(kept)}, expected numbers of 1 or more.")
         labels = checked_labels(self.model, images, labels)
@@ -102,15 +99,13 @@ class ClassHOSVD(Tabular):
             rows.append({"kept": n, "share": share[n - 1].item(), "accuracy": right.double().mean().item()})
         return pd.DataFrame(rows)
 
-    def to_frame(self, top: int = 20) -> "pd.DataFrame":
+    def to_frame(self, top: int = 20) -> pd.DataFrame:
         """One row per direction of either mode: `mode, rank, singular_value, share, cumulative, like` (of output
         directions, the classes with the largest weights).
 
         Args:
             top: directions of each mode.
         """
-        import pandas as pd
-
         frames = []
         for mode, values in (("output", self.output_values), ("input", self.input_values)):
             share = values**2 / (values**2).sum()
@@ -120,14 +115,12 @@ class ClassHOSVD(Tabular):
             frames.append(pd.DataFrame({"mode": mode, "rank": range(n), **columns, "like": like}))
         return pd.concat(frames, ignore_index=True)
 
-    def plot(self, top: int = 20) -> "go.Figure":
+    def plot(self, top: int = 20) -> go.Figure:
         """The first input directions as images, with the share of the squared norm that each holds.
 
         Args:
             top: the number of rows shown.
         """
-        from bilens.draw.images import image_grid
-
         share = self.input_values**2 / (self.input_values**2).sum()
         n = min(top, len(share))
         pieces = [list(range(start, min(start + 10, n))) for start in range(0, n, 10)]
@@ -135,14 +128,12 @@ class ClassHOSVD(Tabular):
         titles = [[f"{rank}: {share[rank]:.1%}" for rank in piece] for piece in pieces]
         return image_grid(grid, titles, title="HOSVD: directions that all classes share, by importance")
 
-    def plot_outputs(self, positive: int = 3, negative: int = 2) -> "go.Figure":
+    def plot_outputs(self, positive: int = 3, negative: int = 2) -> go.Figure:
         """Every output direction, named by its classes, with its leading eigenfeatures over the pixels.
 
         Args:
             positive, negative: the numbers of positive and negative ones shown.
         """
-        from bilens.draw.images import image_grid
-
         values, vectors = sorted_eigenpairs(interaction_matrix(self.layer, self.output_directions))
         pictures = as_images(vectors[..., : self.model.cfg.d_input], self.model.cfg)
         share = self.output_values**2 / (self.output_values**2).sum()
@@ -201,10 +192,8 @@ class SharedNeurons(Tabular):
     space: Space
     model: BilinearClassifier = field(repr=False)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per rank: `rank, accuracy, pruned_accuracy, cosine, pruned_cosine, cancellation, converged`."""
-        import pandas as pd
-
         return pd.DataFrame(
             {
                 "rank": [fit.rank for fit in self.fits],
@@ -217,10 +206,8 @@ class SharedNeurons(Tabular):
             }
         )
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Accuracy against hidden units: fitted, the largest kept, and the whole model."""
-        from bilens.draw.plots import line
-
         curves = {
             "fitted": self.accuracy,
             "largest units kept": self.pruned_accuracy,
@@ -228,9 +215,9 @@ class SharedNeurons(Tabular):
         }
         title = f"shared neurons, fitted over the {self.space}"
         ranks = [fit.rank for fit in self.fits]
-        return line(ranks, curves, title, x_title="hidden units", y_title="accuracy")
+        return plots.line(ranks, curves, title, x_title="hidden units", y_title="accuracy")
 
-    def plot_neurons(self, rank: int | None = None, top: int = 8) -> "go.Figure":
+    def plot_neurons(self, rank: int | None = None, top: int = 8) -> go.Figure:
         """The largest hidden units of one fit: both branches as images, and the classes they write to most.
 
         Args:
@@ -240,8 +227,6 @@ class SharedNeurons(Tabular):
         Raises:
             ArgumentError: no fit of that rank, or a deeper model, whose last layer does not read pixels.
         """
-        from bilens.draw.images import image_grid
-
         found = {fit.rank: fit for fit in self.fits}
         fit = self.fits[-1] if rank is None else found.get(rank)
         if fit is None:

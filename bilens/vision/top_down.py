@@ -15,23 +15,21 @@ and shows no deeper image model.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
+from bilens.draw.images import image_grid
 from bilens.errors import OutOfRangeError
 from bilens.layer.bilinear import interaction_matrix
 from bilens.layer.eigen.pairs import signed, sorted_eigenpairs
 from bilens.vision.eigenfeatures import Class, as_images, class_index, is_quadratic, pictures_of
 from bilens.vision.model import BilinearClassifier
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,8 @@ class TopDown(Tabular):
         zeros = pixels.new_zeros(len(pixels))
         return torch.stack([sum((branch.activation(pixels) for branch in tree), zeros) for tree in self.trees], 1)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per branch: `class, layer, path, eigenvalue, share` (of the squared eigenvalues of all siblings)."""
-        import pandas as pd
-
         rows: list[dict[str, object]] = []
 
         def visit(label: str, branch: Branch, path: tuple[int, ...]) -> None:
@@ -106,10 +102,8 @@ class TopDown(Tabular):
                 visit(label, branch, ())
         return pd.DataFrame(rows)
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The pictures of the first layer, a row for every branch above them; rows name the eigenvalues on the way."""
-        from bilens.draw.images import image_grid
-
         grid, titles, names = [], [], []
 
         def visit(name: str, branches: tuple[Branch, ...]) -> None:

@@ -15,8 +15,10 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,7 @@ from bilens._core.display import Tabular
 from bilens._core.files import destination_folder
 from bilens._core.fingerprint import fingerprint
 from bilens._core.folders import alone_in, claim, finish
+from bilens.draw import plots
 from bilens.errors import ArgumentError, TrainingError
 from bilens.model.files import CONFIG_FILE, WEIGHTS_FILE, resolve_device
 from bilens.vision.augmentation import augmentation
@@ -35,10 +38,6 @@ from bilens.vision.data import ImageDataset, load_images
 from bilens.vision.model import BilinearClassifier
 
 RECORD_FILE = "training.json"
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -119,19 +118,15 @@ class TrainedClassifier(Tabular):
         """After the last epoch."""
         return self.epochs[-1].test_accuracy
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per epoch: `epoch, loss, train_accuracy, test_accuracy`."""
-        import pandas as pd
-
         return pd.DataFrame([asdict(epoch) for epoch in self.epochs])
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Accuracy against epochs."""
-        from bilens.draw.plots import line
-
         frame = self.to_frame()
         curves = {"test": frame["test_accuracy"], "training, augmented": frame["train_accuracy"]}
-        return line(frame["epoch"], curves, "training", x_title="epoch", y_title="accuracy")
+        return plots.line(frame["epoch"], curves, "training", x_title="epoch", y_title="accuracy")
 
     def __str__(self) -> str:
         cfg = self.model.cfg

@@ -8,21 +8,19 @@ Source: Pearce et al. 2025, section 4.2, figures 5B and 20A (there in the embedd
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
+from bilens.draw import plots
 from bilens.errors import ArgumentError
 from bilens.vision.eigenfeatures import Space, eigenfeatures, is_quadratic
 from bilens.vision.model import BilinearClassifier
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 BATCH = 256  # images whose activations of all eigenfeatures are held at once
 
@@ -51,10 +49,8 @@ class Truncation(Tabular):
         short = torch.nonzero(self.accuracy < self.accuracy[-1] - loss)
         return 0 if len(short) == 0 else int(short[-1]) + 1
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per number kept: `kept, accuracy, mean_over_classes, worst_class, agreement`."""
-        import pandas as pd
-
         known = self.by_class[:, ~self.by_class.isnan().any(0)]
         return pd.DataFrame(
             {
@@ -66,10 +62,8 @@ class Truncation(Tabular):
             }
         )
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """Accuracy, that of the worst class, and agreement with the whole model, against the number kept."""
-        from bilens.draw.plots import line
-
         frame = self.to_frame().iloc[1:]
         curves = {
             "accuracy": frame["accuracy"],
@@ -77,7 +71,7 @@ class Truncation(Tabular):
             "agreement with the whole model": frame["agreement"],
         }
         title, x_title = f"truncation, over the {self.space}", "eigenfeatures kept of every class, by |eigenvalue|"
-        return line(frame["kept"], curves, title, x_title=x_title, y_title="share of images", log_x=True)
+        return plots.line(frame["kept"], curves, title, x_title=x_title, y_title="share of images", log_x=True)
 
     def __str__(self) -> str:
         frame, last = self.to_frame(), len(self.accuracy) - 1

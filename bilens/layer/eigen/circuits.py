@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.checks import name_of
 from bilens._core.display import Tabular
+from bilens.draw import plots
 from bilens.errors import MissingSAEError
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,9 @@ class Eigencircuits(Tabular):
             raise MissingSAEError("reading eigenvectors in input features needs an input_sae; the Decomposer has none.")
         return self.vectors @ torch.nn.functional.normalize(self.decoder, dim=-1).T
 
-    def in_features(self, top: int = 8) -> "pd.DataFrame":
+    def in_features(self, top: int = 8) -> pd.DataFrame:
         """The `top` input features of each eigenvector by absolute cosine, with columns
         `output, rank, eigenvalue, i, name, cosine`."""
-        import pandas as pd
-
         cosines = self.cosines().reshape(-1, self.values.shape[-1], self.decoder.shape[0])  # type: ignore[union-attr]
         values = self.values.reshape(-1, self.values.shape[-1])
         chosen = cosines.abs().topk(min(top, cosines.shape[-1]), dim=-1).indices
@@ -88,10 +84,8 @@ class Eigencircuits(Tabular):
         """The first `k` eigenpairs for every output."""
         return replace(self, values=self.values[..., :k], vectors=self.vectors[..., :k, :])
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per eigenpair: `output, rank, eigenvalue, share` (of the squared Frobenius norm of the matrix)."""
-        import pandas as pd
-
         values = self.values.reshape(-1, self.values.shape[-1])
         share = self.shares.reshape(values.shape)
         return pd.DataFrame(
@@ -102,11 +96,9 @@ class Eigencircuits(Tabular):
             ]
         )
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """The spectrum. If there are several outputs, it is that of the first."""
-        from bilens.draw.plots import spectrum
-
-        return spectrum(self.values.reshape(-1, self.values.shape[-1])[0].tolist())
+        return plots.spectrum(self.values.reshape(-1, self.values.shape[-1])[0].tolist())
 
     def __str__(self) -> str:
         return f"Eigencircuits({tuple(self.values.shape)})\n{self.to_frame().head(10).to_string(index=False)}"

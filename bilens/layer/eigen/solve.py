@@ -17,14 +17,17 @@ products of the hidden units' interaction matrices (`inner`).
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.display import Tabular
+from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError, nearest
 from bilens.layer import inner
 from bilens.layer.bilinear import BilinearLayer, hidden_coefficients, search_dtype
@@ -32,10 +35,6 @@ from bilens.layer.eigen.blocks import OutputTensor, block_size, leading_eigenpai
 from bilens.layer.eigen.lanczos import leading_eigenpairs
 from bilens.layer.eigen.pairs import ROUNDINGS, Order, check_pairs, signed, sorted_eigenpairs
 from bilens.layer.eigen.refine import InteractionOperator, Leading, Wanted
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 Method = Literal["auto", "lanczos", "block", "dense"]
 STATUSES = ("bounded", "converged", "dense")
@@ -99,10 +98,8 @@ class EigenSweep(Tabular):
         parts = self.values / torch.where(self.norms > 0, self.norms, 1.0)[:, None]
         return parts.square().sum(-1)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per output: `output, eigenvalue_1, ..., eigenvalue_k, error, share, norm, trace, status, steps`."""
-        import pandas as pd
-
         columns: dict[str, list[int] | list[float] | list[str]] = {"output": list(range(len(self.values)))}
         columns |= {f"eigenvalue_{rank + 1}": self.values[:, rank].tolist() for rank in range(self.values.shape[1])}
         columns |= {
@@ -115,12 +112,10 @@ class EigenSweep(Tabular):
         }
         return pd.DataFrame(columns)
 
-    def plot(self) -> "go.Figure":
+    def plot(self) -> go.Figure:
         """How much of their interaction matrices the pairs found are, over all outputs."""
-        from bilens.draw.plots import histogram
-
         k = self.values.shape[1]
-        return histogram(self.shares.tolist(), x_title=f"share of {k} eigenpairs in the squared norm")
+        return plots.histogram(self.shares.tolist(), x_title=f"share of {k} eigenpairs in the squared norm")
 
     def __repr__(self) -> str:
         n, k = self.values.shape

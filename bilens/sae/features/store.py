@@ -16,10 +16,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from sae_lens import SAE
 
@@ -46,9 +47,6 @@ from bilens.sae.features.files import (
 )
 from bilens.sae.features.statistics import OVERSAMPLED, FeatureStatistics, Window, histogram_edges
 from bilens.sae.train.evaluation import DENSE
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MANIFEST_FILE, VOCABULARY_FILE = "manifest.json", "vocabulary.json"
 CHECKPOINT_FOLDER, PLAN_FILE = "checkpoint", "plan.json"
@@ -309,10 +307,8 @@ class FeatureRecord(Tabular):
         words = _naming([(t.token, t.share) for t in self.tokens])
         return FeatureSummary(self.feature, self.frequency, words, self.top)
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per context: the strongest (band `top`), then the random ones of each band."""
-        import pandas as pd
-
         groups = {"top": self.top} | {str(i): contexts for i, contexts in enumerate(self.random)}
         columns = ["band", "activation", "quantile", "text", "position", "token", "context"]
         rows = [
@@ -418,10 +414,8 @@ class StoredFeatures(Tabular):
             for feature, row in enumerate(zip(tokens, share, strict=True))
         ]
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per feature: how often and how strongly it fires, its name, whether it is dead or dense."""
-        import pandas as pd
-
         fired, total = self._files.column("fired"), self._files.column("sum")
         frequency = fired / self.store.n_tokens
         with np.errstate(invalid="ignore"):
@@ -540,10 +534,8 @@ class FeatureStore(Tabular):
         """A short name for every feature of an SAE; see `StoredFeatures.labels`."""
         return self[name].labels()
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per feature of every SAE; see `StoredFeatures.to_frame`."""
-        import pandas as pd
-
         frames = {name: self[name].to_frame() for name in self.names}
         return pd.concat(frames, names=["sae"]).reset_index(level="sae").reset_index(drop=True)
 

@@ -8,8 +8,9 @@ large.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
@@ -24,9 +25,6 @@ from bilens.errors import ArgumentError
 from bilens.model.attached import encode, reconstruct, splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.texts import text_starts
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 DENSE = 0.1  # a feature that fires on a larger share of the tokens is dense
 
@@ -66,10 +64,8 @@ class SAEScores(Tabular):
     scores: tuple[SAEScore, ...]
     n_tokens: int
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self) -> pd.DataFrame:
         """One row per SAE."""
-        import pandas as pd
-
         return pd.DataFrame([asdict(score) for score in self.scores])
 
     def __str__(self) -> str:
