@@ -15,7 +15,6 @@ from bilens.errors import ArgumentError, TokenizationError
 from bilens.model.tokenization import PaddingSide, TokenizationMixin
 
 LARGEST = 1e30  # temperature: anything above is as even
-RETURN_TYPES = ("input", "str", "tokens")
 
 
 def sample(
@@ -67,7 +66,7 @@ class TextGenerationMixin(TokenizationMixin):
         use_past_kv_cache: bool = True,
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
-        attention_mask: Int[Tensor, "*batch pos"] | None = None,
+        attention_mask: "Tensor | None" = None,  # `checked_mask` says better what is wrong with it
         return_type: Literal["input", "str", "tokens"] = "input",
         output_logits: bool = False,
         return_cache: bool = False,
@@ -109,8 +108,6 @@ class TextGenerationMixin(TokenizationMixin):
             EmptyTextError: an empty list, or an empty text without `[BOS]`.
             TokenizationError: text is given or asked for, and the model has no tokenizer.
         """
-        if return_type not in RETURN_TYPES:
-            raise ArgumentError(f"return_type {return_type!r} is not one of {', '.join(map(repr, RETURN_TYPES))}.")
         check_counts(max_new_tokens=max_new_tokens)
         if not 0 <= temperature < LARGEST or (top_k is not None and top_k < 1):
             raise ArgumentError(f"temperature {temperature} must be 0 to {LARGEST:g} and top_k {top_k} at least 1.")

@@ -239,13 +239,13 @@ def test_texts_need_a_start(text_model: HookedBilinearTransformer) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"return_type": "foo"}, "return_type 'foo' is not one of 'input', 'str', 'tokens'"),
+        ({"return_type": "foo"}, "return_type is 'foo', expected one of 'input', 'str', 'tokens'"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
         ({"stop_at_eos": True}, "needs an end token"),
         ({"attention_mask": torch.zeros(1, 4)}, "a row without a token"),
         ({"attention_mask": torch.ones(1, 3)}, r"shape \(1, 3\)"),
-        ({"temperature": float("nan")}, "must be >= 0"),
+        ({"temperature": float("nan")}, "temperature nan must be 0 to"),
     ],
 )
 def test_what_generate_refuses(kwargs: dict, message: str) -> None:
