@@ -5,16 +5,12 @@ loaded with the first name that needs them.
 """
 
 import importlib
-import logging
-import sys
 from typing import TYPE_CHECKING, Any
 
+import bilens._core.warnings_of_transformers  # noqa: F401
 from bilens._core.display import register_pages
 
 __version__ = "0.2.0"
-
-# Importing TransformerLens silences transformers' warnings; `bilens.model` puts back what was set before.
-TRANSFORMERS_LEVEL = None if "transformer_lens" in sys.modules else logging.getLogger("transformers").level
 
 if TYPE_CHECKING:
     from bilens.attribute import Circuit

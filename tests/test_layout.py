@@ -44,7 +44,8 @@ def imports() -> dict[str, set[str]]:
 
 
 def room(module: str) -> int:
-    return ROOMS.index(module.split(".")[1])
+    """The package itself, which gathers names from everywhere, stands over all rooms but the command line."""
+    return ROOMS.index("cli" if module == "bilens" else module.split(".")[1])
 
 
 def test_every_module_stands_in_a_room() -> None:
@@ -56,7 +57,7 @@ def test_imports_between_rooms_go_down_only() -> None:
         f"{module} imports {other}"
         for module, others in imports().items()
         for other in others
-        if module != "bilens" and other != "bilens" and room(other) > room(module)
+        if module != "bilens" and room(other) > room(module)
     ]
     assert not up
 

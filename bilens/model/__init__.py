@@ -6,11 +6,11 @@ import os
 import transformer_lens  # noqa: F401
 from transformers.utils.logging import log_levels
 
-from bilens import TRANSFORMERS_LEVEL
+from bilens._core.warnings_of_transformers import LEVEL_BEFORE
 
-if TRANSFORMERS_LEVEL is not None:  # 0 is that nothing was set yet, so that the default holds
+if LEVEL_BEFORE is not None:  # 0 is that nothing was set yet, so that the default holds
     default = log_levels.get(os.environ.get("TRANSFORMERS_VERBOSITY", ""), logging.WARNING)
-    logging.getLogger("transformers").setLevel(TRANSFORMERS_LEVEL or default)
+    logging.getLogger("transformers").setLevel(LEVEL_BEFORE or default)
 
 from bilens.model.config import BilinearTransformerConfig
 from bilens.model.files import list_models
