@@ -87,7 +87,8 @@ def traces(model: Any, saes: list[Any], texts: list[str]) -> None:
                 shown = circuit
         print(
             f"{length:6}  {max_nodes:9}  {took[torch.float64]:9.2f}  {took[torch.float32]:9.2f}  {len(shown.nodes):5}  "
-            f"{len(shown.edges):5}  {len(shown.hyperedges):11}  {shown.kept_share:4.0%}  {shown.relative_error:.1e}"
+            f"{len(shown.edges):5}  {len(shown.hyperedges):11}  {shown.kept_share:4.0%}  "
+            f"{shown.largest_relative_error:.1e}"
         )
 
 

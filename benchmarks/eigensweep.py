@@ -26,7 +26,7 @@ from torch import Tensor
 
 import bilens
 from bilens.layer.bilinear import BilinearLayer, hidden_coefficients
-from bilens.layer.eigen.solve import EigenSweep, top_eigenpairs
+from bilens.layer.eigen.solve import LeadingEigenpairs, top_eigenpairs
 from bilens.sae.view import SAEView
 
 ROUNDS, SAMPLE_A, SAMPLE_B = 3, 48, 2
@@ -77,11 +77,11 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ours(layer: BilinearLayer, u: Tensor) -> EigenSweep:
+def ours(layer: BilinearLayer, u: Tensor) -> LeadingEigenpairs:
     return top_eigenpairs(layer, u, progress=False)
 
 
-def compare(name: str, layer: BilinearLayer, u: Tensor) -> EigenSweep:
+def compare(name: str, layer: BilinearLayer, u: Tensor) -> LeadingEigenpairs:
     n, times = len(u), {"ours": math.inf, "a": math.inf, "b": math.inf}
     sweep = ours(layer, u)
     for _ in range(ROUNDS):
@@ -96,7 +96,7 @@ def compare(name: str, layer: BilinearLayer, u: Tensor) -> EigenSweep:
     return sweep
 
 
-def accuracy(layer: BilinearLayer, u: Tensor, sweep: EigenSweep) -> None:
+def accuracy(layer: BilinearLayer, u: Tensor, sweep: LeadingEigenpairs) -> None:
     """The largest relative error of both values; more than 1e-3 is not an error but another eigenvalue."""
     exact = dense(layer.to(torch.float64), u.double())
     exact = exact.abs().sort(dim=1, descending=True).values[:, : sweep.values.shape[1]]

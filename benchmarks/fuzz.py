@@ -39,7 +39,7 @@ import bilens
 from bilens import attribute, cli, vision
 from bilens._core.files import read_json
 from bilens.attribute import Circuit, Target
-from bilens.decompose.sweep import Sweep, sweep
+from bilens.decompose.sweep import Sweep, sweep_layers
 from bilens.errors import BilensError
 from bilens.model.config import config_from_published
 from bilens.sae.loading import load_sae_folder
@@ -100,7 +100,7 @@ class Fixtures:
         self.saes = {path.name: load_sae_folder(path) for path in sorted((root / "saes").iterdir())}
         self.decomposer = bilens.Decomposer(self.model, 1, *self.saes.values())
         self.store = bilens.build_feature_store(self.model, self.saes, TEXTS, root / "store")
-        sweep([self.decomposer], root / "sweep")
+        sweep_layers([self.decomposer], root / "sweep")
         self.frozen = attribute.freeze(self.model, TEXTS[0], self.saes)
         self.circuit = Circuit.trace(self.model, self.saes, TEXTS[0])
         self.circuit.save(root / "circuit.safetensors")
@@ -150,7 +150,7 @@ def calls(f: Fixtures) -> dict[str, tuple[Callable, dict[str, Any]]]:
         "d.attribute": (d.attribute, {"text_or_tokens": fox, "feature": 1, "position": 2}),
         "d.fidelity": (d.fidelity, {"texts": TEXTS, "k": 3}),
         "d.hosvd": (d.hosvd, {"k": 3}),
-        "sweep": (sweep, {"decomposers": [d], "out": "OUT"}),
+        "sweep_layers": (sweep_layers, {"decomposers": [d], "out": "OUT"}),
         "Sweep.load": (Sweep.load, {"folder": f.root / "sweep"}),
         "freeze": (attribute.freeze, {"model": m, "text_or_tokens": fox, "saes": f.saes}),
         "split": (attribute.split, {"frozen": f.frozen, "target": target}),

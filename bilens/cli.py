@@ -599,14 +599,15 @@ def sweep(
 
     Under torchrun the processes share the work.
     """
-    from bilens.decompose import Decomposer
-    from bilens.decompose.sweep import sweep as write
+    from bilens.decompose import Decomposer, sweep_layers
     from bilens.model.loading import load_model
 
     loaded = load_model(model)
     layers = layer or range(loaded.cfg.n_layers)
     decomposers = [Decomposer.from_pretrained(loaded, at, saes=saes, expansion=expansion, k=k) for at in layers]
-    typer.echo(str(write(decomposers, out, k=pairs, full=full, memory=round(memory * 2**30), overwrite=overwrite)))
+    typer.echo(
+        str(sweep_layers(decomposers, out, k=pairs, full=full, memory=round(memory * 2**30), overwrite=overwrite))
+    )
 
 
 @app.command(rich_help_panel=MEASURE)

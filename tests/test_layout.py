@@ -1,6 +1,7 @@
 """The layout holds: imports go down only, between the rooms and inside them, wherever in a file they stand."""
 
 import ast
+import importlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -79,3 +80,14 @@ def test_tests_mirror_the_modules() -> None:
     rooms = {str(path.parent) for path in folders if str(path.parent) != "."}
     packages = {name.removeprefix("bilens.").replace(".", "/").replace("_core", "core") for name in MODULES}
     assert rooms <= packages, sorted(rooms - packages)
+
+
+def test_no_package_exports_the_name_of_a_module_of_it() -> None:
+    """Or the name would mean the one before the module is imported and the other after."""
+    clashes = []
+    for package, path in MODULES.items():
+        if path.name == "__init__.py":
+            inside = {name.removeprefix(f"{package}.") for name in MODULES if name.startswith(f"{package}.")}
+            exported = getattr(importlib.import_module(package), "__all__", [])
+            clashes += [f"{package}.{name}" for name in exported if name in inside]
+    assert not clashes

@@ -38,7 +38,8 @@ class Complete:
 
     @property
     def completeness_error(self) -> float:
-        """`total - actual`: rounding, and nothing else (see `is_rounding`)."""
+        """`total - actual`, signed: rounding, and nothing else (see `is_rounding`). What has many such gaps gives the
+        largest absolute one, as `largest_completeness_error`."""
         return self.total - self.actual
 
     @property

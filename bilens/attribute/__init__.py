@@ -19,7 +19,7 @@ from bilens.attribute.gradients import (
     integrated_gradients,
 )
 from bilens.attribute.imported_graphs import from_attribution_graph
-from bilens.attribute.split import Split, split
+from bilens.attribute.splitting import Split, split
 from bilens.attribute.targets import Target
 from bilens.attribute.tokens import TokenAttribution, attribute_tokens
 

@@ -37,7 +37,7 @@ from bilens.attribute.circuit_tables import (
 )
 from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
-from bilens.attribute.tracing import KINDS, Numbering, Sweep, head_sums, sweep
+from bilens.attribute.tracing import KINDS, Numbering, Propagation, head_sums, propagate
 from bilens.draw import plots
 from bilens.errors import ArgumentError, MissingSAEError
 from bilens.model.hook_points import hook_of
@@ -122,14 +122,14 @@ class Circuit(CircuitTables, Paged, Tabular):
         return frame[["id", "value", "sum", "relative_error"]].reset_index(drop=True)
 
     @property
-    def completeness_error(self) -> float:
+    def largest_completeness_error(self) -> float:
         """The largest gap between any expanded node's value and the sum of what goes into it, what was pruned (the
         `other` nodes) included; see `is_rounding`."""
         frame = self.completeness
         return float((frame["sum"].fillna(0.0) - frame.value).abs().max()) if len(frame) else 0.0
 
     @property
-    def relative_error(self) -> float:
+    def largest_relative_error(self) -> float:
         """The largest relative error of any node's completeness."""
         return float(self.nodes.relative_error.max())
 
@@ -138,13 +138,13 @@ class Circuit(CircuitTables, Paged, Tabular):
         """The completeness in words."""
         if not self.nodes.expanded.any():
             return "completeness not checked: no node of this graph was taken apart here"
-        said = f"completeness of every node within {self.relative_error:.1e} of its absolute parts"
+        said = f"completeness of every node within {self.largest_relative_error:.1e} of its absolute parts"
         return said if self.is_rounding else f"{said}, MORE than rounding explains: something else is missing"
 
     @property
     def is_rounding(self) -> bool:
         """Whether the gaps are no larger than rounding of the model's activations makes them."""
-        return is_rounding(self.relative_error, getattr(torch, self.dtype or "float32"))
+        return is_rounding(self.largest_relative_error, getattr(torch, self.dtype or "float32"))
 
     def merged(self) -> "Circuit":
         """The same graph with a feature's (error's, token's) nodes at all positions as one; weights and values add."""
@@ -232,7 +232,7 @@ def trace_circuit(
     labels = names_by_hook(frozen.model, frozen.saes, names)
     reads = read_targets(frozen, targets)
     probabilities = [probability(frozen, each) for each in targets]
-    found = sweep(frozen, reads, _weights(reads, probabilities), max_nodes)
+    found = propagate(frozen, reads, _weights(reads, probabilities), max_nodes)
     kept, kept_share, n_found = _prune(found, max_nodes, node_threshold)
     edges, hyperedges = _edges(frozen, found, kept, edge_threshold)
     nodes = _node_frame(frozen, found, kept, labels, reads.names)
@@ -291,7 +291,7 @@ def _weights(reads: Reads, probabilities: Sequence[float | None]) -> Float[Tenso
     return weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _prune(found: Sweep, max_nodes: int, threshold: float) -> tuple[Int[Tensor, "n"], float, int]:
+def _prune(found: Propagation, max_nodes: int, threshold: float) -> tuple[Int[Tensor, "n"], float, int]:
     """The nodes to keep (without the target and biases), their part of all influence, and how many have any."""
     influence = found.influence.clone()
     influence[found.nodes.targets] = 0.0
@@ -305,7 +305,7 @@ def _prune(found: Sweep, max_nodes: int, threshold: float) -> tuple[Int[Tensor, 
 
 
 def _edges(
-    frozen: FrozenPass, found: Sweep, kept: Int[Tensor, "n"], threshold: float
+    frozen: FrozenPass, found: Propagation, kept: Int[Tensor, "n"], threshold: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Edges and hyper-edges by the numbers of nodes; what is pruned goes to `len(nodes) + kind`."""
     nodes = found.nodes
@@ -378,7 +378,7 @@ def _table(**columns: Tensor | int | float) -> pd.DataFrame:
 
 
 def _node_frame(
-    frozen: FrozenPass, found: Sweep, kept: Int[Tensor, "n"], labels: dict[str, Sequence[str]], targets: list[str]
+    frozen: FrozenPass, found: Propagation, kept: Int[Tensor, "n"], labels: dict[str, Sequence[str]], targets: list[str]
 ) -> pd.DataFrame:
     nodes = found.nodes
     biases = (nodes.kind == BIAS).nonzero().flatten()
@@ -447,13 +447,13 @@ def _describe(
     }
 
 
-def _relative_error(found: Sweep, number: int) -> float:
+def _relative_error(found: Propagation, number: int) -> float:
     """Of a node's parts, all of them, summed in float32."""
     total, absolute = found.sums[number]
     return abs(total - found.actual[number]) / max(absolute, 1e-30)
 
 
-def _head_frame(frozen: FrozenPass, found: Sweep, edges: pd.DataFrame, ids: dict[int, str]) -> pd.DataFrame:
+def _head_frame(frozen: FrozenPass, found: Propagation, edges: pd.DataFrame, ids: dict[int, str]) -> pd.DataFrame:
     """Of every edge between two kept nodes, its parts by the last head."""
     nodes = found.nodes
     linear = edges[edges.source < len(nodes)]

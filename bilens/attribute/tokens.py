@@ -30,7 +30,7 @@ from bilens._core.display import Tabular
 from bilens._core.typing import typed
 from bilens.attribute.algebra import attention_forward, head_parts, mlp_shares
 from bilens.attribute.frozen import FrozenPass
-from bilens.attribute.split import Fields, backward_fields
+from bilens.attribute.splitting import Fields, backward_fields
 from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
 from bilens.draw import plots
 from bilens.draw.circuits import AttentionPatterns, ColoredTokens

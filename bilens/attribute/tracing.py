@@ -1,4 +1,4 @@
-"""The numbers of a circuit: one sweep from the target down, every node's contributions exact.
+"""The numbers of a circuit: one pass from the target down, every node's contributions exact.
 
 1. nodes are numbered: per position the embedding and, per layer, the active features and the error of the SAE on the
    MLP's output and of the one on its input; per SAE one node for its `b_dec`; one for all constants (biases of
@@ -7,7 +7,7 @@
    its MLP-in features) the nodes of largest influence are expanded: an MLP-out feature over pairs of MLP-in nodes, an
    MLP-in feature (and any other read of the stream) over everything written below it, through all attention
 3. a node hands its influence on in the proportion of the absolute contributions to it, a pair's half to each member.
-   All of a stage's influence comes from above it, so one sweep gives the influence of every node
+   All of a stage's influence comes from above it, so one pass gives the influence of every node
 4. the fewest nodes whose influences add up to the threshold are kept
 
 Influence is thus a share of the target: the absolute weight of all paths from the node, every node's inputs normalised.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bilens.attribute.algebra import attention_forward, head_values, mlp_branches, pair_products
 from bilens.attribute.frozen import FrozenPass, SAEPass
-from bilens.attribute.split import backward_fields
+from bilens.attribute.splitting import backward_fields
 from bilens.attribute.targets import MLP, STREAM, Reads, feature_reads
 
 KINDS = ("target", "embedding", "feature", "error", "mlp", "bias")
@@ -62,8 +62,8 @@ class Numbering:
 
 
 @dataclass
-class Sweep:
-    """What the sweep found: influences, and the contributions to every expanded node.
+class Propagation:
+    """What the pass found: influences, and the contributions to every expanded node.
 
     Attributes:
         nodes: the numbering.
@@ -182,7 +182,7 @@ def _linear_rows(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t column"]:
     return torch.cat([*columns, fields.constants[:, None]], 1)
 
 
-def sweep(frozen: FrozenPass, targets: Reads, weights: Float[Tensor, "t"], max_nodes: int) -> Sweep:
+def propagate(frozen: FrozenPass, targets: Reads, weights: Float[Tensor, "t"], max_nodes: int) -> Propagation:
     """Influences and contributions from the targets down, `max_nodes` nodes expanded per stage.
 
     Args:
@@ -192,7 +192,7 @@ def sweep(frozen: FrozenPass, targets: Reads, weights: Float[Tensor, "t"], max_n
         max_nodes: the most influential ones of each stage.
     """
     nodes = number_nodes(frozen, targets)
-    found = Sweep(nodes, torch.zeros(len(nodes), dtype=torch.float64), {}, {}, {}, {}, {}, {})
+    found = Propagation(nodes, torch.zeros(len(nodes), dtype=torch.float64), {}, {}, {}, {}, {}, {})
     found.influence[nodes.targets] = weights
     for row, number in enumerate(nodes.targets):
         target, layer = targets[row : row + 1], int(targets.levels[row]) // 2 - 1
@@ -225,7 +225,7 @@ def _choose(influence: Tensor, first: int, sae: SAEPass, at_most: int) -> Int[Te
     return first + top[here[top] > 0]
 
 
-def _expand_linear(frozen: FrozenPass, found: Sweep, numbers: Int[Tensor, "t"], reads: Reads) -> None:
+def _expand_linear(frozen: FrozenPass, found: Propagation, numbers: Int[Tensor, "t"], reads: Reads) -> None:
     rows = linear_rows(frozen, reads)
     shares = rows.abs() / rows.abs().sum(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     found.influence.index_add_(0, found.nodes.linear, (found.influence[numbers] @ shares.double().cpu()))
@@ -236,7 +236,7 @@ def _expand_linear(frozen: FrozenPass, found: Sweep, numbers: Int[Tensor, "t"], 
         found.sums[number] = rows[row].float().sum().item(), found.rows[number].abs().sum().item()
 
 
-def _expand_pairs(frozen: FrozenPass, found: Sweep, layer: int, numbers: Int[Tensor, "t"], reads: Reads) -> None:
+def _expand_pairs(frozen: FrozenPass, found: Propagation, layer: int, numbers: Int[Tensor, "t"], reads: Reads) -> None:
     nodes, sae = found.nodes, frozen.input_sae(layer)
     assert sae is not None
     first, slots = nodes.in_features[layer], sae.features.shape[1]

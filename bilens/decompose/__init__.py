@@ -5,6 +5,7 @@ from bilens.decompose.interactions import Interactions
 from bilens.decompose.layers import strongest_interactions
 from bilens.decompose.replacing import replace_mlp
 from bilens.decompose.results import Attribution
+from bilens.decompose.sweep import Sweep, sweep_layers
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.inner import LayerSimilarity, layer_similarity
 
@@ -14,7 +15,9 @@ __all__ = [
     "Eigencircuits",
     "Interactions",
     "LayerSimilarity",
+    "Sweep",
     "layer_similarity",
     "replace_mlp",
     "strongest_interactions",
+    "sweep_layers",
 ]

@@ -791,7 +791,7 @@ class Decomposer:
         weights = self.weights.to(torch.float64)
         contributions = source_products(weights, e * norm_out.scale_in, sources, ones)
         output_bias = view_out.encoder_bias[feature].double() - norm_out.scale_in * norm_out.shift * e.sum()
-        coefficients = source_products(weights, e * norm_out.scale_in, directions, ones.new_zeros(len(inputs)))
+        interactions = source_products(weights, e * norm_out.scale_in, directions, ones.new_zeros(len(inputs)))
         return Attribution(
             layer=self.layer,
             feature=feature,
@@ -799,7 +799,7 @@ class Decomposer:
             tokens=self.token_strings(tokens[0]),
             inputs=inputs,
             activations=acts[inputs],
-            coefficients=coefficients.float(),
+            interactions=interactions.float(),
             contributions=contributions.float(),
             output_bias=output_bias.float().item(),
             actual=view_out.pre_activations(y[None])[0, feature].item(),

@@ -22,7 +22,7 @@ from bilens.decompose.results import Attribution
 from bilens.draw import plots
 from bilens.layer.bilinear import interaction_matrix
 from bilens.layer.eigen.circuits import Eigencircuits
-from bilens.layer.eigen.solve import EigenSweep, top_eigenpairs
+from bilens.layer.eigen.solve import LeadingEigenpairs, top_eigenpairs
 from bilens.sae.features.examples import FeatureActivations, FeatureSummary
 
 TEXTS = 32  # run at a time
@@ -228,7 +228,7 @@ def rank_features(
     k: int = 2,
     density: tuple[float, float] = (5e-4, 0.05),
     min_active: int = 20,
-    swept: EigenSweep | None = None,
+    swept: LeadingEigenpairs | None = None,
 ) -> RankedFeatures:
     """Rank output features by how well `k` eigencircuits reproduce them and how much they combine different inputs.
 

@@ -32,7 +32,7 @@ class Attribution(Complete, Tabular):
         tokens: the token strings.
         inputs: the active input features, in the order of the first rows of `contributions`.
         activations: `f_i` of each.
-        coefficients: `Q_ij` between them (with the token's frozen scale, for an SAE on `resid_mid`).
+        interactions: `Q_ij` between them (with the token's frozen scale, for an SAE on `resid_mid`).
         contributions: of every pair of sources.
         output_bias: what does not come from the layer.
         actual: the pre-activation the output SAE computes from the model's own `hook_mlp_out`, before its top-k.
@@ -46,7 +46,7 @@ class Attribution(Complete, Tabular):
     tokens: list[str] = field(repr=False)
     inputs: Int[Tensor, "m"] = field(repr=False)
     activations: Float[Tensor, "m"] = field(repr=False)
-    coefficients: Float[Tensor, "m m"] = field(repr=False)
+    interactions: Float[Tensor, "m m"] = field(repr=False)
     contributions: Float[Tensor, "source source"] = field(repr=False)
     output_bias: float
     actual: float
@@ -99,7 +99,7 @@ class Attribution(Complete, Tabular):
                 "kind": pd.Series(np.array(["cross", "self"], dtype=object)[(s == t).int().numpy()], dtype=object),
                 "f_i": activations[t].numpy(),
                 "f_j": activations[s].numpy(),
-                "coefficient": (twice * self.coefficients.cpu()[s, t].double()).numpy(),
+                "coefficient": (twice * self.interactions.cpu()[s, t].double()).numpy(),
                 "contribution": (twice * self.contributions.cpu()[s, t].double()).numpy(),
                 "i_name": pd.Series(names[t.numpy()], dtype=object),
                 "j_name": pd.Series(names[s.numpy()], dtype=object),

@@ -25,7 +25,7 @@ from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, nearest
 from bilens.layer.bilinear import BilinearLayer, hidden_coefficients, interaction_matrix
-from bilens.layer.eigen.solve import EigenSweep, Method, top_eigenpairs
+from bilens.layer.eigen.solve import LeadingEigenpairs, Method, top_eigenpairs
 from bilens.layer.inner import double, norms
 
 Criterion = Literal["share", "norm", "trace", "cross_share", "effective_rank", "eigenvalue_1"]
@@ -43,13 +43,13 @@ class Spectra(Tabular):
     """
 
     outputs: Int[Tensor, "n"]
-    eigen: EigenSweep
+    eigen: LeadingEigenpairs
     cross_share: Float[Tensor, "n"] | None = field(default=None, repr=False)
     effective_rank: Float[Tensor, "n"] | None = field(default=None, repr=False)
     names: Sequence[str] | None = field(default=None, repr=False)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per output: `output, name`, the columns of `EigenSweep`, `cross_share, effective_rank`."""
+        """One row per output: `output, name`, the columns of `LeadingEigenpairs`, `cross_share, effective_rank`."""
         frame = self.eigen.to_frame()
         frame["output"] = self.outputs.tolist()
         frame.insert(1, "name", [self.names[i] if self.names else str(i) for i in self.outputs.tolist()])

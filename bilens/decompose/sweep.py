@@ -33,7 +33,7 @@ from bilens.decompose.decomposer import Decomposer, Side
 from bilens.decompose.spectra import Spectra
 from bilens.draw import plots
 from bilens.errors import ArgumentError, CheckpointError, MissingSAEError, OutOfRangeError
-from bilens.layer.eigen.solve import EigenSweep, Method
+from bilens.layer.eigen.solve import LeadingEigenpairs, Method
 from bilens.model.files import read_tensors
 
 MANIFEST = "sweep.json"
@@ -81,7 +81,7 @@ class Sweep(Tabular):
         tensors = read_tensors(path)
         if missing := set(TENSORS) - tensors.keys():
             raise CheckpointError(f"{path} has no {min(missing)!r}. Delete it and run the sweep again.")
-        eigen = EigenSweep(**{name: tensors[name] for name in TENSORS}, method=self.facts["solver"])
+        eigen = LeadingEigenpairs(**{name: tensors[name] for name in TENSORS}, method=self.facts["solver"])
         return Spectra(
             outputs=torch.arange(len(eigen.values)),
             eigen=eigen,
@@ -129,7 +129,7 @@ class Sweep(Tabular):
 
 
 @typed
-def sweep(
+def sweep_layers(
     decomposers: Sequence[Decomposer],
     out: str | os.PathLike[str],
     *,

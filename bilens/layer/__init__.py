@@ -2,6 +2,6 @@
 
 from bilens.layer.bilinear import interaction_matrix
 from bilens.layer.eigen.pairs import sorted_eigenpairs
-from bilens.layer.eigen.solve import EigenSweep, top_eigenpairs
+from bilens.layer.eigen.solve import LeadingEigenpairs, top_eigenpairs
 
-__all__ = ["EigenSweep", "interaction_matrix", "sorted_eigenpairs", "top_eigenpairs"]
+__all__ = ["LeadingEigenpairs", "interaction_matrix", "sorted_eigenpairs", "top_eigenpairs"]

@@ -251,7 +251,7 @@ def _heads(circuit: "Circuit", index: Mapping[str, int]) -> dict[str, list[tuple
 
 def _facts(circuit: "Circuit") -> list[tuple[str, str]]:
     ends = sorted(circuit.shares.items(), key=lambda item: -item[1])
-    gap = f"{circuit.relative_error:.1e}" + ("" if circuit.is_rounding else ", more than rounding")
+    gap = f"{circuit.largest_relative_error:.1e}" + ("" if circuit.is_rounding else ", more than rounding")
     return [
         ("largest completeness error", gap if circuit.nodes.expanded.any() else "not checked"),
         ("nodes with any influence", f"{circuit.n_found:,}"),
@@ -322,7 +322,7 @@ def _completeness(circuit: "Circuit") -> list[Content]:
     verdict = cause if circuit.is_rounding else f"MORE than {cause} explains, so something is missing from this graph"
     return [
         f"{len(frame)} nodes were taken apart. The parts of each, what was pruned included, add up to its value; the "
-        f"largest gap is {circuit.relative_error:.1e} of the node's absolute parts (the median "
+        f"largest gap is {circuit.largest_relative_error:.1e} of the node's absolute parts (the median "
         f"{frame.relative_error.median():.1e}): {verdict}. Of the influence of all "
         f"{circuit.n_found:,} nodes with any, the {kept} kept ones have {circuit.kept_share:.1%}.",
         details(

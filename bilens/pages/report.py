@@ -38,7 +38,7 @@ from bilens.decompose.gallery import MotifGallery, motif_gallery
 from bilens.decompose.sweep import Sweep
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import check_bilinear
-from bilens.layer.eigen.solve import EigenSweep
+from bilens.layer.eigen.solve import LeadingEigenpairs
 from bilens.model.files import DEFAULT_MODEL, PRETRAINED
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
@@ -87,7 +87,7 @@ def interesting_circuits(
     text: str | None = None,
     features: Sequence[int] | None = None,
     n: int = 3,
-    swept: EigenSweep | None = None,
+    swept: LeadingEigenpairs | None = None,
 ) -> list[FeatureCircuit]:
     """Circuits of the features asked for, or of the `n` most interesting ones.
 

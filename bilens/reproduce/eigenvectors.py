@@ -14,7 +14,7 @@ from bilens.draw.images import image_grid
 from bilens.reproduce.image_runs import ran_on, trained
 from bilens.reproduce.reproduction import Made, Settings
 from bilens.vision import eigenfeatures, explain
-from bilens.vision.eigenfeatures import as_images
+from bilens.vision.spectral import as_images
 
 PARTS = ("the positive pixels alone", "the negative pixels alone", "both at once", "the picture itself, signed")
 

@@ -18,7 +18,7 @@ from bilens.layer.bilinear import interaction_matrix
 from bilens.reproduce.image_runs import data_and_config, ran_on
 from bilens.reproduce.reproduction import Made, Settings
 from bilens.vision import Eigenfeatures, ImageDataset, class_difference, class_layer, train_classifier
-from bilens.vision.eigenfeatures import as_images
+from bilens.vision.spectral import as_images
 
 THRESHOLD = 0.4  # of the authors' script, on MNIST
 

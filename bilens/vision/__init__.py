@@ -2,17 +2,17 @@
 
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.data import ImageDataset, load_images
-from bilens.vision.eigenfeatures import Eigenfeatures, class_difference, eigenfeatures
 from bilens.vision.explanation import Explanation, explain
+from bilens.vision.from_the_top import TopDown, top_down
 from bilens.vision.loading import load_classifier
 from bilens.vision.masks import Mask, MaskStudy, adversarial_mask, mask_study, pseudo_inverse_masks
 from bilens.vision.model import BilinearClassifier, class_layer, class_matrices, with_one
 from bilens.vision.regularisation import RegularisationStudy, regularisation_study
 from bilens.vision.similarity import FeatureSimilarity, feature_similarity
+from bilens.vision.spectral import Eigenfeatures, class_difference, eigenfeatures
 from bilens.vision.structure import ClassHOSVD, SharedNeurons, class_hosvd, shared_neurons
-from bilens.vision.top_down import TopDown, top_down
 from bilens.vision.training import ImageTrainConfig, TrainedClassifier, train_classifier
-from bilens.vision.truncation import Truncation, truncation
+from bilens.vision.truncated import Truncation, truncation
 
 __all__ = [
     "BilinearClassifier",

@@ -21,7 +21,8 @@ from bilens._core.display import Tabular
 from bilens._core.typing import typed
 from bilens.draw.images import explanation_figure
 from bilens.errors import ArgumentError, OutOfRangeError
-from bilens.vision.eigenfeatures import (
+from bilens.vision.model import BilinearClassifier
+from bilens.vision.spectral import (
     Class,
     Eigenfeatures,
     Space,
@@ -30,7 +31,6 @@ from bilens.vision.eigenfeatures import (
     eigenfeatures,
     is_quadratic,
 )
-from bilens.vision.model import BilinearClassifier
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def explain(
         image: one, `(height, width)` or `(d_input)`, brightness from 0 to 1.
         classes: the classes to explain, or the number of the most likely ones.
         positive, negative: eigenfeatures of every class to show, by their activation on this image.
-        space: the space of the eigenvectors; see `bilens.vision.eigenfeatures`.
+        space: the space of the eigenvectors; see `bilens.vision.spectral`.
 
     Raises:
         ArgumentError: not one image of the model's size, no such class, or pixels of a deeper model.

@@ -39,9 +39,9 @@ from bilens.draw.images import image_grid
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import interaction_matrix
 from bilens.layer.eigen.pairs import sorted_eigenpairs
-from bilens.vision.eigenfeatures import Class, as_images, class_directions, class_index, last_layer
 from bilens.vision.model import BilinearClassifier, with_one
-from bilens.vision.truncation import checked_labels
+from bilens.vision.spectral import Class, as_images, class_directions, class_index, last_layer
+from bilens.vision.truncated import checked_labels
 
 
 @dataclass(frozen=True)

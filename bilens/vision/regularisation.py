@@ -18,8 +18,8 @@ from bilens._core.typing import typed
 from bilens.draw.images import image_grid
 from bilens.errors import ArgumentError, nearest
 from bilens.vision.data import ImageDataset, load_images
-from bilens.vision.eigenfeatures import Class, Eigenfeatures, Space, class_index, eigenfeatures
 from bilens.vision.model import BilinearClassifier
+from bilens.vision.spectral import Class, Eigenfeatures, Space, class_index, eigenfeatures
 from bilens.vision.training import ImageTrainConfig, TrainedClassifier, train_classifier
 
 

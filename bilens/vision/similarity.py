@@ -27,8 +27,8 @@ from bilens._core.display import Tabular
 from bilens._core.typing import typed
 from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError
-from bilens.vision.eigenfeatures import Eigenfeatures, Space, eigenfeatures
 from bilens.vision.model import BilinearClassifier
+from bilens.vision.spectral import Eigenfeatures, Space, eigenfeatures
 
 ZERO = 1e-9  # of the largest eigenvalue: smaller ones have no eigenvector to compare
 

@@ -30,7 +30,8 @@ from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 from bilens.layer.cp import CPDecomposition, cp_decompose, largest_units
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.layer.hosvd import input_gram, output_gram, singular
-from bilens.vision.eigenfeatures import (
+from bilens.vision.model import BilinearClassifier
+from bilens.vision.spectral import (
     Space,
     as_images,
     is_quadratic,
@@ -38,8 +39,7 @@ from bilens.vision.eigenfeatures import (
     pictures_of,
     read_by_last_layer,
 )
-from bilens.vision.model import BilinearClassifier
-from bilens.vision.truncation import BATCH, checked_labels
+from bilens.vision.truncated import BATCH, checked_labels
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from bilens.attribute import (
     trace_circuit,
 )
 from bilens.attribute.targets import read_targets
-from bilens.attribute.tracing import linear_rows, sweep
+from bilens.attribute.tracing import linear_rows, propagate
 from bilens.errors import ArgumentError, CheckpointError, EmptyTextError, MissingSAEError, NotBilinearError, StaleError
 from bilens.sae.features.store import build_feature_store
 from tests.attribute.conftest import MODEL_KINDS, N_LAYERS, TOKENS, model_of, saes_of, same
@@ -66,7 +66,7 @@ def test_edges_add_up(frozen_kinds, kind, target):
     """On every kind of model and every class of SAE, pruned hard, little or not at all, before and after merging."""
     for options in ({"max_nodes": 5}, {"max_nodes": 40, "edge_threshold": 0.5}):
         circuit = trace_circuit(frozen_kinds[kind], target, **options)
-        assert circuit.relative_error <= COMPLETE
+        assert circuit.largest_relative_error <= COMPLETE
         values = circuit.nodes.set_index("id").value
         sums, parts = into(circuit), absolute(circuit)
         expanded = circuit.nodes[circuit.nodes.expanded].id
@@ -115,9 +115,9 @@ def test_linear_rows_add_up_for_many_targets_at_once(frozen_kinds):
 
 
 def test_influence_by_brute_force():
-    """The sweep's influences against a plain recursion over all paths, on one layer."""
+    """The pass's influences against a plain recursion over all paths, on one layer."""
     frozen = freeze(make_model(n_layer=1), TOKENS[:3], saes_of(1, kind="topk", k=2))
-    found = sweep(frozen, read_targets(frozen, Target.logit(7)), torch.ones(1, dtype=torch.float64), max_nodes=1000)
+    found = propagate(frozen, read_targets(frozen, Target.logit(7)), torch.ones(1, dtype=torch.float64), max_nodes=1000)
     nodes = found.nodes
     influence = torch.zeros(len(nodes), dtype=torch.float64)
 
@@ -143,14 +143,14 @@ def test_no_sae_on_an_output_or_an_input():
     """MLPs without an SAE on their output are nodes of their own; output features without an input SAE are leaves."""
     model = model_of(True, True)
     only_in = Circuit.trace(model, saes_of(points=("mlp-in",)), TOKENS, TARGETS[1], max_nodes=30)
-    assert only_in.relative_error <= COMPLETE
+    assert only_in.largest_relative_error <= COMPLETE
     assert "mlp" in set(only_in.nodes.kind)
     only_out = Circuit.trace(model, saes_of(points=("mlp-out",)), TOKENS, Target.logit(7), max_nodes=30)
     assert only_out.nodes[only_out.nodes.expanded].id.tolist() == ["target"]
     bilinear = Circuit.trace(model, saes_of(kind="scope-bilinear"), TOKENS, Target.logit(7), max_nodes=30)
     assert bilinear.nodes[bilinear.nodes.expanded].id.tolist() == ["target"]
     on_mid = Circuit.trace(model, saes_of(points=("resid-mid", "mlp-out"), **SMALL), TOKENS, TARGETS[2], max_nodes=30)
-    assert on_mid.relative_error <= COMPLETE
+    assert on_mid.largest_relative_error <= COMPLETE
     assert on_mid.nodes.id.str.startswith("1-resid-mid/").any()
 
 
@@ -191,7 +191,7 @@ def test_several_targets_share_one_graph(frozen_small):
     targets = [Target.logit(7), Target.logit(9, 3, minus=2), Target.logit(11)]
     options = {"max_nodes": 10_000, "node_threshold": 1.0, "edge_threshold": 1.0}
     together = trace_circuit(frozen_small, targets, **options)
-    assert together.relative_error <= COMPLETE
+    assert together.largest_relative_error <= COMPLETE
     assert together.target == "logit '7', logit '9' - '2', logit '11'"
     roots = together.nodes[together.nodes.kind == "target"].set_index("id")
     assert list(roots.index) == list(together.probabilities) == ["target 1", "target 2", "target 3"]
@@ -225,7 +225,7 @@ def test_targets_at_several_heights(frozen_small):
     """Features weigh the same; one that a higher one is made of is a node of its own as well."""
     targets = [TARGETS[1], TARGETS[2], Target.feature("0-mlp-out", 1, 4)]
     circuit = trace_circuit(frozen_small, targets, max_nodes=40)
-    assert circuit.relative_error <= COMPLETE
+    assert circuit.largest_relative_error <= COMPLETE
     assert circuit.nodes[circuit.nodes.kind == "target"].influence.tolist() == pytest.approx([1 / 3] * 3)
     assert circuit.probabilities == {}
     assert sum(circuit.shares.values()) == pytest.approx(1.0)
@@ -299,7 +299,7 @@ def test_names_and_display(frozen_small, circuit):
     assert bilens.Circuit is Circuit
     completeness = circuit.completeness
     assert (completeness.relative_error <= COMPLETE).all()
-    assert circuit.completeness_error == (completeness["sum"] - completeness.value).abs().max()
+    assert circuit.largest_completeness_error == (completeness["sum"] - completeness.value).abs().max()
 
 
 def test_names_from_a_feature_store(text_model, texts, tmp_path):

@@ -23,9 +23,9 @@ from bilens.sae.train.training import SAETrainConfig, train_saes
 from bilens.train.data import TokenizedTexts
 from bilens.train.language_model import TrainConfig, TrainingRun, validate
 from bilens.vision.config import ClassifierConfig
-from bilens.vision.eigenfeatures import read_by_last_layer
 from bilens.vision.explanation import explain
 from bilens.vision.model import BilinearClassifier
+from bilens.vision.spectral import read_by_last_layer
 from tests.conftest import make_model
 from tests.random_saes import make_sae
 

@@ -79,7 +79,7 @@ def test_ranked_and_drawn(models):
     assert frame.share.is_monotonic_decreasing
     assert found.ranked("trace", ascending=True).trace.abs().is_monotonic_increasing
     assert len(found.plot().data[0].x) == D_SAE
-    assert "EigenSweep" in str(found)
+    assert "LeadingEigenpairs" in str(found)
     with pytest.raises(ArgumentError, match=r"no 'shares' to rank by.*Did you mean 'share'"):
         found.ranked("shares")
     with pytest.raises(ArgumentError, match=r"no 'effective_rank'"):

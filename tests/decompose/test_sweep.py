@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from bilens._core.folders import alone_in
 from bilens.decompose import Decomposer
 from bilens.decompose import sweep as module
-from bilens.decompose.sweep import Sweep, sweep
+from bilens.decompose.sweep import Sweep, sweep_layers
 from bilens.errors import (
     ArgumentError,
     CheckpointError,
@@ -52,7 +52,7 @@ def same_files(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize("full", [False, True])
 def test_what_was_computed_comes_back(models, tmp_path, full):
     decomposers = make(models(False, True))
-    found = sweep(decomposers, tmp_path, k=3, full=full)
+    found = sweep_layers(decomposers, tmp_path, k=3, full=full)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "layer-0.safetensors",
         "layer-1.safetensors",
@@ -74,7 +74,7 @@ def test_what_was_computed_comes_back(models, tmp_path, full):
 
 def test_a_stopped_sweep_goes_on(models, tmp_path, monkeypatch):
     decomposers = make(models(False, True))
-    sweep(decomposers, tmp_path / "whole")
+    sweep_layers(decomposers, tmp_path / "whole")
     write, written = module._write, []
 
     def stops(path, found):
@@ -86,25 +86,25 @@ def test_a_stopped_sweep_goes_on(models, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write", stops)
         with pytest.raises(KeyboardInterrupt):
-            sweep(decomposers, tmp_path / "stopped")
+            sweep_layers(decomposers, tmp_path / "stopped")
     assert Sweep.load(tmp_path / "stopped").layers == []
     monkeypatch.setattr(module, "_write", lambda path, found: (written.append(path.name), write(path, found)))
-    sweep(decomposers, tmp_path / "stopped")
+    sweep_layers(decomposers, tmp_path / "stopped")
     assert len(written) == len(set(written)) == 6  # three blocks of each layer, none twice
     assert same_files(tmp_path / "whole", tmp_path / "stopped")
-    sweep(decomposers, tmp_path / "stopped")  # finished: nothing to do
+    sweep_layers(decomposers, tmp_path / "stopped")  # finished: nothing to do
     assert len(written) == 6
 
 
 def test_another_sweep_is_refused(models, tmp_path):
     decomposers = make(models(False, True))
-    sweep(decomposers, tmp_path)
+    sweep_layers(decomposers, tmp_path)
     with pytest.raises(OverwriteError, match=r"another sweep, k \(2 there, 3 here\)"):
-        sweep(decomposers, tmp_path, k=3)
+        sweep_layers(decomposers, tmp_path, k=3)
     with pytest.raises(OverwriteError, match="another sweep, "):
-        sweep(make(models(False, True), seed=5), tmp_path)
+        sweep_layers(make(models(False, True), seed=5), tmp_path)
     with pytest.raises(OverwriteError, match="another sweep, "):
-        sweep(make(make_model(seed=9)), tmp_path)
+        sweep_layers(make(make_model(seed=9)), tmp_path)
     found = Sweep.load(tmp_path)
     assert len(found.of(decomposers[1]).outputs) == D_SAE
     with pytest.raises(CheckpointError, match=r"another model than .* or of other SAEs on layer 1"):
@@ -115,19 +115,19 @@ def test_another_sweep_is_overwritten_by_the_word(models, tmp_path):
     """Then, and where nothing was found yet; files that no manifest speaks of are refused too."""
     here = tmp_path / "here"
     decomposers = make(models(False, True))
-    sweep(decomposers, tmp_path / "other", k=3)
-    sweep(decomposers, here)
-    sweep(decomposers, here, k=3, overwrite=True)
+    sweep_layers(decomposers, tmp_path / "other", k=3)
+    sweep_layers(decomposers, here)
+    sweep_layers(decomposers, here, k=3, overwrite=True)
     assert same_files(tmp_path / "other", here)
     (here / "sweep.json").unlink()
     with pytest.raises(OverwriteError, match=r"layer-.*safetensors, and no sweep.json"):
-        sweep(decomposers, here, k=3)
+        sweep_layers(decomposers, here, k=3)
     for path in here.glob("layer-*"):
         path.unlink()
     (here / "sweep.json").write_text((tmp_path / "other" / "sweep.json").read_text())
-    assert sweep(decomposers, here, k=2).facts["k"] == 2
+    assert sweep_layers(decomposers, here, k=2).facts["k"] == 2
     with alone_in(here), pytest.raises(WriteError, match="another process is writing to"):
-        sweep(decomposers, here)
+        sweep_layers(decomposers, here)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_another_sweep_is_overwritten_by_the_word(models, tmp_path):
 )
 def test_settings_that_are_none(models, tmp_path, wrong):
     """Nothing is written that would refuse the corrected call."""
-    with pytest.raises(ArgumentError, match=rf"^(sweep: )?{next(iter(wrong))} "):
-        sweep(make(models(False, True)), tmp_path / "out", **wrong)
+    with pytest.raises(ArgumentError, match=rf"^(sweep_layers: )?{next(iter(wrong))} "):
+        sweep_layers(make(models(False, True)), tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
 
 
@@ -146,10 +146,10 @@ def test_what_is_refused(models, tmp_path):
     with pytest.raises(CheckpointError, match="holds no sweep"):
         Sweep.load(tmp_path)
     with pytest.raises(MissingSAEError):
-        sweep([Decomposer(models(False, True), 0)], tmp_path)
+        sweep_layers([Decomposer(models(False, True), 0)], tmp_path)
     with pytest.raises(MissingSAEError, match="no layers"):
-        sweep([], tmp_path)
-    found = sweep(make(models(False, True))[:1], tmp_path)
+        sweep_layers([], tmp_path)
+    found = sweep_layers(make(models(False, True))[:1], tmp_path)
     with pytest.raises(OutOfRangeError, match=r"layer 1 is not in .*there are \[0\]"):
         found[1]
     damaged = tmp_path / "layer-0.safetensors"
@@ -167,7 +167,7 @@ from bilens.decompose import sweep as module
 from tests.conftest import make_model
 from tests.decompose.test_sweep import make
 module.BLOCK = 16
-module.sweep(make(make_model(seed=3)), Path(sys.argv[1]))
+module.sweep_layers(make(make_model(seed=3)), Path(sys.argv[1]))
 """
 
 

@@ -37,7 +37,7 @@ from bilens.vision import (
     truncation,
     with_one,
 )
-from bilens.vision.eigenfeatures import is_quadratic
+from bilens.vision.spectral import is_quadratic
 from tests.vision.conftest import make_classifier
 
 LABELS = torch.tensor([0, 1, 2, 3, 3, 1])

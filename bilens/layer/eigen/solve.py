@@ -53,7 +53,7 @@ TYPICAL_STEPS, STEPS_PER_PAIR, FEWEST_STEPS = 20, 5, 18
 
 
 @dataclass(frozen=True)
-class EigenSweep(Tabular):
+class LeadingEigenpairs(Tabular):
     """The leading eigenpairs of `n` interaction matrices.
 
     Attributes:
@@ -121,7 +121,7 @@ class EigenSweep(Tabular):
         n, k = self.values.shape
         counts = self.status.bincount(minlength=len(STATUSES)).tolist()
         known = ", ".join(f"{count} {name}" for name, count in zip(STATUSES, counts, strict=True) if count)
-        return f"EigenSweep({n} outputs, {k} eigenpairs each; {known}; {self.method})"
+        return f"LeadingEigenpairs({n} outputs, {k} eigenpairs each; {known}; {self.method})"
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.to_frame().head(10).to_string(index=False)}"
@@ -139,7 +139,7 @@ def top_eigenpairs(
     method: Method = "auto",
     seed: int = 0,
     progress: bool | Callable[[int, int], object] = True,
-) -> EigenSweep:
+) -> LeadingEigenpairs:
     """The `k` leading eigenpairs of the interaction matrix of every output direction.
 
     Args:
@@ -210,7 +210,7 @@ def top_eigenpairs(
     }
     _check_range(norms, numbers["norms"])
     how += f", searching in {str(work.search_dtype).removeprefix('torch.')}" if chosen != "dense" else ""
-    sweep = EigenSweep(vectors=result.vectors, status=whole.long(), steps=result.steps, method=how, **numbers)
+    sweep = LeadingEigenpairs(vectors=result.vectors, status=whole.long(), steps=result.steps, method=how, **numbers)
     last = sign * sweep.values[:, -1] if work.wanted.positive else sweep.values[:, -1].abs()
     bounded = sweep.missed_bound <= last
     converged, dense = STATUSES.index("converged"), STATUSES.index("dense")

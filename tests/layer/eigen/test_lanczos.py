@@ -532,7 +532,7 @@ def test_table_text_and_figure():
     assert list(frame.columns) == columns
     assert isinstance(frame, pd.DataFrame)
     assert frame.eigenvalue_1.tolist() == found.values[:, 0].tolist()
-    assert repr(found).startswith("EigenSweep(6 outputs, 2 eigenpairs each; ")
+    assert repr(found).startswith("LeadingEigenpairs(6 outputs, 2 eigenpairs each; ")
     assert "lanczos, as asked" in repr(found)
     assert "searching in" in repr(found)
     assert sum(found.plot().data[0].y) == 6

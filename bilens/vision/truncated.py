@@ -19,8 +19,8 @@ from bilens._core.display import Tabular
 from bilens._core.typing import typed
 from bilens.draw import plots
 from bilens.errors import ArgumentError
-from bilens.vision.eigenfeatures import Space, eigenfeatures, is_quadratic
 from bilens.vision.model import BilinearClassifier
+from bilens.vision.spectral import Space, eigenfeatures, is_quadratic
 
 BATCH = 256  # images whose activations of all eigenfeatures are held at once
 
@@ -97,7 +97,7 @@ def truncation(
         model: the classifier; of a deeper one, the last layer is truncated.
         images: the images to recognise.
         labels: their classes.
-        space: the space of the eigenvectors; see `bilens.vision.eigenfeatures`.
+        space: the space of the eigenvectors; see `bilens.vision.spectral`.
 
     Raises:
         ArgumentError: no images, labels outside the model's classes, images of another size, or pixels of a deeper

@@ -28,8 +28,8 @@ from bilens.draw.images import image_grid
 from bilens.errors import OutOfRangeError
 from bilens.layer.bilinear import interaction_matrix
 from bilens.layer.eigen.pairs import signed, sorted_eigenpairs
-from bilens.vision.eigenfeatures import Class, as_images, class_index, is_quadratic, pictures_of
 from bilens.vision.model import BilinearClassifier
+from bilens.vision.spectral import Class, as_images, class_index, is_quadratic, pictures_of
 
 
 @dataclass(frozen=True)

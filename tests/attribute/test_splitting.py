@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bilens.attribute import Target, freeze, split
 from bilens.attribute.interventions import frozen_hooks, holding_hooks, read_values, rerun
-from bilens.attribute.split import KINDS
+from bilens.attribute.splitting import KINDS
 from bilens.attribute.targets import READABLE, read_targets
 from bilens.decompose import Decomposer
 from bilens.errors import (
