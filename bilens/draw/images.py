@@ -15,6 +15,7 @@ from bilens.draw.plots import DIVERGING, FAINT, GREY, template
 
 CELL, TITLE, TOP, SIDE = 104, 20, 52, 14  # pixels: an image, the line over it, over and beside the grid
 LETTER = 7  # pixels: the width of one, for room at the left
+MOST_BESIDE = 7  # images: as many as a page has room for, beside a label
 GREYS = [[0, "rgba(127, 135, 144, 0)"], [1, GREY]]
 
 
@@ -26,6 +27,8 @@ def image_grid(
     title: str = "",
 ) -> go.Figure:
     """Images in rows and columns, each with a line over it.
+
+    Rows that are too long for a page are cut, all at the same columns; the rest goes below.
 
     Args:
         images: rows of `(height, width)` arrays; rows may differ in length, `None` leaves a place empty.
@@ -43,15 +46,21 @@ def image_grid(
         raise ViewError(f"{len(row_labels)} row labels for {rows} rows.")
     left = SIDE + LETTER * max((len(line) for label in row_labels or () for line in label.split("\n")), default=0)
     over = TITLE if titles else 4
-    canvas = _Canvas(left + columns * (CELL + SIDE) + SIDE, TOP + rows * (CELL + over + 4), title)
-    for i, row in enumerate(images):
-        top = TOP + i * (CELL + over + 4) + over
+    beside = -(-columns // (-(-columns // MOST_BESIDE) or 1)) or 1  # cut into equal parts
+    lines = [
+        (i, start)
+        for start in range(0, columns or 1, beside)
+        for i, row in enumerate(images)
+        if row[start:] or not start
+    ]
+    canvas = _Canvas(left + beside * (CELL + SIDE) + SIDE, TOP + len(lines) * (CELL + over + 4), title)
+    for line, (i, start) in enumerate(lines):
+        top = TOP + line * (CELL + over + 4) + over
         if row_labels:
             canvas.text(row_labels[i], 0, top + CELL / 2, "left", "middle", 12)
-        for j, image in enumerate(row):
+        for j, image in enumerate(images[i][start : start + beside]):
             if image is not None:
-                x = left + j * (CELL + SIDE)
-                canvas.image(image, x, top, CELL, titles[i][j] if titles else "")
+                canvas.image(image, left + j * (CELL + SIDE), top, CELL, titles[i][start + j] if titles else "")
     return canvas.figure
 
 

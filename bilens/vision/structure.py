@@ -122,11 +122,10 @@ class ClassHOSVD(Tabular):
             top: the number of rows shown.
         """
         share = self.input_values**2 / (self.input_values**2).sum()
-        n = min(top, len(share))
-        pieces = [list(range(start, min(start + 10, n))) for start in range(0, n, 10)]
-        grid = [[self.images[rank] for rank in piece] for piece in pieces]
-        titles = [[f"{rank}: {share[rank]:.1%}" for rank in piece] for piece in pieces]
-        return image_grid(grid, titles, title="HOSVD: directions that all classes share, by importance")
+        ranks = range(min(top, len(share)))
+        titles = [f"{rank}: {share[rank]:.1%}" for rank in ranks]
+        title = "HOSVD: directions that all classes share, by importance"
+        return image_grid([[self.images[rank] for rank in ranks]], [titles], title=title)
 
     def plot_outputs(self, positive: int = 3, negative: int = 2) -> go.Figure:
         """Every output direction, named by its classes, with its leading eigenfeatures over the pixels.

@@ -10,6 +10,8 @@
       BilensGraph.draw(target, data);
     },
     plotly(target, { data, layout }) {
+      // Squares on a figure of fixed width stay squares: it is scrolled in its box, and made smaller on paper.
+      if (layout.width) target.style.setProperty("--width", layout.width);
       Plotly.newPlot(target, data, layout, {
         responsive: true,
         displaylogo: false,
@@ -46,7 +48,7 @@
   idle(drawRest);
 
   const resizePlots = (layout) =>
-    document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, layout));
+    document.querySelectorAll('.js-plotly-plot:not([style*="--width"])').forEach((plot) => Plotly.relayout(plot, layout));
   addEventListener("beforeprint", () => {
     document.querySelectorAll("details:not(.unprinted)").forEach((details) => (details.open = true));
     views.forEach((view) => view.closest("details:not([open])") || draw(view));
