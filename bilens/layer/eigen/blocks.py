@@ -9,15 +9,17 @@ CPU's cache at a time, where a block of vectors is multiplied in the time of one
 
 1. a block of random orthonormal vectors, the same for all
 2. filter: a Chebyshev polynomial of `Q / b` keeps what has eigenvalues in [-b, b] from growing, of either sign, and
-   lets the rest grow faster than any other polynomial of its degree. `b` is the bulk of the spectrum: at first what
-   random numbers of the same norm would have, then a Ritz value in the middle of the block. The degree is short of
-   where the largest eigenvector would drown the others in rounding
+   lets the rest grow faster than any other polynomial of its degree. `b` is the bulk of the spectrum: at first less
+   than what random numbers of the same norm would have, then a Ritz value in the middle of the block. The degree is
+   short of where the largest eigenvector would drown the others in rounding
 3. orthonormalise; after some filters Rayleigh-Ritz on the block: outputs whose pairs wanted have residuals down at the
-   rounding, or small against their distance to the rest of the spectrum, are done; the others go on
+   rounding, or small against their distance to the rest of the spectrum, are done; the others go on. Where a pair
+   wanted lies in [-b, b] of any filter, a larger one there may be at a zero of the polynomial, and so filtered out:
+   such an output is left to the caller
 4. refine, in full precision, through the factors (`refine`)
 
-Whatever is missed must have next to nothing in all the vectors that the block starts from, and would then still be
-filtered up faster than the pairs found: sixteen random vectors make that as unlikely as nothing else here.
+Whatever else is missed must have next to nothing in all the vectors that the block starts from, and would then still be
+filtered up faster than the pairs found.
 
 Sources: Saad, Numerical Methods for Large Eigenvalue Problems, sections 5.1 and 7.4; Zhou and Saad 2007.
 """
@@ -35,6 +37,7 @@ from bilens.layer.eigen.refine import InteractionOperator, Leading, Ritz, Wanted
 BLOCK, SPARE = 16, 4  # vectors at least; and at least so many times the pairs wanted
 BEYOND = 2  # of them to refine: they may turn out to be the larger ones
 CHECKS = 6
+BULK = 1.4  # over sqrt(d), of matrices of norm one: the first guess
 # Growth of the largest eigenvector over the bulk in one filter: beyond, bfloat16 loses the others.
 GROWTH, SHORTEST, LONGEST = 100.0, 2, 12
 MOST_GROWTH = 1e15  # of any output's: a matrix of low rank has no bulk to speak of, and float32 squares what has grown
@@ -112,7 +115,8 @@ def leading_eigenpairs_of_blocks(
     blur = 0.5 * torch.finfo(torch.bfloat16).eps  # whatever dtype the tensor has: what is done has residuals like that
     matrices = tensor(u)
     block = _random_block(d, k, seed, matrices).expand(n, -1, -1)
-    bulk = matrices.new_full((n, 1, 1), 2 / math.sqrt(d), dtype=torch.float32)
+    bulk = matrices.new_full((n, 1, 1), BULK / math.sqrt(d), dtype=torch.float32)
+    damped = bulk[:, 0, 0]  # up to here a filter may have taken eigenvectors out
     index, done_at = torch.arange(n, device=u.device), torch.zeros(n, dtype=torch.long, device=u.device)
     basis = operator.rows.new_empty(n, d, block.shape[2])
     known = Ritz(*(basis.new_empty(n, *shape) for shape in ((block.shape[2],), 2 * (block.shape[2],), (k,))))
@@ -124,8 +128,9 @@ def leading_eigenpairs_of_blocks(
         products += degree * times + 1
         wide = block.float()
         ritz = _rayleigh_ritz(wide, image.float(), k)
-        hopeless = crowded(ritz, wanted, k + BEYOND, blur)
-        done = _converged(ritz, k) & ~hopeless
+        converged, last = _converged(ritz, k), ritz.values[:, k - 1].abs()
+        hopeless = crowded(ritz, wanted, k + BEYOND, blur) | (converged & (last <= damped))
+        done = converged & ~hopeless
         at = index[done]
         basis[at] = wide[done].to(basis)
         for name, part in vars(ritz).items():
@@ -134,13 +139,14 @@ def leading_eigenpairs_of_blocks(
         going = ~done & ~hopeless
         if not going.any():
             break
-        index, block = index[going], block[going]
+        index, block, damped = index[going], block[going], damped[going]
         sizes = ritz.values[going].abs()
         bulk = sizes[:, block.shape[2] // 2, None, None]
         # One degree for all: the median output's.
         growth = (sizes[:, 0] / bulk[:, 0, 0].clamp_min(1e-12)).median().clamp_min(1.02)
         degree = max(SHORTEST, min(LONGEST, round(math.acosh(GROWTH) / math.acosh(float(growth)))))
         bulk = torch.maximum(bulk, sizes[:, :1, None] / math.cosh(math.acosh(MOST_GROWTH) / degree))
+        damped = torch.maximum(damped, bulk[:, 0, 0])
     result = Leading.empty(n, k, operator.rows)
     rows = done_at.nonzero().flatten()
     if len(rows):

@@ -15,7 +15,7 @@ import bilens
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
 from bilens.layer import inner
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
-from bilens.layer.eigen import lanczos, refine, solve
+from bilens.layer.eigen import blocks, lanczos, refine, solve
 from bilens.layer.eigen.lanczos import _Lanczos, _random_unit, leading_eigenpairs
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.layer.eigen.refine import InteractionOperator, Wanted, errors_of
@@ -290,11 +290,13 @@ def assert_honest(found, layer, u, order="size", tolerance=TOLERANCE):
     values, exact = found.values.double(), exact[:, : found.values.shape[1]]
     values = {"size": values.abs(), "positive": values, "negative": -values}[order]
     assert ((values - exact).abs() <= found.errors).all()
+    Q, vectors = interaction_matrix(layer.to(torch.float64), u.double()), found.vectors.double()
+    assert ((vectors @ Q - found.values.double()[..., None] * vectors).norm(dim=2) <= found.residuals).all()
     assert (found.errors <= (tolerance + 1e-6) * found.values.double().abs()).all()
 
 
 @pytest.mark.parametrize("method", [*SEARCHES, "dense", "auto"])
-@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("size", [0.1, 1e-2, 1e-3, 1e-4, 1e-6])
 @pytest.mark.parametrize("tied", [False, True])
 def test_pairs_behind_a_giant_one(method, size, tied):
     layer, u = giant(3, size, tied=tied)
@@ -315,6 +317,16 @@ def test_directions_whose_coefficients_cancel(method):
     rotation = torch.linalg.qr(random(6, D, D))[0]
     layer, u = layer_of(layer.W_gate.T, layer.W_in.T, layer.W_out @ rotation), u @ rotation
     assert_honest(sweep(layer, u, 3, method), layer, u)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_misses_nothing_that_its_filters_have_taken_out(monkeypatch, dtype):
+    """The pairs after the first are in the bulk of the first filters, which is too large here, some at their zeros."""
+    monkeypatch.setattr(solve, "search_dtype", lambda *_: dtype)
+    monkeypatch.setattr(blocks, "BULK", 2.0)
+    for seed in (3, 13, 23):
+        layer, u = giant(seed, 0.1)
+        assert_honest(sweep(layer, u, 3, "block"), layer, u)
 
 
 @pytest.mark.parametrize("order", ["positive", "negative"])
@@ -541,9 +553,11 @@ def test_table_text_and_figure():
     assert len(empty.to_frame()) == 0
 
 
-@pytest.mark.parametrize(("number", "feature", "seed", "k"), [(0, 110, 0, 1), (0, 946, 2, 1), (1, 1181, 4, 2)])
+@pytest.mark.parametrize(
+    ("number", "feature", "seed", "k"), [(0, 110, 0, 1), (0, 946, 2, 1), (0, 722, 4, 1), (1, 1181, 4, 2)]
+)
 def test_near_ties_of_a_trained_layer_are_not_missed(number, feature, seed, k):
-    """The three of some 50,000 in which the pair after the last one wanted was found in its place, 1 to 3 % smaller."""
+    """Those of some 50,000 in which the pair after the last one wanted was found in its place, 1 to 3 % smaller."""
     sae = bilens.load_sae("ts-tiny", "mlp-out", number)
     layer, u = BilinearLayer.of(bilens.load_model(), number), SAEView(sae).directions("encoder").detach()[[feature]]
     exact = sorted_eigenpairs(interaction_matrix(layer, u).double())[0][:, :k]
