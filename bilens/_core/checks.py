@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
 LARGEST_SEED = 2**32 - 1  # of every generator: numpy's takes no larger one
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def check_sizes(**sizes: object) -> None:
     """Refuse what is no positive whole number (`ArgumentError`, named)."""

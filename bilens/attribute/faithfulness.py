@@ -94,12 +94,6 @@ class EdgeCheck(Tabular):
         kinds = self.frame.groupby("kind")
         return {kind: float(rows.predicted.corr(rows.measured)) for kind, rows in kinds}
 
-    @property
-    def largest_error(self) -> float:
-        """The largest `|predicted - measured|`, relative to the largest `|measured|`."""
-        gap = (self.frame.predicted - self.frame.measured).abs().max()
-        return float(gap / max(self.frame.measured.abs().max(), 1e-30))
-
     def to_frame(self) -> pd.DataFrame:
         return self.frame
 

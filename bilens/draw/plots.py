@@ -116,7 +116,7 @@ def heatmap(
     return figure
 
 
-def spectrum(values: Numbers, title: str = "", *, value_title: str = "eigenvalue") -> go.Figure:
+def spectrum(values: Numbers, title: str = "") -> go.Figure:
     """Signed eigenvalues as bars, the largest |value| first; hovering shows the place each had in `values`."""
     given = numbers(values, "values", None)
     order = np.argsort(-np.abs(given), kind="stable")
@@ -127,7 +127,7 @@ def spectrum(values: Numbers, title: str = "", *, value_title: str = "eigenvalue
         marker={"color": signed_colors(given[order]), "line": {"width": 0}},
         hovertemplate="rank %{x} (index %{customdata})<br><b>%{y:.4g}</b><extra></extra>",
     )
-    figure = _figure(title, "rank by magnitude", value_title, height=320)
+    figure = _figure(title, "rank by magnitude", "eigenvalue", height=320)
     figure.add_trace(bars_)
     figure.update_xaxes(showgrid=False, zeroline=False, range=[-0.6, len(given) - 0.4])
     return figure

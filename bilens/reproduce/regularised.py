@@ -138,7 +138,8 @@ def sparsity(settings: Settings) -> Made:
     ranks, pixels = (torch.zeros(len(levels), len(levels)) for _ in range(2))
     for i, decay in enumerate(levels):
         for j, noise in enumerate(levels):
-            found = eigenfeatures(_at(data, config, noise, decay))
+            varied = replace(config, noise=noise, weight_decay=decay)
+            found = eigenfeatures(train_classifier(data, varied, progress=False).model)
             ranks[i, j], pixels[i, j] = effective_rank(found), effective_pixels(found)
     rows = []
     for what, measured, paper in (
@@ -165,10 +166,6 @@ def sparsity(settings: Settings) -> Made:
         f"Here the effective rank {'grows' if ranks.mean(0)[-1] > ranks.mean(0)[0] else 'falls'} with noise."
     ]
     return Made(ran_on(data, config, noise=_listed(levels), weight_decay=_listed(levels)), rows, figures, words)
-
-
-def _at(data: ImageDataset, config: ImageTrainConfig, noise: float, decay: float) -> BilinearClassifier:
-    return train_classifier(data, _varied(config, noise=noise, weight_decay=decay), progress=False).model
 
 
 def _varied(config: ImageTrainConfig, **changes: Any) -> ImageTrainConfig:

@@ -30,6 +30,28 @@ def example_texts(model: "HookedBilinearTransformer") -> list[str]:
     return [text for text in sample_texts(model, N_SAMPLED) if text.strip()]
 
 
+def checked_texts(texts: Iterable[str], at_most: int | None = None) -> list[str]:
+    """Texts as a list, the first `at_most` of them.
+
+    Raises:
+        ArgumentError: one text instead of a list, or something in it that is no text.
+        EmptyTextError: no texts, or one that is empty or only whitespace.
+    """
+    if isinstance(texts, str):
+        raise ArgumentError(f"texts is the one text {texts[:40]!r}; expected a list of them: [text].")
+    if not isinstance(texts, Iterable) or isinstance(texts, Tensor | np.ndarray):
+        raise ArgumentError(f"texts is {texts!r:.80}, expected a list of texts.")
+    texts = list(texts)[:at_most]
+    if not texts:
+        raise EmptyTextError("the list of texts is empty.")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ArgumentError(f"text {place} of {len(texts)} is {text!r:.80}; expected a string.")
+        if not text.strip():
+            raise EmptyTextError(f"text {place} of {len(texts)}, {text!r}, has nothing in it; leave it out.")
+    return texts
+
+
 def text_starts(
     model: "HookedBilinearTransformer", texts: Iterable[str]
 ) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
@@ -42,19 +64,7 @@ def text_starts(
         EmptyTextError: no texts, one that is empty or only whitespace, or none with a token in it.
         TokenizationError: the model has no tokenizer.
     """
-    if isinstance(texts, str):
-        raise ArgumentError(f"texts is the one text {texts[:40]!r}; expected a list of them: [text].")
-    if not isinstance(texts, Iterable) or isinstance(texts, Tensor | np.ndarray):
-        raise ArgumentError(f"texts is {texts!r:.80}, expected a list of texts.")
-    texts = list(texts)
-    other = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
-    if other is not None:
-        raise ArgumentError(f"text {other} of {len(texts)} is {texts[other]!r:.80}; expected a string.")
-    if not texts:
-        raise EmptyTextError("the list of texts is empty.")
-    blank = next((i for i, text in enumerate(texts) if not text.strip()), None)
-    if blank is not None:
-        raise EmptyTextError(f"text {blank} of {len(texts)}, {texts[blank]!r}, has nothing in it; leave it out.")
+    texts = checked_texts(texts)
     tokenized = TokenizedTexts.from_texts(texts, model._require_tokenizer(), bool(model.n_bos), keep_empty=True)
     if not any(tokenized.rows):
         raise EmptyTextError(f"none of the {len(texts)} texts has a token in it; the first is {texts[0]!r}.")

@@ -86,16 +86,14 @@ def feature_similarity(
     models: Mapping[str, Sequence[BilinearClassifier]],
     *,
     k: int = 10,
-    sign: Literal[1, -1] = 1,
     space: Space = "embedding",
 ) -> FeatureSimilarity:
-    """Compare the eigenfeatures of models across seeds (within a group) and across sizes (between groups).
+    """Compare eigenfeatures with positive eigenvalues across seeds (within a group) and across sizes (between groups).
 
     Args:
         models: groups of one-layer models that read the same images, such as `{"30": [...], "300": [...]}` for two
             sizes, with a model for every seed.
         k: ranks to compare.
-        sign: the sign of the eigenvalues: 1, or -1.
         space: the space of the eigenvectors; cosines compare their pictures in the pixels.
 
     Raises:
@@ -117,7 +115,7 @@ def feature_similarity(
     features = {name: [eigenfeatures(model, space=space) for model in group] for name, group in models.items()}
     found: dict[str, list[Tensor]] = {}
     for name, first, second in _pairs(features):
-        both_ways = [_cosines(a, b, k, sign) for a, b in ((first, second), (second, first))]
+        both_ways = [_cosines(a, b, k) for a, b in ((first, second), (second, first))]
         found.setdefault(name, []).append(torch.stack(both_ways).mean(0))
     best, same, other = torch.stack([torch.stack(values).mean(0) for values in found.values()]).unbind(1)
     return FeatureSimilarity(tuple(found), tuple(map(len, found.values())), best, same, other)
@@ -134,9 +132,9 @@ def _pairs(
             yield f"{name} ~ {other}", first, second
 
 
-def _cosines(a: Eigenfeatures, b: Eigenfeatures, k: int, sign: int) -> Float[Tensor, "measure k"]:
+def _cosines(a: Eigenfeatures, b: Eigenfeatures, k: int) -> Float[Tensor, "measure k"]:
     """Best, same rank and other class, for the first k eigenfeatures of `a`; means over classes."""
-    units = [[_unit_pictures(x, row, sign) for row in range(len(x.labels))] for x in (a, b)]
+    units = [[_unit_pictures(x, row) for row in range(len(x.labels))] for x in (a, b)]
     measured = torch.zeros(3, len(a.labels), k, dtype=torch.float64)
     for row, mine in enumerate(units[0]):
         mine = mine[:k]
@@ -154,7 +152,7 @@ def _cosines(a: Eigenfeatures, b: Eigenfeatures, k: int, sign: int) -> Float[Ten
     return measured.mean(1)
 
 
-def _unit_pictures(features: Eigenfeatures, row: int, sign: int) -> Float[Tensor, "n d_input"]:
-    values = features.values[row] * sign
+def _unit_pictures(features: Eigenfeatures, row: int) -> Float[Tensor, "n d_input"]:
+    values = features.values[row]
     assert features.pictures is not None  # one layer, as checked
     return F.normalize(features.pictures[row, values > ZERO * values.abs().max()], dim=-1)

@@ -10,7 +10,7 @@ What runs together depends on nothing but the stream and the sizes, whoever runs
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,8 +22,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from bilens._core.files import to_path
-from bilens.errors import ArgumentError, EmptyTextError
+from bilens._core.folders import digest_of
 from bilens.sae.features.statistics import Places
+from bilens.sae.texts import checked_texts
 from bilens.train.data import TokenizedTexts, check_source, stream_texts
 
 ENDS = 2**20  # bytes of a file that are hashed at either end
@@ -80,19 +81,8 @@ def open_corpus(
         identity = _file_identity(path) if path.is_file() else {"dataset": str(source), "split": split}
         identity |= {"column": column, "max_texts": max_texts}
         return Corpus(lambda: islice(stream_texts(source, split, column), max_texts), identity, max_texts)
-    if not isinstance(source, Iterable) or isinstance(source, torch.Tensor | np.ndarray):
-        raise ArgumentError(f"source is {source!r:.80}, expected texts, or where to load them.")
-    texts = list(source)[:max_texts]
-    if not texts:
-        raise EmptyTextError("the list of texts is empty.")
-    digest = hashlib.sha256()
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ArgumentError(f"text {place} of {len(texts)} is {text!r:.80}; expected a string.")
-        if not text.strip():
-            raise EmptyTextError(f"text {place} of {len(texts)}, {text!r}, has nothing in it; leave it out.")
-        digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
-    return Corpus(lambda: iter(texts), {"texts": len(texts), "sha256": digest.hexdigest()[:32]}, len(texts))
+    texts = checked_texts(source, max_texts)
+    return Corpus(lambda: iter(texts), {"texts": len(texts), "sha256": digest_of(texts)}, len(texts))
 
 
 def batches(

@@ -13,11 +13,13 @@ from sae_lens import SAE
 from torch import Tensor
 
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_finite, check_sizes
-from bilens.errors import ArgumentError, OutOfRangeError
+from bilens._core.checks import check_finite, check_index, check_sizes
+from bilens.errors import ArgumentError
 from bilens.model.attached import encode, splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.texts import example_texts, text_starts
+
+NAMING_SHARE = 0.05  # tokens that carry less of a feature's activation would only blur its name
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ class FeatureActivations:
 
     def entries(self, feature: int) -> slice:
         """Where a feature's entries are."""
-        if not 0 <= feature < self.d_sae:
-            raise OutOfRangeError(f"feature {feature} is outside the SAE's {self.d_sae}, 0 to {self.d_sae - 1}.")
+        feature = check_index(feature, self.d_sae, "feature {} is outside the SAE's {}")
         return slice(int(self.offsets[feature]), int(self.offsets[feature + 1]))
 
     def dense(self, feature: int) -> Float[Tensor, "text pos"]:
@@ -120,30 +121,12 @@ class FeatureActivations:
                 Example([self.strings[t] for t in window], dense[row, low : high + 1].tolist(), position - low)
             )
         mass = torch.zeros(len(self.strings)).index_add_(0, self.tokens[rows, positions], values.abs())
-        top = mass.topk(min(5, len(mass)))
-        # Tokens that carry next to nothing would only blur the name.
-        words = [
-            self.strings[i]
-            for v, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            if v > 0.05 * mass.sum()
-        ]
-        if not words and len(values):
-            words = [self.strings[int(top.indices[0])]]
-        return FeatureSummary(feature, self.density()[feature].item(), tuple(words), tuple(examples))
+        words = naming(self._shares(mass, 5))
+        return FeatureSummary(feature, self.density()[feature].item(), words, tuple(examples))
 
     def labels(self) -> list[str]:
         """A short name for every feature: see `FeatureSummary.label`."""
-        mass = self._mass()
-        top = mass.topk(3, dim=-1)
-        total = mass.sum(-1, keepdim=True).clamp_min(1e-12)
-        names = []
-        for feature, (shares, words) in enumerate(
-            zip((top.values / total).tolist(), top.indices.tolist(), strict=True)
-        ):
-            chosen = [self.strings[w] for share, w in zip(shares, words, strict=True) if share > 0.05]
-            chosen = chosen or ([self.strings[words[0]]] if shares[0] > 0 else ["(silent)"])
-            names.append(f"{feature} {'/'.join(chosen)}")
-        return names
+        return [label(feature, self._shares(mass, 3)) for feature, mass in enumerate(self._mass())]
 
     def typical_activations(self) -> Float[Tensor, "d_sae"]:
         """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""
@@ -170,6 +153,12 @@ class FeatureActivations:
     def features(self) -> Int[Tensor, "entry"]:
         """The feature of every entry."""
         return torch.repeat_interleave(torch.arange(self.d_sae), self.offsets.diff())
+
+    def _shares(self, mass: Float[Tensor, "d_vocab"], n: int) -> list[tuple[str, float]]:
+        """The `n` tokens that carry most of a feature's activation, and the share of each; none for a silent one."""
+        top = mass.topk(min(n, len(mass)))
+        shares = (top.values / mass.sum().clamp_min(1e-12)).tolist()
+        return [(self.strings[i], s) for i, s in zip(top.indices.tolist(), shares, strict=True) if s > 0]
 
     def _mass(self) -> Float[Tensor, "d_sae d_vocab"]:
         """Every feature's absolute activation, summed by token of the vocabulary."""
@@ -239,6 +228,16 @@ def names_from_texts(
         return [found.labels() for found in feature_activations(model, saes, there)]
 
     return [FeatureNames(sae.cfg.d_sae, lambda place=place: labels()[place]) for place, sae in enumerate(saes)]  # type: ignore[misc]
+
+
+def naming(tokens: Sequence[tuple[str, float]]) -> tuple[str, ...]:
+    """The tokens that name a feature: those that carry a good part of its activation, or the one that carries most."""
+    return tuple(token for token, share in tokens if share > NAMING_SHARE) or tuple(token for token, _ in tokens[:1])
+
+
+def label(feature: int, tokens: Sequence[tuple[str, float]]) -> str:
+    """See `FeatureSummary.label`."""
+    return FeatureSummary(feature, 0.0, naming(tokens), ()).label
 
 
 @torch.no_grad()

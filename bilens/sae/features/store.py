@@ -26,17 +26,17 @@ from sae_lens import SAE
 
 from bilens._core import parallel
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_amounts, check_file_name, check_flags, check_memory
+from bilens._core.checks import check_amounts, check_file_name, check_flags, check_index, check_memory
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, read_json, to_path
 from bilens._core.fingerprint import check_same, fingerprint, model_fingerprint, sae_fingerprint
 from bilens._core.folders import alone_in, other_work, write_json
-from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, OutOfRangeError, nearest
+from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, nearest
 from bilens.model.attached import splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.collecting import FeaturePass, PassState
 from bilens.sae.features.corpus import open_corpus
-from bilens.sae.features.examples import Example, FeatureSummary
+from bilens.sae.features.examples import Example, FeatureSummary, label, naming
 from bilens.sae.features.files import (
     CONTEXTS_FILE,
     STATISTICS_FILE,
@@ -53,7 +53,6 @@ CHECKPOINT_FOLDER, PLAN_FILE = "checkpoint", "plan.json"
 FORMAT = 1
 BUILD_ANEW = "Delete the folder and build the store again."
 COUNTED_PAIRS = 2**26  # (feature, token) pairs of all SAEs that are counted one by one: 12 bytes each, 805 MB
-NAMING_SHARE = 0.05  # tokens that carry less of a feature's activation would only blur its name
 
 
 @dataclass(frozen=True)
@@ -304,7 +303,7 @@ class FeatureRecord(Tabular):
     @property
     def summary(self) -> FeatureSummary:
         """As the report takes it."""
-        words = _naming([(t.token, t.share) for t in self.tokens])
+        words = naming([(t.token, t.share) for t in self.tokens])
         return FeatureSummary(self.feature, self.frequency, words, self.top)
 
     def to_frame(self) -> pd.DataFrame:
@@ -355,11 +354,8 @@ class StoredFeatures(Tabular):
         Raises:
             OutOfRangeError: no such feature.
         """
-        if isinstance(feature, bool) or not isinstance(feature, int | np.integer):
-            raise ArgumentError(f"feature is {feature!r}; expected a whole number.")
-        if not 0 <= feature < self.d_sae:
-            raise OutOfRangeError(f"feature {feature} is outside the SAE's {self.d_sae}, 0 to {self.d_sae - 1}.")
-        feature, store, strings = int(feature), self.store, self.store.vocabulary
+        feature = check_index(feature, self.d_sae, "feature {} is outside the SAE's {}")
+        store, strings = self.store, self.store.vocabulary
         row = self._files.row(feature)
         fired, total = int(row["fired"]), float(row["sum"])
         tokens = tuple(
@@ -385,7 +381,7 @@ class StoredFeatures(Tabular):
             sae=self.name,
             hook_name=self.reads,
             feature=feature,
-            label=_label(feature, [(t.token, t.share) for t in tokens]),
+            label=label(feature, [(t.token, t.share) for t in tokens]),
             n_tokens=store.n_tokens,
             fired=fired,
             mean=total / store.n_tokens,
@@ -410,7 +406,7 @@ class StoredFeatures(Tabular):
         tokens, share = self._files.column("tokens").tolist(), self._files.column("token_share").tolist()
         strings = self.store.vocabulary
         return [
-            _label(feature, [(_string(strings, t), s) for t, s in zip(*row, strict=True) if t >= 0])
+            label(feature, [(_string(strings, t), s) for t, s in zip(*row, strict=True) if t >= 0])
             for feature, row in enumerate(zip(tokens, share, strict=True))
         ]
 
@@ -616,19 +612,10 @@ def _remove(folder: Path, identity: Mapping[str, Any]) -> None:
     shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)
 
 
-def _naming(tokens: Sequence[tuple[str, float]]) -> tuple[str, ...]:
-    """The tokens that name a feature: those that carry a good part of its activation, or the one that carries most."""
-    return tuple(token for token, share in tokens if share > NAMING_SHARE) or tuple(token for token, _ in tokens[:1])
-
-
 def _string(strings: Sequence[str], token: int) -> str:
     if not 0 <= token < len(strings):
         raise CheckpointError(f"a file of the store names token {token} of {len(strings)}: it is damaged. {BUILD_ANEW}")
     return strings[token]
-
-
-def _label(feature: int, tokens: Sequence[tuple[str, float]]) -> str:
-    return FeatureSummary(feature, 0.0, _naming(tokens), ()).label
 
 
 def _effects(

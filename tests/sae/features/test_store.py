@@ -562,7 +562,7 @@ def test_bad_input(text_model, saes, sample, tmp_path):
         store["ou"]
     with pytest.raises(OutOfRangeError, match=f"feature {D_SAE} is outside the SAE's {D_SAE}"):
         store["out"].feature(D_SAE)
-    with pytest.raises(ArgumentError, match="expected a whole number"):
+    with pytest.raises(ArgumentError, match="'12' is not an integer"):
         store["out"].feature("12")
 
 
