@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bilens.layer.bilinear import BilinearLayer, hidden_coefficients
+from bilens.layer.bilinear import BilinearLayer, branches, products
 
 
 def attention_back(
@@ -75,42 +75,9 @@ def mlp_shares(
     contribution to a coalition `S` is `B(i, i) + 2 sum_{j in S} B(i, j)`, and over all orders each `j` comes before `i`
     half of the time, which leaves `B(i, i) + sum_{j != i} B(i, j) = B(i, whole)`.
     """
-    left = parts @ layer.W_gate + ones[:, None, None] * layer.b_gate
-    right = parts @ layer.W_in + ones[:, None, None] * layer.b_in
-    hidden = 0.5 * (left * right.sum(0) + left.sum(0) * right)
+    made = branches(layer, parts, ones[:, None])
+    hidden = products(made, made.sum(0))
     return hidden @ layer.W_out + ones[:, None, None] * layer.b_out
-
-
-def mlp_branches(
-    layer: BilinearLayer, sources: Float[Tensor, "*n source d_model"], ones: Float[Tensor, "source"]
-) -> tuple[Float[Tensor, "*n source d_mlp"], Float[Tensor, "*n source d_mlp"]]:
-    """What each source of an MLP's input gives in the left and in the right branch."""
-    left = sources @ layer.W_gate + ones[:, None] * layer.b_gate
-    right = sources @ layer.W_in + ones[:, None] * layer.b_in
-    return left, right
-
-
-def pair_products(
-    layer: BilinearLayer,
-    u: Float[Tensor, "n d_model"],
-    left: Float[Tensor, "n source d_mlp"],
-    right: Float[Tensor, "n source d_mlp"],
-    ones: Float[Tensor, "source"],
-) -> Float[Tensor, "n source source"]:
-    """`bilens.layer.bilinear.source_products` for many directions, each with sources of its own.
-
-    Entry `(s, t)` is half of what the pair adds to `u . mlp(x)`, `(t, s)` the other half; the entries of one direction
-    add up to it.
-
-    Args:
-        layer: the MLP.
-        u: directions of its output.
-        left, right: the branches, from `mlp_branches`.
-        ones: each source's last homogeneous coordinate.
-    """
-    raw = (left * hidden_coefficients(layer, u)[:, None]) @ right.mT
-    corner = (u @ layer.b_out)[:, None, None] * ones[:, None] * ones
-    return 0.5 * (raw + raw.mT) + corner
 
 
 def padded_nonzero(

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
 from bilens._core.fingerprint import check_same
-from bilens.attribute.algebra import mlp_branches, pair_products
 from bilens.attribute.circuit import Circuit, trace_circuit
 from bilens.attribute.frozen import FrozenPass, SAEPass, SAEs, check_saes, freeze
 from bilens.attribute.interventions import Hook, frozen_hooks, read_values, rerun
@@ -35,6 +34,7 @@ from bilens.attribute.targets import STREAM, Reads, Target, feature_reads, read_
 from bilens.draw import plots
 from bilens.draw.markup import Numbers
 from bilens.errors import ArgumentError
+from bilens.layer.bilinear import branches, pair_products
 from bilens.model.transformer import HookedBilinearTransformer
 
 AttentionMode = Literal["frozen", "real"]
@@ -482,8 +482,7 @@ def _pair_changes(
         sae, mlp = frozen.input_sae(layer), frozen.mlp(layer)
         assert sae is not None
         sources, ones = frozen.input_sources(layer)
-        left, right = mlp_branches(mlp, sources[[position]], ones)
-        products = pair_products(mlp, reads.vectors, left, right, ones)[0]
+        products = pair_products(mlp, reads.vectors[0], branches(mlp, sources[position], ones), ones)
         slots = [int(((sae.features[position] == nodes.feature[j]) & sae.real[position]).nonzero()) for j in rows.j]
         predicted = products.diagonal()[slots] - 2 * products.sum(1)[slots]
         whole = sources[position].sum(0)

@@ -44,19 +44,21 @@ from bilens.decompose.spectra import Spectra, find_spectra
 from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError, SAEMismatchError
 from bilens.layer.bilinear import (
     BilinearLayer,
+    branches,
     check_bilinear,
     constant_term,
+    double,
     in_basis,
     interaction_matrix,
     linear_term,
-    source_products,
+    pair_products,
 )
 from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.pairs import Order, check_pairs
 from bilens.layer.eigen.solve import Method, top_eigenpairs
 from bilens.layer.hosvd import HOSVD, input_gram, output_gram, singular
-from bilens.layer.inner import double, inner_products
+from bilens.layer.inner import inner_products
 from bilens.layer.pairs import top_pairs
 from bilens.layer.reading import Lexicon
 from bilens.layer.triples import top_triples
@@ -789,9 +791,11 @@ class Decomposer:
         norm_out = view_out.frozen_norm(y.double())
         e = view_out.encoder[feature].double()
         weights = self.weights.to(torch.float64)
-        contributions = source_products(weights, e * norm_out.scale_in, sources, ones)
+        contributions = pair_products(weights, e * norm_out.scale_in, branches(weights, sources, ones), ones)
         output_bias = view_out.encoder_bias[feature].double() - norm_out.scale_in * norm_out.shift * e.sum()
-        interactions = source_products(weights, e * norm_out.scale_in, directions, ones.new_zeros(len(inputs)))
+        interactions = pair_products(
+            weights, e * norm_out.scale_in, branches(weights, directions), ones.new_zeros(len(inputs))
+        )
         return Attribution(
             layer=self.layer,
             feature=feature,

@@ -41,8 +41,7 @@ from bilens.decompose.motifs import MOTIFS, classify, negated_first
 from bilens.decompose.similarity import cluster
 from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError
-from bilens.layer.bilinear import BilinearLayer
-from bilens.layer.triples import coefficients_of
+from bilens.layer.bilinear import BilinearLayer, branches, products, triple_coefficients
 from bilens.sae.features.examples import Example, FeatureActivations
 
 MIN_TOKENS = 30
@@ -238,7 +237,7 @@ def _layer_entries(
     )
     candidates = replace(candidates, outputs=often[candidates.outputs])
     texts = _OnTexts.of(d, inputs)
-    coefficients = coefficients_of(
+    coefficients = triple_coefficients(
         d.weights,
         d.directions(candidates.outputs),
         directions,
@@ -355,9 +354,9 @@ def pair_motifs(
         n: of each kind.
         title, progress: of the bar.
     """
-    left, right = (inputs * activations[:, None]) @ layer.W_gate, (inputs * activations[:, None]) @ layer.W_in
+    made = branches(layer, inputs * activations[:, None])
     write = layer.W_out @ outputs.T
-    alone = (left * right) @ write
+    alone = products(made, made) @ write
     counts = torch.zeros(len(MOTIFS), dtype=torch.long)
     none = torch.zeros(0, dtype=torch.long)
     best = [[none, none, none, alone.new_zeros(0, 3), alone.new_zeros(0)] for _ in MOTIFS]
@@ -365,7 +364,7 @@ def pair_motifs(
         torch.arange(len(i)).split(PAIRS), desc=title, unit="pair", unit_scale=PAIRS, disable=not progress
     ):
         a, b = i[rows], j[rows]
-        cross = (left[a] * right[b] + right[a] * left[b]) @ write
+        cross = 2 * products(made[a], made[b]) @ write
         # A motif is decided by its cross term: that is at least half of the largest case, so of the strength.
         row, output = (2 * cross.abs() >= FLOOR * units).nonzero(as_tuple=True)
         first, second = alone[a[row], output], alone[b[row], output]

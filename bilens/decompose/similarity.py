@@ -25,8 +25,8 @@ from bilens._core.checks import name_of
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import OutOfRangeError
-from bilens.layer.bilinear import BilinearLayer
-from bilens.layer.inner import cosines, double, inner_products
+from bilens.layer.bilinear import BilinearLayer, double
+from bilens.layer.inner import cosines, inner_products
 
 Linkage = Literal["average", "complete", "single"]
 MOST_POINTS = 4000

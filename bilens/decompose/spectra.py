@@ -24,9 +24,9 @@ from torch import Tensor
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, nearest
-from bilens.layer.bilinear import BilinearLayer, hidden_coefficients, interaction_matrix
+from bilens.layer.bilinear import BilinearLayer, double, hidden_coefficients, interaction_matrix
 from bilens.layer.eigen.solve import LeadingEigenpairs, Method, top_eigenpairs
-from bilens.layer.inner import double, norms
+from bilens.layer.inner import norms
 
 Criterion = Literal["share", "norm", "trace", "cross_share", "effective_rank", "eigenvalue_1"]
 

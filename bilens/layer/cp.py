@@ -39,8 +39,8 @@ from tqdm.auto import tqdm
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
-from bilens.layer.bilinear import BilinearLayer, biases_as_weights
-from bilens.layer.inner import branches, double, tensor_inner, tensor_norm
+from bilens.layer.bilinear import BilinearLayer, biases_as_weights, double
+from bilens.layer.inner import branch_rows, tensor_inner, tensor_norm
 from bilens.layer.reading import Lexicon
 
 CG_STEPS = 5
@@ -214,7 +214,7 @@ def largest_units(layer: BilinearLayer, n: int) -> BilinearLayer:
 
 def unit_norms(layer: BilinearLayer) -> Float[Tensor, "d_mlp"]:
     """`||p_m (x) sym(l_m r_m^T)||` of every hidden unit, biases included, in float64."""
-    left, right = branches(homogeneous(layer))
+    left, right = branch_rows(homogeneous(layer))
     squares = 0.5 * ((left**2).sum(-1) * (right**2).sum(-1) + (left * right).sum(-1) ** 2)
     return squares.sqrt() * double(layer.W_out).norm(dim=-1)
 
@@ -311,7 +311,7 @@ def _unit_gram(left: Tensor, right: Tensor, left_other: Tensor, right_other: Ten
 
 
 def _factors(layer: BilinearLayer) -> Factors:
-    left, right = branches(homogeneous(layer))
+    left, right = branch_rows(homogeneous(layer))
     return Factors(double(layer.W_out), left, right)
 
 

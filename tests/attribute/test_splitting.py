@@ -49,7 +49,7 @@ def targets():
     return st.one_of(
         st.builds(Target.direction, vectors, st.sampled_from(every_hook()), positions),
         st.builds(Target.feature, labels, st.integers(0, 39), positions),
-        st.builds(Target.logit, st.integers(0, 49), positions, minus=st.none() | st.integers(0, 49)),
+        st.builds(Target.logit, st.integers(0, 24), positions, minus=st.none() | st.integers(25, 49)),
     )
 
 
