@@ -3,9 +3,9 @@
     python benchmarks/fuzz.py                      everything (some 5,500 cases)
     python benchmarks/fuzz.py --only files --seed 1
 
-A case passes if it returns, or raises an exception of bilens, which names the value and says what was expected. Anything
-else is listed: a raw exception, more than a minute, or more than 4 GiB. The exit status is the number of such cases, at
-most 100. Cases run in forked children, so that one that hangs or dies takes nothing with it.
+A case passes if it returns, or raises an exception of bilens, which names the value and says what was expected.
+Anything else is listed: a raw exception, more than a minute, or more than 4 GiB. The exit status is the number of such
+cases, at most 100. Cases run in forked children, so that one that hangs or dies takes nothing with it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ import bilens
 from bilens import attribute, cli, vision
 from bilens._core.files import read_json
 from bilens.attribute import Circuit, Target
-from bilens.decompose.sweep import Sweep, sweep
+from bilens.decompose.sweep import Sweep, sweep_layers
 from bilens.errors import BilensError
 from bilens.model.config import config_from_published
 from bilens.sae.loading import load_sae_folder
@@ -52,7 +52,8 @@ STRINGS = ["", "x", "nothing at all", "a\0b", "../x", "[01]", "*", "x" * 5000, "
 OTHERS = [None, b"bytes", [], [1], ["a"], {}, {"a": 1}, (), object(), len, Path("/dev/zero"), slice(2)]
 ARRAYS = [torch.tensor(1), torch.ones(3), torch.full((2, 2), torch.nan), np.arange(3), np.float64(np.inf)]
 IN_JSON = [None, True, -1, 0, 1.5, 10**9, 2**62, 10**40, float("nan"), "", "x", "a\0b", [], [1], {}, "\ud800"]
-WORDS = ["-1", "0", "nan", "inf", "1e30", "x", "", "999999999999999", "[01]", "../x", "/proc", "/dev/null", "a" * 300]
+NO_FILES = ["", "/proc", "/dev/null", "a" * 300]
+WORDS = ["-1", "0", "nan", "inf", "1e30", "x", "999999999999999", "[01]", "../x", *NO_FILES]
 NETWORK = {"revision", "token", "cache_dir", "local_files_only", "progress", "options", "self"}
 OUT = object()  # stands for a path in the case's own folder
 
@@ -89,7 +90,7 @@ class Fixtures:
         self.saes = {path.name: load_sae_folder(path) for path in sorted((root / "saes").iterdir())}
         self.decomposer = bilens.Decomposer(self.model, 1, *self.saes.values())
         bilens.build_feature_store(self.model, self.saes, TEXTS, root / "store")
-        sweep([self.decomposer], root / "sweep")
+        sweep_layers([self.decomposer], root / "sweep")
         self.frozen = attribute.freeze(self.model, TEXTS[0], self.saes)
         self.circuit = Circuit.trace(self.model, self.saes, TEXTS[0])
         self.circuit.save(root / "circuit.safetensors")
@@ -127,22 +128,24 @@ def calls(f: Fixtures) -> Iterator[tuple[str, Callable, dict[str, Any]]]:
         "string": "fox",
     }
     named = [bilens.Decomposer, attribute.freeze, attribute.split, attribute.attribute_tokens, bilens.evaluate_saes]
-    named += [m.forward, m.run_with_cache, m.to_tokens, m.to_single_token, m.generate, Circuit.trace]
+    named += [m.forward, m.to_tokens, m.to_single_token, m.generate, Circuit.trace]
     named += [getattr(d, name) for name in dir(d) if name[0] != "_" and inspect.ismethod(getattr(d, name))]
     for function in named:
-        yield function.__qualname__, function, good
+        names = inspect.signature(function).parameters
+        yield function.__qualname__, function, {key: value for key, value in good.items() if key in names}
     for function, arguments in (
         (bilens.load_model, {"source": root / "model", "device": "cpu", "dtype": "float32"}),
         (bilens.list_saes, {"source": root / "saes"}),
         (bilens.load_sae, {"source": root / "saes", "point": "mlp-in", "layer": 1}),
         (load_sae_folder, {"folder": root / "saes" / "1-mlp-in-x2-k4"}),
+        (m.run_with_cache, {"input": TEXTS[0], "names_filter": None}),
         (m.save_pretrained, {"folder": OUT}),
         (vision.load_images, {"source": root / "images.npz"}),
         (vision.ImageDataset.from_arrays, {"train_images": f.images, "train_labels": f.labels}),
         (vision.load_classifier, {"source": root / "classifier"}),
         (f.classifier.save_pretrained, {"folder": OUT}),
         (vision.eigenfeatures, {"model": f.classifier}),
-        (sweep, {"decomposers": [d], "out": OUT}),
+        (sweep_layers, {"decomposers": [d], "out": OUT}),
         (Sweep.load, {"folder": root / "sweep"}),
         (f.circuit.save, {"path": OUT}),
         (Circuit.load, {"path": root / "circuit.safetensors"}),
@@ -156,9 +159,9 @@ def calls(f: Fixtures) -> Iterator[tuple[str, Callable, dict[str, Any]]]:
 
 def argument_cases(f: Fixtures, rng: random.Random) -> Iterator[Case]:
     for name, function, good in calls(f):
-        parameters = inspect.signature(function).parameters
-        good = {key: value for key, value in good.items() if key in parameters}
-        for parameter in sorted(parameters.keys() - NETWORK):
+        parameters = inspect.signature(function).parameters.values()
+        names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} | good.keys()
+        for parameter in sorted(names - NETWORK):
             for value in rng.sample([*NUMBERS, *STRINGS, *OTHERS, *ARRAYS], PER_ARGUMENT):
 
                 def run(folder: Path, function=function, arguments=good | {parameter: value}) -> Any:
@@ -251,7 +254,7 @@ def command_cases(f: Fixtures, rng: random.Random) -> Iterator[Case]:
         for parameter in info.params:
             if getattr(parameter, "is_flag", False):  # takes no value: the command would run as it should
                 continue
-            for value in WORDS:
+            for value in NO_FILES if parameter.name == "out" else WORDS:
 
                 def run(
                     folder: Path, command=command, arguments=arguments, page=page, parameter=parameter, value=value

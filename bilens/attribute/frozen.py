@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
@@ -263,7 +264,7 @@ def freeze(
         raise ArgumentError(f"dtype is {dtype}, expected torch.float32 or torch.float64.")
     check_model(model)
     if not isinstance(text_or_tokens, str | Tensor):
-        if isinstance(text_or_tokens, bytes | Mapping) or not hasattr(text_or_tokens, "__getitem__"):
+        if not isinstance(text_or_tokens, Sequence | np.ndarray) or isinstance(text_or_tokens, bytes):
             raise ArgumentError(f"text_or_tokens is {text_or_tokens!r:.80}, expected a text or its tokens.")
         are_texts = any(isinstance(each, str) for each in text_or_tokens)
         text_or_tokens = list(text_or_tokens) if are_texts else torch.tensor(text_or_tokens, dtype=torch.long)

@@ -709,6 +709,8 @@ class Decomposer:
     ) -> tuple[Float[Tensor, "text pos d_model"], Float[Tensor, "text pos d_model"]]:
         """What the layer reads (`ln2.hook_normalized`) and what it writes (`hook_mlp_out`) on every token."""
         require_bare(self.model)
+        if not isinstance(tokens, Tensor):
+            raise ArgumentError(f"tokens is {tokens!r:.80}, expected a tensor of them; run_texts takes texts.")
         hooks = [self.normalized_hook, self.out_hook]
         tokens = tokens.to(self.model.cfg.device)
         _, cache = self.model.run_with_cache(
@@ -730,6 +732,7 @@ class Decomposer:
         require_bare(self.model)
         tokens, mask = text_starts(self.model, texts)
         mask[:, : self.model.n_bos] = 0
+        batch_size = min(batch_size, len(tokens))
         rows = list(zip(tokens.split(batch_size), mask.bool().split(batch_size), strict=True))
         for batch, kept in tqdm(rows, desc="texts", unit="batch"):
             x, y = (part[kept.to(part.device)].to(self.weights.W_out) for part in self.run(batch))

@@ -26,7 +26,6 @@ Sources: Kolda & Bader, Tensor decompositions and applications, 2009, section 3;
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TypeAlias
 
 import pandas as pd
@@ -180,7 +179,7 @@ def cp_decompose(
     explained: list[float] = []
     converged = False
     factors = _start(layer, rank, start)
-    fits = islice(sweeps(layer, factors, norm), max_sweeps + 1)
+    fits = (fit for _, fit in zip(range(max_sweeps + 1), sweeps(layer, factors, norm), strict=False))
     with tqdm(total=max_sweeps, desc=f"CP, rank {rank}", unit="sweep", disable=not progress) as bar:
         try:
             for better, share in fits:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from bilens._core.checks import check_counts, check_sizes
+from bilens._core.checks import check_counts, check_seeds, check_sizes
 from bilens._core.typing import typed
 from bilens.errors import ArgumentError, TokenizationError
 from bilens.model.tokenization import PaddingSide, TokenizationMixin
@@ -35,7 +35,7 @@ def sample(
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = (logits.float() / temperature).softmax(-1)
+    probabilities = (logits.float() / float(temperature)).softmax(-1)
     if top_p is not None:
         likeliest = probabilities.sort(-1, descending=True)
         above = likeliest.values.cumsum(-1) - likeliest.values  # what the likelier ones have already
@@ -109,6 +109,7 @@ class TextGenerationMixin(TokenizationMixin):
             TokenizationError: text is given or asked for, and the model has no tokenizer.
         """
         check_counts(max_new_tokens=max_new_tokens)
+        check_seeds(**({} if seed is None else {"seed": seed}))
         if not 0 <= temperature < LARGEST or (top_k is not None and top_k < 1):
             raise ArgumentError(f"temperature {temperature} must be 0 to {LARGEST:g} and top_k {top_k} at least 1.")
         if top_p is not None and not 0 < top_p <= 1:

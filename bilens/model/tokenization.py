@@ -300,7 +300,12 @@ class TokenizationMixin:
             return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]
         if isinstance(input, str):
             input = self.to_tokens(input, prepend_bos, padding_side)[0]
-        tokens = torch.as_tensor(input)
+        try:
+            tokens = torch.as_tensor(input)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentError(f"{input!r:.80} is neither a text nor tokens.") from error
+        if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or (tokens < 0).any():
+            raise ArgumentError(f"tokens are whole numbers, 0 or more; given is {input!r:.80}.")
         ids = tokens.squeeze().reshape(-1) if tokens.numel() == 1 else tokens.squeeze()
         if ids.ndim != 1:
             raise TokenizationError(f"to_str_tokens takes one sequence, not tokens of shape {tuple(tokens.shape)}.")
@@ -313,6 +318,8 @@ class TokenizationMixin:
             TokenizationError: it is several tokens, none, or unknown to the vocabulary.
         """
         tokenizer = self._require_tokenizer()
+        if not isinstance(string, str):
+            raise ArgumentError(f"string is {string!r:.80}, expected text.")
         special = tokenizer.convert_tokens_to_ids(string) if string in tokenizer.all_special_tokens else None
         ids = self.to_tokens(string, prepend_bos=False)[0].tolist() if special is None else [special]
         unknown = tokenizer.unk_token_id

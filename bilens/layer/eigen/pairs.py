@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.checks import whole_number
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
 
 Order = Literal["size", "positive", "negative"]
@@ -19,7 +20,7 @@ def check_pairs(d: int, k: int | None, order: str) -> None:
         raise ArgumentError(
             f"order is {order!r}, expected one of {', '.join(map(repr, known))}." + nearest(order, known)
         )
-    if k is not None and not 1 <= k <= d:
+    if k is not None and not 1 <= whole_number(k, "a number of eigenpairs is expected") <= d:
         raise OutOfRangeError(f"k is {k}, expected 1 to {d} (or None for all).")
 
 
