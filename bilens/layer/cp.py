@@ -35,6 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.checks import check_seeds
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
@@ -332,6 +333,7 @@ def _start(layer: BilinearLayer, rank: int, start: Start) -> Factors:
             left=torch.nn.functional.pad(factors.left, pad),
             right=torch.nn.functional.pad(factors.right, pad),
         )
+    check_seeds(start=start)
     # Random mixtures of the layer's own hidden units: in the space they span, and of its scale.
     target = _factors(layer)
     generator = torch.Generator().manual_seed(start)

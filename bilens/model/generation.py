@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from bilens._core.checks import check_counts, check_seeds, check_sizes
+from bilens._core.checks import check_counts, check_index, check_seeds, check_sizes
 from bilens._core.typing import typed
 from bilens.errors import ArgumentError, TokenizationError
 from bilens.model.tokenization import PaddingSide, TokenizationMixin
@@ -182,7 +182,8 @@ class TextGenerationMixin(TokenizationMixin):
             )
         if eos_token_id is None or stop_at_eos is False:
             return []
-        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+        return [check_index(i, self.cfg.d_vocab, "end token {} is outside the vocabulary of {}") for i in ids]
 
 
 def sample_texts(
