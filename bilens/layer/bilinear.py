@@ -29,14 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BilinearLayer:
-    """The weights of one bilinear MLP in TransformerLens shapes, and nothing else."""
+    """The weights of one bilinear MLP in TransformerLens shapes, and nothing else.
+
+    What it writes (`d_out`) is as wide as what it reads in a transformer; a toy's logits and a classifier's are not.
+    """
 
     W_gate: Float[Tensor, "d_model d_mlp"]
     W_in: Float[Tensor, "d_model d_mlp"]
-    W_out: Float[Tensor, "d_mlp d_model"]
+    W_out: Float[Tensor, "d_mlp d_out"]
     b_gate: Float[Tensor, "d_mlp"]
     b_in: Float[Tensor, "d_mlp"]
-    b_out: Float[Tensor, "d_model"]
+    b_out: Float[Tensor, "d_out"]
 
     @classmethod
     def of(cls, model: "HookedBilinearTransformer", layer: int) -> "BilinearLayer":
@@ -94,7 +97,7 @@ def check_bilinear(model: "HookedBilinearTransformer") -> None:
 
 
 def hidden_coefficients(
-    layer: BilinearLayer, u: Float[Tensor, "*n d_model"], *, exact: bool = False
+    layer: BilinearLayer, u: Float[Tensor, "*n d_out"], *, exact: bool = False
 ) -> Float[Tensor, "*n d_mlp"]:
     """`c = W_out u`: how much each hidden unit writes along each direction; `exact` is in float64."""
     return double(u) @ double(layer.W_out).T if exact else u @ layer.W_out.T
@@ -105,20 +108,20 @@ def double(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
-def interaction_matrix(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model d_model"]:
+def interaction_matrix(layer: BilinearLayer, u: Float[Tensor, "*n d_out"]) -> Float[Tensor, "*n d_model d_model"]:
     """The symmetric `Q_u` of each direction: the quadratic part of `u . mlp(x)`."""
     c = hidden_coefficients(layer, u)
     raw = (layer.W_gate * c[..., None, :]) @ layer.W_in.T
     return 0.5 * (raw + raw.mT)
 
 
-def linear_term(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+def linear_term(layer: BilinearLayer, u: Float[Tensor, "*n d_out"]) -> Float[Tensor, "*n d_model"]:
     """`g_u`: the part of `u . mlp(x)` linear in `x`; zero without MLP biases."""
     c = hidden_coefficients(layer, u)
     return (c * layer.b_in) @ layer.W_gate.T + (c * layer.b_gate) @ layer.W_in.T
 
 
-def constant_term(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n"]:
+def constant_term(layer: BilinearLayer, u: Float[Tensor, "*n d_out"]) -> Float[Tensor, "*n"]:
     """`h_u`: the part of `u . mlp(x)` that does not depend on `x`; zero without MLP biases."""
     return hidden_coefficients(layer, u) @ (layer.b_gate * layer.b_in) + u @ layer.b_out
 
@@ -175,7 +178,7 @@ def products(x: Branches, y: Branches) -> Float[Tensor, "*x d_mlp"]:
 
 def pair_products(
     layer: BilinearLayer,
-    u: Float[Tensor, "*n d_model"],
+    u: Float[Tensor, "*n d_out"],
     parts: Branches,
     ones: Float[Tensor, "source"],
 ) -> Float[Tensor, "*n source source"]:
@@ -197,7 +200,7 @@ def pair_products(
 
 def triple_coefficients(
     layer: BilinearLayer,
-    outputs: Float[Tensor, "n_out d_model"],
+    outputs: Float[Tensor, "n_out d_out"],
     inputs: Float[Tensor, "n_in d_model"],
     output: Int[Tensor, "n"],
     i: Int[Tensor, "n"],

@@ -7,11 +7,11 @@ none. The passes over texts (`bilens.train.data.TokenizedTexts`, `bilens.sae.fea
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from bilens._core.checks import check_flags
@@ -85,6 +85,10 @@ def attended(
         rows = torch.arange(len(tokens), device=tokens.device)
         mask[rows, (leading - 1).clamp_min(0)] = 1
     return mask.masked_fill(~is_text.any(1, keepdim=True), 1)
+
+
+# Ones for tokens and zeros for padding, in whatever dtype; of the positions in a cache too, where there is one.
+Mask: TypeAlias = Shaped[Tensor, "... key"]
 
 
 class TokenizationMixin:
@@ -278,7 +282,7 @@ class TokenizationMixin:
         return tokens
 
     def to_string(
-        self, tokens: Int[Tensor, "*batch pos"] | np.ndarray | list[int] | list[list[int]] | list[Tensor] | int
+        self, tokens: Int[Tensor, "..."] | np.ndarray | list[int] | list[list[int]] | list[Tensor] | int
     ) -> str | list[str]:
         """The text of a token sequence; a list of texts for a batch. Special tokens are shown."""
         ids: Any = tokens.tolist() if isinstance(tokens, Tensor | np.ndarray) else tokens
@@ -290,7 +294,7 @@ class TokenizationMixin:
 
     def to_str_tokens(
         self,
-        input: str | Int[Tensor, "*batch pos"] | np.ndarray | list,
+        input: str | Int[Tensor, "..."] | np.ndarray | list,
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
     ) -> Any:

@@ -37,7 +37,7 @@ from bilens.model.hook_points import CheckedHooks, eager_while_hooked
 from bilens.model.kv_cache import cached_positions, check_room, extended_mask
 from bilens.model.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.model.published import PublishedMixin
-from bilens.model.tokenization import PaddingSide, TokenizationMixin
+from bilens.model.tokenization import Mask, PaddingSide, TokenizationMixin
 
 
 def identity(x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class RMSNorm(NamedWeightsMixin):
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "batch pos *heads d_model"]) -> Float[Tensor, "batch pos *heads d_model"]:
         if self.cfg.normalization_type is None:
             return self.hook_normalized(x / self.hook_scale(torch.ones_like(x[..., :1])))
         # Half precision squares overflow: the mean is taken in float32 at least.
@@ -423,7 +423,7 @@ class HookedBilinearTransformer(
         prepend_bos: bool | None = None,
         start_at_layer: int | None = None,
         tokens: Int[Tensor, "*batch pos"] | None = None,
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Mask | None = None,
         stop_at_layer: int | None = None,
         past_kv_cache: TransformerLensKeyValueCache | None = None,
         padding_side: PaddingSide | None = None,
@@ -500,7 +500,7 @@ class HookedBilinearTransformer(
         input: str | list[str] | Int[Tensor, "*batch pos"],
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Mask | None = None,
         past_kv_cache: TransformerLensKeyValueCache | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], Int[Tensor, "batch pos"], None, Int[Tensor, "batch key"]]:
         """The stream that enters the first block, and what else `forward(..., start_at_layer=0)` needs.
@@ -573,7 +573,7 @@ class HookedBilinearTransformer(
         self,
         logits: Float[Tensor, "batch pos d_vocab"],
         tokens: Int[Tensor, "batch pos"],
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Mask | None = None,
         per_token: bool = False,
     ) -> Tensor:
         """Next-token cross-entropy in nats, padding left out: its mean, or `(batch, pos - 1)` with `per_token`.
@@ -752,10 +752,11 @@ class HookedBilinearTransformer(
         biases = [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []
         return sum(biases, start=self.W_E.new_zeros(self.cfg.d_model))
 
-    def tokens_to_residual_directions(
-        self, tokens: str | int | Int[Tensor, "*batch"]
-    ) -> Float[Tensor, "*batch d_model"]:
-        """The unembedding direction of each token: what the normalised residual stream is dotted with for its logit."""
+    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "*batch"]) -> Float[Tensor, "*n d_model"]:
+        """The unembedding direction of each token: what the normalised residual stream is dotted with for its logit.
+
+        Axes are those of the tokens; a single token, however it is given, has one direction without.
+        """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         ids = torch.as_tensor(tokens)
