@@ -57,7 +57,7 @@ CALLS: dict[str, tuple[Callable[[SimpleNamespace, Path], Any], str]] = {
         lambda g, out: bilens.build_feature_store(g.model, g.saes, TEXTS, out, checkpoint_seconds="x"),
         "checkpoint_seconds is 'x'",
     ),
-    "a corpus that is a number": (lambda g, out: bilens.build_feature_store(g.model, g.saes, NUMBER, out), "source is"),
+    "a corpus that is a number": (lambda g, out: bilens.build_feature_store(g.model, g.saes, NUMBER, out), "texts is"),
     "truncate=": (lambda g, out: g.model.to_tokens("fox", truncate=SEVERAL), "truncate is"),
     "prepend_bos=": (lambda g, out: g.model.to_tokens("fox", prepend_bos=SEVERAL), "prepend_bos is"),
     "padding_side=": (lambda g, out: g.model.to_tokens("fox", padding_side=SEVERAL), "padding_side"),

@@ -921,6 +921,7 @@ class Decomposer:
         u, other = self.directions(features, side), self.directions(features, against or side)
         return feature_cosines(self.weights, u, other, self._metric(basis))
 
+    @typed
     def lexicon(self, which: Literal["input", "output"]) -> Lexicon:
         """What directions on one side of the layer are named after: the SAE's features, or tokens without an SAE."""
         view, names = (self._input, self.input_names) if which == "input" else (self._output, self.output_names)
