@@ -12,7 +12,7 @@ Sources: DESIGN section 4; Elhage et al. 2021, "A Mathematical Framework for Tra
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from bilens.layer.bilinear import BilinearLayer, branches, products
@@ -78,23 +78,3 @@ def mlp_shares(
     made = branches(layer, parts, ones[:, None])
     hidden = products(made, made.sum(0))
     return hidden @ layer.W_out + ones[:, None, None] * layer.b_out
-
-
-def padded_nonzero(
-    values: Float[Tensor, "p n"],
-) -> tuple[Tensor, Float[Tensor, "p s"], Bool[Tensor, "p s"]]:
-    """The nonzero entries of every row in ascending order, rows filled up to one length.
-
-    Returns:
-        indices (0 where filled up), values (0 there), and which are real.
-    """
-    active = values != 0
-    counts = active.sum(1)
-    width = int(counts.max()) if len(values) else 0
-    rows, columns = active.nonzero(as_tuple=True)
-    starts = counts.cumsum(0) - counts
-    slots = torch.arange(len(rows), device=values.device) - starts[rows]
-    indices = rows.new_zeros(len(values), width)
-    indices[rows, slots] = columns
-    real = torch.arange(width, device=values.device) < counts[:, None]
-    return indices, values.gather(1, indices) * real, real

@@ -28,7 +28,7 @@ from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
 from bilens._core.fingerprint import check_same
 from bilens.attribute.circuit import Circuit, trace_circuit
-from bilens.attribute.frozen import FrozenPass, SAEPass, SAEs, check_saes, freeze
+from bilens.attribute.frozen import FrozenPass, SAEs, check_saes, freeze
 from bilens.attribute.interventions import Hook, frozen_hooks, read_values, rerun
 from bilens.attribute.targets import STREAM, Reads, Target, feature_reads, read_targets
 from bilens.draw import plots
@@ -36,6 +36,7 @@ from bilens.draw.markup import Numbers
 from bilens.errors import ArgumentError
 from bilens.layer.bilinear import branches, pair_products
 from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.passes import SAEPass
 
 AttentionMode = Literal["frozen", "real"]
 MODES: tuple[AttentionMode, ...] = ("frozen", "real")

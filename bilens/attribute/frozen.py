@@ -17,81 +17,25 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
 from bilens._core.bare import require_bare
 from bilens._core.checks import check_finite
 from bilens._core.fingerprint import Snapshot, model_fingerprint, sae_fingerprint
-from bilens.attribute.algebra import padded_nonzero
 from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError, nearest
 from bilens.layer.bilinear import BilinearLayer, check_model
 from bilens.model.attached import check_attention_scale
 from bilens.model.hook_points import HOOK_TO_POINT, hook_of, point_of
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.store import FeatureStore
-from bilens.sae.view import LINEAR_ENCODERS, SAEView
+from bilens.sae.passes import SAEPass
+from bilens.sae.view import SAEView
 
 INPUT_POINTS = ("mlp-in", "resid-mid")  # where an SAE may read an MLP's input; the first that is there is taken
 Names: TypeAlias = Mapping[str, Sequence[str]] | FeatureStore
 SAEs: TypeAlias = SAE[Any] | Iterable[SAE[Any]] | Mapping[str, SAE[Any]]
-
-
-@dataclass(frozen=True)
-class SAEPass:
-    """One SAE on one text: its active features, filled up to one length `s` at every position.
-
-    Attributes:
-        view: the SAE as directions.
-        hook, point, layer: the place of the SAE.
-        features, values, real: the active features of each position, their activations, and which are not filling.
-        writes: the part of the reconstruction that each active feature adds, `f_i d_i`.
-        b_dec: the reconstruction without any feature.
-        error: the part that the reconstruction misses.
-        scale_in, scale_out, shift: the frozen normalisation.
-    """
-
-    view: SAEView
-    hook: str
-    point: str
-    layer: int
-    features: Int[Tensor, "p s"]
-    values: Float[Tensor, "p s"]
-    real: Bool[Tensor, "p s"]
-    writes: Float[Tensor, "p s d_model"]
-    b_dec: Float[Tensor, "p d_model"]
-    error: Float[Tensor, "p d_model"]
-    scale_in: Float[Tensor, "p"]
-    scale_out: Float[Tensor, "p"]
-    shift: Float[Tensor, "p"]
-
-    @property
-    def label(self) -> str:
-        """`2-mlp-in`, the way the folders of SAEs begin."""
-        return f"{self.layer}-{self.point}"
-
-    @property
-    def has_reads(self) -> bool:
-        """Whether a feature is a linear read: not with a bilinear encoder, and not in matching pursuit."""
-        return not self.view.has_bilinear_encoder and self.view.sae.cfg.architecture() in LINEAR_ENCODERS
-
-    @cached_property
-    def _encoder_bias(self) -> Float[Tensor, "d_sae"]:
-        return self.view.encoder_bias.to(self.writes)
-
-    def reads(
-        self, positions: Int[Tensor, "t"], features: Int[Tensor, "t"]
-    ) -> tuple[Float[Tensor, "t d_model"], Float[Tensor, "t"]]:
-        """`(r, c)` with pre-activation `r . y + c` at the SAE's hook.
-
-        Raises:
-            SAEMismatchError: an SAE without linear reads.
-        """
-        rows = self.view.encoder[features].to(self.writes)
-        scale = self.scale_in[positions]
-        constants = self._encoder_bias[features] - scale * self.shift[positions] * rows.sum(-1)
-        return rows * scale[:, None], constants
 
 
 @dataclass(frozen=True)
@@ -206,15 +150,7 @@ class FrozenPass:
         sae = self.input_sae(layer)
         if sae is None:
             raise MissingSAEError(f"layer {layer} has no SAE on its MLP's input (ln2.hook_normalized).")
-        at: Any = slice(None) if position is None else slice(position, position + 1)
-        writes = sae.writes[at] if position is None else sae.writes[at, sae.real[position]]
-        parts = torch.cat([writes, sae.b_dec[at, None], sae.error[at, None]], 1)
-        if sae.point == "resid-mid":
-            parts = parts / self.scale2[layer][at, None, None]
-        sources = torch.cat([parts, torch.zeros_like(parts[:, :1])], 1)
-        ones = sources.new_zeros(sources.shape[1])
-        ones[-1] = 1.0
-        return sources if position is None else sources[0], ones
+        return sae.sources(self.scale2[layer], position)
 
     def sae(self, hook: str) -> SAEPass:
         """The SAE on a hook, by the hook's name or the SAE's (`2-mlp-in`, or a folder name such as `2-mlp-in-x8-k32`).
@@ -293,7 +229,7 @@ def freeze(
         strings=_strings(model, tokens[0]),
         cache=cache,
         logits=logits[0],
-        saes={hook: _sae_pass(view, hook, cache[hook], dtype) for hook, view in views.items()},
+        saes={hook: SAEPass.of(view, hook, cache[hook], dtype) for hook, view in views.items()},
         pattern=stack("attn.hook_pattern"),
         scale1=stack("ln1.hook_scale")[..., 0],
         scale2=stack("ln2.hook_scale")[..., 0],
@@ -340,20 +276,6 @@ def check_saes(model: HookedBilinearTransformer, saes: SAEs) -> dict[str, SAEVie
         check_attention_scale(model, sae, f"the SAE on {hook!r}")
     order = list(HOOK_TO_POINT.values())
     return dict(sorted(views.items(), key=lambda item: (point_of(item[0])[1], order.index(point_of(item[0])[0]))))
-
-
-def _sae_pass(view: SAEView, hook: str, x: Float[Tensor, "p d_model"], dtype: torch.dtype) -> SAEPass:
-    point, layer = point_of(hook)
-    features, values, real = padded_nonzero(view.activations(x))
-    norm = view.frozen_norm(x.to(dtype))
-    directions = view.decoder[features].to(dtype) * norm.scale_out[:, None, None]
-    writes = values.to(dtype)[..., None] * directions
-    b_dec = view.b_dec.to(dtype) * norm.scale_out[:, None] + norm.shift[:, None]
-    error = x.to(dtype) - writes.sum(1) - b_dec
-    return SAEPass(
-        view, hook, point, layer, features, values, real, writes, b_dec, error,
-        norm.scale_in, norm.scale_out, norm.shift,
-    )  # fmt: skip
 
 
 def _strings(model: HookedBilinearTransformer, tokens: Int[Tensor, "p"]) -> list[str]:

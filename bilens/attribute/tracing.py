@@ -21,10 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.attribute.algebra import attention_forward, head_values
-from bilens.attribute.frozen import FrozenPass, SAEPass
+from bilens.attribute.frozen import FrozenPass
 from bilens.attribute.splitting import backward_fields
 from bilens.attribute.targets import MLP, STREAM, Reads, feature_reads
 from bilens.layer.bilinear import branches, pair_products
+from bilens.sae.passes import SAEPass
 
 KINDS = ("target", "embedding", "feature", "error", "mlp", "bias")
 FIELD_BYTES = 2**28  # of the fields held at a time

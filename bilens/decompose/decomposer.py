@@ -66,6 +66,7 @@ from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.examples import FeatureNames, names_from_texts
 from bilens.sae.loading import HUB_OPTIONS, load_saes, sae_source
+from bilens.sae.passes import SAEPass
 from bilens.sae.texts import text_starts
 from bilens.sae.view import SAEView
 
@@ -773,44 +774,30 @@ class Decomposer:
         _, cache = self.model.run_with_cache(
             tokens, names_filter=names, stop_at_layer=self.layer + 1, return_cache_object=False
         )
-        x, resid_mid, scale, y = (cache[name][0, position] for name in names)
-
-        # The input's sources, in the space the layer reads, in float64: only the model's own rounding remains.
-        on_resid_mid = self._on_resid_mid(view_in)
-        site = resid_mid if on_resid_mid else x
-        acts = view_in.activations(site[None])[0]
-        inputs = acts.nonzero().flatten()
-        norm = view_in.frozen_norm(site.double())
-        divisor = scale.double() if on_resid_mid else 1.0
-        directions = view_in.decoder[inputs].double() * norm.scale_out / divisor
-        b_dec = (view_in.b_dec.double() * norm.scale_out + norm.shift) / divisor
-        features = acts[inputs].double()[:, None] * directions
-        error = x.double() - features.sum(0) - b_dec
-        sources = torch.cat([features, b_dec[None], error[None], torch.zeros_like(error)[None]])
-        ones = torch.zeros(len(sources), dtype=torch.float64, device=sources.device)
-        ones[-1] = 1.0
-
-        # The output: a linear read of hook_mlp_out, plus what the SAE adds by itself.
-        norm_out = view_out.frozen_norm(y.double())
-        e = view_out.encoder[feature].double()
+        # In float64: only the model's own rounding remains.
+        site = self.resid_mid_hook if self._on_resid_mid(view_in) else self.normalized_hook
+        x, y = cache[site][0, [position]], cache[self.out_hook][0, [position]]
+        read = SAEPass.of(view_in, site, x, torch.float64)
+        written = SAEPass.of(view_out, self.out_hook, y, torch.float64)
+        sources, ones = read.sources(cache[self.scale_hook][0, position].double(), 0)
+        here = torch.zeros(1, dtype=torch.long, device=sources.device)
+        u, output_bias = written.reads(here, here + feature)
         weights = self.weights.to(torch.float64)
-        contributions = pair_products(weights, e * norm_out.scale_in, branches(weights, sources, ones), ones)
-        output_bias = view_out.encoder_bias[feature].double() - norm_out.scale_in * norm_out.shift * e.sum()
-        interactions = pair_products(
-            weights, e * norm_out.scale_in, branches(weights, directions), ones.new_zeros(len(inputs))
-        )
+        contributions = pair_products(weights, u[0], branches(weights, sources, ones), ones)
+        inputs, activations = read.features[0], read.values[0]
+        pairs = contributions[: len(inputs), : len(inputs)]
         return Attribution(
             layer=self.layer,
             feature=feature,
             position=position,
             tokens=self.token_strings(tokens[0]),
             inputs=inputs,
-            activations=acts[inputs],
-            interactions=interactions.float(),
+            activations=activations,
+            interactions=(pairs / (activations[:, None].double() * activations)).float(),
             contributions=contributions.float(),
-            output_bias=output_bias.float().item(),
-            actual=view_out.pre_activations(y[None])[0, feature].item(),
-            active=bool(view_out.activations(y[None])[0, feature] != 0),
+            output_bias=output_bias[0].float().item(),
+            actual=view_out.pre_activations(y)[0, feature].item(),
+            active=bool(view_out.activations(y)[0, feature] != 0),
             input_names=self.input_names,
             output_name="" if self.output_names is None else self.output_names[feature],
             dtype=self.model.cfg.dtype,
