@@ -386,7 +386,7 @@ def _hooks(
 
 def _decomposed(
     frozen: FrozenPass, sae: SAEPass, value: Float[Tensor, "row p d_model"], mode: AttentionMode
-) -> tuple[Float[Tensor, "row p d_sae"], Float[Tensor, "row p d_model"]]:
+) -> tuple[Float[Tensor, "#row p d_sae"], Float[Tensor, "#row p d_model"]]:
     """Activations and error of what reaches an SAE."""
     if mode == "real":
         acts = sae.view.activations(value)
