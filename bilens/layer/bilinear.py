@@ -14,7 +14,7 @@ feature interactions and attributions, is these three and inner products with th
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,9 +22,7 @@ from torch import Tensor
 
 from bilens._core.checks import check_finite
 from bilens.errors import ArgumentError, NotBilinearError
-
-if TYPE_CHECKING:
-    from bilens.model.transformer import HookedBilinearTransformer
+from bilens.model.transformer import HookedBilinearTransformer
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class BilinearLayer:
     b_out: Float[Tensor, "d_out"]
 
     @classmethod
-    def of(cls, model: "HookedBilinearTransformer", layer: int) -> "BilinearLayer":
+    def of(cls, model: HookedBilinearTransformer, layer: int) -> "BilinearLayer":
         """One layer of a model, detached, in float32 at least: views of a model in float32, copies of one below.
 
         Raises:
@@ -80,7 +78,7 @@ def check_model(model: Any) -> None:
     raise ArgumentError(f"model is a {type(model).__name__}, expected a HookedBilinearTransformer: {way_out}.")
 
 
-def check_bilinear(model: "HookedBilinearTransformer") -> None:
+def check_bilinear(model: HookedBilinearTransformer) -> None:
     """Refuse a model whose MLPs are no quadratic forms.
 
     Raises:
