@@ -80,10 +80,10 @@ class Decomposer:
 
     Args:
         model: a bilinear model.
-        layer: which MLP; negative counts from the end.
-        input_sae: on the layer's `ln2.hook_normalized`. One on `hook_resid_mid` differs from it by each token's norm
+        layer: the layer of the MLP; a negative one counts from the end.
+        input_sae: an SAE on the layer's `ln2.hook_normalized`. One on `hook_resid_mid` differs by each token's norm
             scale: `attribute` takes that exactly, weight-only analyses in its basis are refused.
-        output_sae: on the layer's `hook_mlp_out`.
+        output_sae: an SAE on the layer's `hook_mlp_out`.
         input_names, output_names: labels of the features, one each, for tables and plots.
 
     Wherever an `output` is taken, integers (one, or several) mean features of the output SAE and floats, of shape
@@ -147,10 +147,10 @@ class Decomposer:
 
         Args:
             source: a bundled name, a folder or a hub id, as for `bilens.load_model`; or a model.
-            layer: which MLP; negative counts from the end.
-            saes: where `bilens.load_saes` finds the SAEs; `None` is the bundled model's, or `<source>-scope`.
-            expansion, k, tag: which SAEs, where there are several.
-            texts: where to see what features fire on; `None` takes those that come with a bundled model, or has the
+            layer: the layer of the MLP; a negative one counts from the end.
+            saes: the source of the SAEs for `bilens.load_saes`; `None` is the bundled model's, or `<source>-scope`.
+            expansion, k, tag: the SAEs to take, if the source holds several.
+            texts: texts to see what features fire on; `None` takes those that come with a bundled model, or has the
                 model write some.
             options: the keyword arguments of `bilens.load_model`.
 
@@ -158,7 +158,7 @@ class Decomposer:
             ModelNotFoundError: no such model, or no SAEs of it.
             NotBilinearError: a gated or one-branch model.
             SAEMismatchError: several SAEs that fit.
-            others: as for `Decomposer`, `bilens.load_model` and `bilens.load_sae`.
+            others: the same as for `Decomposer`, `bilens.load_model` and `bilens.load_sae`.
         """
         model = source if isinstance(source, HookedBilinearTransformer) else load_model(source, **options)
         check_bilinear(model)  # no SAEs would help
@@ -247,9 +247,9 @@ class Decomposer:
         `spectra` finds them, which also says how exact each is; otherwise each matrix is solved whole, in float64.
 
         Args:
-            output: as for `interaction`.
-            k: how many; `None` gives all `d_model`.
-            side: as for `interaction`.
+            output: the same as for `interaction`.
+            k: the number of eigenpairs; `None` gives all `d_model`.
+            side: the same as for `interaction`.
             order: `"size"`; `"positive"`, the most positive first; `"negative"`, the most negative first.
             memory: bytes that the result may take, and as many to work in.
 
@@ -284,9 +284,9 @@ class Decomposer:
         """The `n` largest interactions of each output between input features, self and cross together.
 
         Args:
-            output: as for `interaction`.
-            n: of each output, at most `d_sae (d_sae + 1) / 2`.
-            side: as for `interaction`.
+            output: the same as for `interaction`.
+            n: the number of pairs for each output, at most `d_sae (d_sae + 1) / 2`.
+            side: the same as for `interaction`.
             activations: typical activation of each input feature, such as `FeatureActivations.typical_activations`
                 gives: ranks by `|coefficient * f_i * f_j|`. Without, by `|coefficient|`, which is per unit of
                 activation; where the decoder rows are not of one length, that says more of the SAE's units than of the
@@ -333,15 +333,15 @@ class Decomposer:
         pairs is never held whole, so both sets may be a vocabulary.
 
         Args:
-            output: as for `interaction`.
+            output: the same as for `interaction`.
             left: directions in the layer's input: the `i` of the pairs.
-            right: of the other set, the `j`; `None` is pairs within `left`.
-            n: of each output, at most the number of pairs.
-            side: as for `interaction`.
+            right: the directions or features of the other set, the `j`; `None` is pairs within `left`.
+            n: the number of pairs for each output.
+            side: the same as for `interaction`.
             left_names, right_names: one each, for tables and plots.
 
         Raises:
-            ArgumentError: as many names as directions are needed.
+            ArgumentError: there are not as many names as directions.
             OutOfRangeError: fewer than `n` pairs.
             SAEMismatchError: directions of another width.
         """
@@ -379,12 +379,12 @@ class Decomposer:
         """Leading eigenpairs, shares, norms and traces of outputs, all features at once by default.
 
         Args:
-            output: as for `interaction`; `None` is every output feature.
+            output: the same as for `interaction`; `None` is every output feature.
             k: leading eigenpairs of each.
-            side: as for `interaction`.
+            side: the same as for `interaction`.
             full: also the effective rank, from all eigenvalues: the cost of forming and solving each matrix.
             memory: bytes to use besides the layer and the result.
-            method: how the leading pairs are found; see `bilens.layer.eigen.solve.top_eigenpairs`.
+            method: the method that finds the leading pairs; see `bilens.layer.eigen.solve.top_eigenpairs`.
             progress: show a bar.
 
         Raises:
@@ -444,11 +444,11 @@ class Decomposer:
         Of several layers: `bilens.decompose.strongest_interactions`.
 
         Args:
-            n: how many.
-            output: as for `interaction`; `None` is every output feature.
-            side: as for `interaction`.
+            n: the number of interactions.
+            output: the same as for `interaction`; `None` is every output feature.
+            side: the same as for `interaction`.
             inputs: between these input features only.
-            weights: of every pair of input features, such as `FeatureActivations.cofiring` gives: ranks by
+            weights: the weight of every pair of input features, as `FeatureActivations.cofiring` gives it: ranks by
                 `|coefficient * weight|`.
             memory: bytes to use besides the weights.
             progress: show a bar.
@@ -495,8 +495,8 @@ class Decomposer:
         """Outlier counts, quartiles and excess kurtosis of each output's interactions between input features.
 
         Args:
-            output: as for `interaction`; `None` is every output feature.
-            side: as for `interaction`.
+            output: the same as for `interaction`; `None` is every output feature.
+            side: the same as for `interaction`.
             fence: outliers are beyond `q1 - fence iqr` or `q3 + fence iqr`.
             progress: show a bar.
         """
@@ -512,10 +512,10 @@ class Decomposer:
         """The outlier interactions of each output, the largest first.
 
         Args:
-            output: as for `interaction`.
-            n: of each output, at most; `None` is all.
-            side: as for `interaction`.
-            fence: as for `sparsity`.
+            output: the same as for `interaction`.
+            n: the largest number of outliers for each output; `None` is all.
+            side: the same as for `interaction`.
+            fence: the same as for `sparsity`.
             progress: show a bar.
         """
         u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
@@ -538,14 +538,14 @@ class Decomposer:
         """The strongest AND, XOR, negation and inhibition motifs among the outlier pairs (`bilens.decompose.motifs`).
 
         Args:
-            output: as for `interaction`; `None` is every output feature.
+            output: the same as for `interaction`; `None` is every output feature.
             kind: one of them alone: `"and"`, `"xor"`, `"negation"` or `"inhibition"`.
-            n: how many, over all outputs.
-            side: as for `interaction`.
+            n: the number of motifs to list, over all outputs.
+            side: the same as for `interaction`.
             activations: typical activation of each input feature, such as
                 `FeatureActivations.typical_activations` gives.
             together: only pairs where this is not zero, such as `FeatureActivations.cofiring` gives.
-            fence: as for `sparsity`.
+            fence: the same as for `sparsity`.
             progress: show a bar.
         """
         output = self._every(output)
@@ -577,9 +577,9 @@ class Decomposer:
         Of two layers or models: `bilens.layer.inner`.
 
         Args:
-            output: as for `interaction`.
+            output: the same as for `interaction`.
             basis: whose entries are multiplied: `"residual"`, or `"features"` for `D Q D^T`.
-            side: as for `interaction`.
+            side: the same as for `interaction`.
         """
         u = torch.atleast_2d(self.directions(output, side))
         return inner_products(self.weights, u, metric=self._metric(basis))
@@ -598,7 +598,7 @@ class Decomposer:
         Args:
             output: features; `None` is all. Their neighbours are sought among all.
             k: neighbours of each.
-            basis: in which interaction matrices are compared.
+            basis: the basis in which interaction matrices are compared.
             side: whose interaction matrices.
             against: whose directions are compared; `None` is `side`.
 
@@ -634,8 +634,8 @@ class Decomposer:
         Args:
             output: features; `None` is all.
             threshold: the cosine of interaction matrices at which clusters are cut.
-            basis, side, against: as for `neighbours`.
-            linkage: what the cosine of two clusters is: of their `"average"` pair, their least (`"complete"`) or most
+            basis, side, against: the same as for `neighbours`.
+            linkage: the cosine of two clusters: that of their `"average"` pair, their least (`"complete"`) or most
                 (`"single"`) similar one.
 
         Raises:
@@ -751,7 +751,7 @@ class Decomposer:
 
         Args:
             text_or_tokens: one text (`[BOS]` is prepended), or its tokens as they are.
-            feature: of the output SAE, active there or not.
+            feature: a feature of the output SAE, active there or not.
             position: `[BOS]` counted; negative counts from the end.
 
         Raises:

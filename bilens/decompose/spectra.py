@@ -63,7 +63,7 @@ class Spectra(Tabular):
         """The table in the order of one column, by falling absolute value.
 
         Args:
-            by: such as `"share"` (the most low-rank first), `"cross_share"`, `"norm"`.
+            by: the criterion, for example `"share"` (the most low-rank first), `"cross_share"` or `"norm"`.
             ascending: the other way round.
 
         Raises:
@@ -106,7 +106,7 @@ def find_spectra(
         inputs: input directions, for the cross share between them.
         full: also the effective rank, from all eigenvalues of every output: the cost of forming and solving each `Q`.
         memory: bytes to use besides the layer and the result.
-        method: how the leading pairs are found; see `top_eigenpairs`.
+        method: the method that finds the leading pairs; see `top_eigenpairs`.
         progress: show a bar.
 
     Raises:

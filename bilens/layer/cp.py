@@ -56,12 +56,12 @@ class CPDecomposition(Tabular):
     Attributes:
         layer: the narrower layer, hidden units by falling weight; `b_out` is the model's.
         weights: `||w_r (x) sym(a_r b_r^T)||` of every hidden unit.
-        cosine: of the two tensors, exact from the factors of `layer` as it is.
+        cosine: the cosine of the two tensors, exact from the factors of `layer` as it is.
         explained: `1 - ||T - S||^2 / ||T||^2` after every sweep; it never falls.
         pruned: the cosine where the layer's largest hidden units are kept as they are: what fitting is compared with.
         cancellation: root of the sum of squared weights, over `||S||`: far above 1, terms cancel each other.
-        converged: whether the last sweep gained less than the tolerance.
-        outputs, inputs: what directions are named after.
+        converged: true if the last sweep gained less than the tolerance.
+        outputs, inputs: the names that directions are given.
     """
 
     layer: BilinearLayer = field(repr=False)
@@ -155,12 +155,12 @@ def cp_decompose(
     An interrupt (ctrl-C) ends the fit and gives what it has; pass that result's `layer` as `start` to go on.
 
     Args:
-        layer: what to fit.
+        layer: the layer to fit.
         rank: hidden units of the result.
         start: `None` for the layer's largest hidden units, a seed for random ones, or a layer of `rank` hidden units
             to go on from.
-        max_sweeps: of both branches and the writes.
-        tolerance: of the explained share of `||T||^2`: a sweep that gains less is the last.
+        max_sweeps: the largest number of sweeps over both branches and the writes.
+        tolerance: the least gain in the explained share of `||T||^2`; a sweep that gains less is the last.
         progress: show a bar.
 
     Raises:

@@ -48,7 +48,7 @@ class HOSVD(Tabular):
         output_directions, input_directions: orthonormal rows, largest entry positive.
         layer: the weights decomposed.
         circuits: eigencircuits of the first output directions (as many as were asked for).
-        outputs, inputs: what directions are named after.
+        outputs, inputs: the names that directions are given.
     """
 
     output_values: Float[Tensor, "d_model"]
@@ -111,7 +111,7 @@ class HOSVD(Tabular):
 
         Args:
             mode: `"output"` or `"input"`.
-            top: how many names in `like` and `reads`.
+            top: the number of names in `like` and `reads`.
 
         Raises:
             ArgumentError: another mode.

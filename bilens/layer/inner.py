@@ -42,7 +42,7 @@ class LayerSimilarity(Tabular):
     Attributes:
         inner: `<T, T'>` of every pair.
         norms, other_norms: `||T||` of the rows' and the columns' layers.
-        names, other_names: of the layers.
+        names, other_names: the names of the layers.
     """
 
     inner: Float[Tensor, "layer other"] = field(repr=False)

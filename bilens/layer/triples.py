@@ -48,9 +48,9 @@ class Triples:
     """Triples by falling |score|, equal ones by (output, i, j); indices into the directions given, `i <= j`.
 
     Attributes:
-        coefficients: in float64.
+        coefficients: the coefficients, in float64.
         scores: coefficient times weight; the coefficient itself without weights.
-        method: how they were found.
+        method: the way they were found.
     """
 
     outputs: Int[Tensor, "n"]
@@ -81,7 +81,7 @@ def top_triples(
         layer: its weights.
         outputs: output directions `U`.
         inputs: input directions `D`.
-        n: how many.
+        n: the number of triples.
         weights: symmetric, one per pair of inputs, dense.
         floor: leave out what is below this `|score|`.
         memory: bytes to use besides the arguments.

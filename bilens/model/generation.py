@@ -27,8 +27,8 @@ def sample(
     """One token per row from `softmax(logits / temperature)`; temperature 0 is greedy.
 
     Args:
-        top_k: of so many likeliest tokens.
-        top_p: of the fewest likeliest tokens that together have this probability.
+        top_k: the number of likeliest tokens to draw from.
+        top_p: the probability that the fewest likeliest tokens, which are drawn from, have together.
     """
     if temperature == 0.0:
         return logits.argmax(-1)
@@ -80,7 +80,7 @@ class TextGenerationMixin(TokenizationMixin):
         Args:
             input: text, texts (padded on the left) or tokens; an empty text starts from `[BOS]` alone. Each row of
                 padded tokens, on whatever side, goes on as it would alone.
-            max_new_tokens: how many to add; fewer where the context ends first.
+            max_new_tokens: the number of tokens to add; fewer if the context ends first.
             temperature: 0 is greedy.
             top_k: sample among the k likeliest only.
             top_p: sample among the fewest likeliest that together have this probability.
@@ -89,14 +89,14 @@ class TextGenerationMixin(TokenizationMixin):
                 `None` is true where there is an end token.
             eos_token_id: one or several; `None` takes the tokenizer's.
             use_past_kv_cache: run only the new token at each step; the result is the same.
-            prepend_bos: for text; `None` takes `cfg.default_prepend_bos`.
-            padding_side: of tokens; `None` takes the tokenizer's own.
-            attention_mask: for tokens: 1 for a token, 0 for padding; `None` finds padding as `forward` does.
+            prepend_bos: true puts `[BOS]` in front of text; `None` takes `cfg.default_prepend_bos`.
+            padding_side: the side on which tokens are padded; `None` takes the tokenizer's own.
+            attention_mask: the mask of tokens: 1 for a token, 0 for padding; `None` finds padding as `forward` does.
             return_type: `"input"` gives text for text and tokens for tokens.
             output_logits: give transformers' `GenerateDecoderOnlyOutput` instead: `sequences`, the tokens, and
                 `logits`, what each new token was sampled from, `(batch, d_vocab)`.
             return_cache: give `(output, cache)`, the `ActivationCache` of one forward pass over what was generated.
-            names_filter, device: of that cache: which activations, and where to; see `run_with_cache`.
+            names_filter, device: the activations in that cache, and its device; see `run_with_cache`.
             seed: the same seed gives the same text.
             verbose: show a progress bar.
 

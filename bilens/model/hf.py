@@ -55,7 +55,7 @@ class BilinearConfig(PretrainedConfig):
         vocab_size: rows of the embedding; reading a checkpoint counts them, whatever its config says.
         bilinear, gate, bias, attention_bias, scale_attn, normalization: the published variants.
         tokenizer: the published name of the tokenizer.
-        repo: where the model came from.
+        repo: the repository that the model came from.
     """
 
     model_type = MODEL_TYPE

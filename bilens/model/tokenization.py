@@ -67,10 +67,10 @@ def attended(
     `[BOS]` of their own.
 
     Args:
-        tokens: of texts, padded or not.
+        tokens: the tokens of texts, padded or not.
         pad, bos: the tokenizer's, `None` where it has none.
-        side: where texts are padded.
-        prepend_bos: whether the texts begin with `[BOS]`.
+        side: the side on which texts are padded.
+        prepend_bos: true if the texts begin with `[BOS]`.
     """
     mask = torch.ones_like(tokens)
     if pad is None:
@@ -124,7 +124,7 @@ class TokenizationMixin:
 
         Args:
             tokenizer: a transformers tokenizer; it is not changed but for its padding side.
-            default_padding_side: where it pads from now on; `None` leaves that as it is.
+            default_padding_side: the side on which it pads from now on; `None` leaves that as it is.
 
         Raises:
             ArgumentError: no transformers tokenizer, or no side.
@@ -163,7 +163,7 @@ class TokenizationMixin:
             input: the text(s).
             prepend_bos: one `[BOS]` in front, or none, whatever is written out in the text; `None` takes
                 `cfg.default_prepend_bos`, and none where the tokenizer has no `[BOS]`.
-            padding_side: where the shorter texts of a list are padded; `None` takes the tokenizer's own.
+            padding_side: the side on which shorter texts of a list are padded; `None` takes the tokenizer's own.
             move_to_device: put the result on the model's device.
             truncate: cut to the model's context.
 

@@ -376,7 +376,7 @@ class HookedBilinearTransformer(
     Args:
         cfg: the architecture.
         tokenizer: a transformers tokenizer, or `None` where only tokens are used.
-        seed: of the initial weights; `None` draws from torch's global generator.
+        seed: the seed of the initial weights; `None` draws from torch's global generator.
         init_weights: false where they are overwritten at once.
 
     Weights start normal with `cfg.init_range`, the two projections into the residual stream at zero-mean scale
@@ -435,16 +435,16 @@ class HookedBilinearTransformer(
             input: text, texts, tokens, or (with `start_at_layer`) the residual stream entering that layer.
             return_type: `"logits"`, `"loss"` (mean next-token cross-entropy, nats), `"both"`, or `None` for nothing.
             loss_per_token: the loss of every position `(batch, pos - 1)` instead of its mean.
-            prepend_bos: for text only; `None` takes `cfg.default_prepend_bos`.
+            prepend_bos: true puts `[BOS]` in front of text; `None` takes `cfg.default_prepend_bos`.
             start_at_layer: run from this block on; negative counts from the end.
-            tokens: of a residual stream that is given as `input`: needed for the loss, and to see what is padding.
+            tokens: the tokens of a residual stream that is given as `input`, for the loss and to see what is padding.
             attention_mask: 1 for tokens, 0 for padding, of the new positions or with those in the cache. `None` finds
                 padding by itself: in a list of texts, and in tokens as `get_attention_mask` does.
             stop_at_layer: return the residual stream entering this block; negative counts from the end.
             past_kv_cache: keys and values of earlier positions, and which of them are padding
                 (`TransformerLensKeyValueCache.init_cache(model.cfg, device, batch_size)`); the new ones are added to
                 it, unless it is frozen.
-            padding_side: of texts, or of tokens of several; `None` takes the tokenizer's own.
+            padding_side: the side on which texts, or their tokens, are padded; `None` takes the tokenizer's own.
             shortformer_pos_embed: `None`, as `input_to_embed` gives it; positions are rotary.
 
         Raises:
@@ -512,7 +512,7 @@ class HookedBilinearTransformer(
             of the cache before it.
 
         Raises:
-            ArgumentError, ContextLengthError, EmptyTextError, OutOfRangeError: as `forward`.
+            ArgumentError, ContextLengthError, EmptyTextError, OutOfRangeError: the same cases as for `forward`.
         """
         residual, tokens, mask = self._embed(input, prepend_bos, padding_side, attention_mask)
         if past_kv_cache is not None:

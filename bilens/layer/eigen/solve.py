@@ -57,18 +57,18 @@ class LeadingEigenpairs(Tabular):
     """The leading eigenpairs of `n` interaction matrices.
 
     Attributes:
-        values: by falling absolute value, the positive one first among those as large up to their errors; or in the
-            order asked for.
+        values: the eigenvalues by falling absolute value (a positive one first if they tie up to their errors), or in
+            the order asked for.
         vectors: unit eigenvectors as rows, largest entry positive.
-        errors: of each value, absolute and cautiously: at most `tolerance` times the value, or what float64 leaves of a
+        errors: a cautious bound on each value's error: at most `tolerance` times the value, or what float64 leaves of a
             matrix solved whole. A value below its error is not known to be other than zero.
         residuals: `||Q v - lambda v||`, at most.
         norms, traces: Frobenius norm and trace of every `Q`, from the factors.
         status: how it is known that none of the pairs is missed, an index into `STATUSES`: *bounded*, the norm leaves
             no room for a larger eigenvalue; *converged*, a search that went on after it converged found none, nor
             did a second one from another start; *dense*, all eigenvalues were computed.
-        steps: of the search; 0 where there was none.
-        method: how, and why.
+        steps: the number of steps of the search; 0 if there was none.
+        method: the method that was used, and why.
     """
 
     values: Float[Tensor, "n k"]
@@ -152,7 +152,7 @@ def top_eigenpairs(
         method: `"lanczos"` never forms a `Q`; `"block"` forms them in low precision, and searches with many vectors at
             once, by absolute value only; `"dense"` forms and solves all in float64; `"auto"` takes what needs the
             fewest operations: the same for the same shapes, `k`, dtype and kind of device.
-        seed: of the start vectors. Same seed and method, same result, whatever the other outputs, to the tolerance.
+        seed: the seed of the start vectors. Same seed and method give the same result, whatever the other outputs.
         progress: show a bar, or a function that is told how many outputs are done, and of how many.
 
     Raises:
@@ -227,7 +227,7 @@ def operations(d_model: int, d_mlp: int, n: int, k: int, steps: float) -> dict[s
     operations, as `STARTING` of large ones.
 
     Args:
-        d_model, d_mlp: of the layer.
+        d_model, d_mlp: the sizes of the layer.
         n: outputs in all.
         k: pairs wanted.
         steps: that Lanczos takes; a block of vectors takes about half as many products.
@@ -270,7 +270,7 @@ class _Work:
         layer, u: rescaled; `exponents`: `Q` is so many powers of two larger.
         wanted: the pairs.
         memory: bytes to use.
-        search_dtype: what searches multiply in.
+        search_dtype: the type that searches multiply in.
     """
 
     layer: BilinearLayer
