@@ -118,17 +118,9 @@ def calls(f: Fixtures) -> Iterator[tuple[str, Callable, dict[str, Any]]]:
     m, d, root = f.model, f.decomposer, f.root
     good = {"model": m, "saes": f.saes, "layer": 1, "input": TEXTS[0], "text_or_tokens": TEXTS[0], "texts": TEXTS}
     good |= {"frozen": f.frozen, "target": Target.logit(2), "targets": Target.logit(2), "output": 1, "feature": 1}
-    good |= {
-        "position": 2,
-        "rank": 2,
-        "ranks": [1, 2],
-        "left": [0, 1],
-        "which": "input",
-        "tokens": [1, 2],
-        "string": "fox",
-    }
+    good |= {"position": 2, "rank": 2, "ranks": [1, 2], "left": [0, 1], "which": "input", "tokens": [1, 2]}
     named = [bilens.Decomposer, attribute.freeze, attribute.split, attribute.attribute_tokens, bilens.evaluate_saes]
-    named += [m.forward, m.to_tokens, m.to_single_token, m.generate, Circuit.trace]
+    named += [m.forward, m.to_tokens, m.generate, Circuit.trace]
     named += [getattr(d, name) for name in dir(d) if name[0] != "_" and inspect.ismethod(getattr(d, name))]
     for function in named:
         names = inspect.signature(function).parameters
@@ -139,6 +131,7 @@ def calls(f: Fixtures) -> Iterator[tuple[str, Callable, dict[str, Any]]]:
         (bilens.load_sae, {"source": root / "saes", "point": "mlp-in", "layer": 1}),
         (load_sae_folder, {"folder": root / "saes" / "1-mlp-in-x2-k4"}),
         (m.run_with_cache, {"input": TEXTS[0], "names_filter": None}),
+        (m.to_single_token, {"string": "fox"}),
         (m.save_pretrained, {"folder": OUT}),
         (vision.load_images, {"source": root / "images.npz"}),
         (vision.ImageDataset.from_arrays, {"train_images": f.images, "train_labels": f.labels}),
