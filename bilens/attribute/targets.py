@@ -81,9 +81,7 @@ class Target:
         return cls(LOGITS, position, token if minus is None else (token, minus), name)
 
     @classmethod
-    def direction(
-        cls, vector: Float[Tensor, "d_model"] | np.ndarray, hook: str, position: int = -1, name: str = ""
-    ) -> "Target":
+    def direction(cls, vector: Float[Tensor, "d_model"], hook: str, position: int = -1, name: str = "") -> "Target":
         """`vector . activation` at any point of width d_model.
 
         Raises:
@@ -203,7 +201,8 @@ def probability(frozen: FrozenPass, target: Target) -> float | None:
 
 def feature_reads(frozen: FrozenPass, hook: str, positions: Int[Tensor, "t"], features: Int[Tensor, "t"]) -> Reads:
     """Features of one SAE, many at once."""
-    sae = frozen.sae(hook)
+    sae, device = frozen.sae(hook), frozen.embed.device
+    positions, features = positions.to(device), features.to(device)
     vectors, constants = sae.reads(positions, features)
     values = frozen.pre_activations(sae)[positions, features].to(frozen.dtype)
     names = [f"{sae.label}/{f}" for f in features.tolist()]
@@ -285,7 +284,7 @@ def _read_one(frozen: FrozenPass, target: Target) -> Reads:
         return _read_logit(frozen, target, at)
     if not isinstance(target.of, Tensor):
         return _read_feature(frozen, target, at)
-    vector = target.of.detach()
+    vector = target.of.detach().to(frozen.embed.device)
     d_model = frozen.embed.shape[1]
     if not vector.is_floating_point() or vector.shape != (d_model,) or not vector.isfinite().all():
         raise ArgumentError(

@@ -31,9 +31,9 @@ from bilens._core.display import Tabular
 from bilens._core.typing import typed
 from bilens.draw import plots
 from bilens.errors import OutOfRangeError
-from bilens.layer.bilinear import BilinearLayer, double, hidden_coefficients
+from bilens.layer.bilinear import BilinearLayer
 from bilens.layer.eigen.circuits import Eigencircuits
-from bilens.layer.inner import BLOCK, branch_rows, inner_products, tensor_norm
+from bilens.layer.inner import BLOCK, branches, double, inner_products, tensor_norm
 from bilens.layer.reading import Lexicon
 
 Mode = Literal["output", "input"]
@@ -48,7 +48,7 @@ class HOSVD(Tabular):
         output_directions, input_directions: orthonormal rows, largest entry positive.
         layer: the weights decomposed.
         circuits: eigencircuits of the first output directions (as many as were asked for).
-        outputs, inputs: the names that directions are given.
+        outputs, inputs: what directions are named after.
     """
 
     output_values: Float[Tensor, "d_model"]
@@ -111,13 +111,13 @@ class HOSVD(Tabular):
 
         Args:
             mode: `"output"` or `"input"`.
-            top: the number of names in `like` and `reads`.
+            top: how many names in `like` and `reads`.
 
         Raises:
             ArgumentError: another mode.
         """
         output = mode == "output"
-        values = self.output_values if output else self.input_values
+        values = (self.output_values if output else self.input_values).cpu()
         n = len(self.circuits.outputs)
         share = values**2 / (values**2).sum()
         frame = pd.DataFrame(
@@ -154,7 +154,7 @@ def output_gram(layer: BilinearLayer) -> Float[Tensor, "d_model d_model"]:
 
 def input_gram(layer: BilinearLayer) -> Float[Tensor, "d_model d_model"]:
     """`B = sum_o Q_{e_o}^2`: the input-mode unfolding times its transpose, in float64."""
-    left, right = branch_rows(layer)
+    left, right = branches(layer)
     out = double(layer.W_out)
     total = left.new_zeros(left.shape[1], left.shape[1])
     step = max(1, BLOCK // len(left))
@@ -179,8 +179,8 @@ def core(
     layer: BilinearLayer, output: Float[Tensor, "r d_model"], input: Float[Tensor, "s d_model"]
 ) -> Float[Tensor, "r s s"]:
     """The tensor in these directions: `input Q_u input^T` of every output direction `u`, in float64."""
-    left, right = (branch @ double(input).T for branch in branch_rows(layer))
-    c = hidden_coefficients(layer, output, exact=True)
+    left, right = (branch @ double(input).T for branch in branches(layer))
+    c = double(output) @ double(layer.W_out).T
     raw = (left.T * c[:, None, :]) @ right
     return 0.5 * (raw + raw.mT)
 
