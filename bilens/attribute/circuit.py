@@ -37,7 +37,7 @@ from bilens.attribute.circuit_tables import (
 )
 from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
-from bilens.attribute.tracing import KINDS, Numbering, Propagation, head_sums, propagate
+from bilens.attribute.tracing import KINDS, Numbering, Propagation, head_sums, linear_rows, propagate
 from bilens.draw import plots
 from bilens.errors import ArgumentError, MissingSAEError
 from bilens.model.hook_points import hook_of
@@ -78,20 +78,20 @@ class Circuit(CircuitTables, Paged, Tabular):
             model: a bilinear model.
             saes: best one on every MLP's input and output; see `freeze`.
             text_or_tokens: one text, or its tokens.
-            target: the target to explain; `None` takes the logits of the likeliest next tokens.
-            max_n_logits, desired_logit_prob: the largest number of those, and the probability that is enough of them.
-            max_nodes: the largest number of nodes to keep, and to expand per stage (the features of one SAE).
+            target: what to explain; `None` takes the logits of the likeliest next tokens.
+            max_n_logits, desired_logit_prob: how many of those at most, and the probability that is enough of them.
+            max_nodes: kept at most, and expanded at most per stage (the features of one SAE).
             node_threshold: the fewest nodes are kept whose influences are this part of all.
-            edge_threshold: the same share for the edges between them.
+            edge_threshold: likewise for the edges between them.
             names: labels of features, by hook or SAE name (`2-mlp-in`, or its folder's name), or a `FeatureStore`.
-            dtype: the type of the algebra.
+            dtype: of the algebra.
 
         Raises:
             ArgumentError: thresholds outside (0, 1], no room for a node, names that do not fit, a target given twice,
                 or logits together with other targets.
             MissingSAEError: no SAE on any MLP's input or output.
             NotBilinearError: a gated or one-branch model.
-            others: the same as for `freeze` and `read_targets`.
+            others: as for `freeze` and `read_targets`.
         """
         _check_limits(max_nodes, node_threshold, edge_threshold)
         if target is not None:
@@ -315,16 +315,19 @@ def _edges(
     inside[nodes.targets] = True
     rest = n + nodes.kind  # what stands for a node that was pruned
     linear, pairs = [], []
-    for number, row in found.rows.items():
-        if not inside[number]:
+    # Pruned sources are summed here already: of dense SAEs there are millions of edges and pairs.
+    sources, at = torch.where(inside[nodes.linear], nodes.linear, rest[nodes.linear]).unique(return_inverse=True)
+    for number, read in found.reads.items():
+        if not inside[number] or number in found.sources:
             continue
-        shares = found.influence[number] * row.abs() / row.abs().sum().clamp_min(1e-300)
-        here = (row != 0).nonzero().flatten()
-        linear.append(_table(source=nodes.linear[here], target=number, weight=row[here], influence=shares[here]))
+        row = linear_rows(frozen, read)[0].double().cpu()
+        weight, size = (row.new_zeros(len(sources)).index_add(0, at, part) for part in (row, row.abs()))
+        here = size.nonzero().flatten()
+        shares = found.influence[number] * size[here] / max(found.sums[number][1], 1e-300)
+        linear.append(_table(source=sources[here], target=number, weight=weight[here], influence=shares))
     for number, ids in found.sources.items():
         if not inside[number]:
             continue
-        # Pruned members are summed here already: of dense SAEs there are millions of pairs.
         ids, at = torch.where(inside[ids], ids, rest[ids]).unique(return_inverse=True)
         member = torch.nn.functional.one_hot(at).double()
         products = found.products(frozen, number)

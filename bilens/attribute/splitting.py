@@ -24,13 +24,12 @@ from torch import Tensor
 from bilens._core.completeness import Complete
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
-from bilens.attribute.algebra import attention_back, head_parts
+from bilens.attribute.algebra import attention_back, head_parts, mlp_branches, pair_products
 from bilens.attribute.frozen import FrozenPass, Names, names_by_hook
 from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
 from bilens.decompose.results import BIAS_SOURCES
 from bilens.draw import plots
 from bilens.errors import ArgumentError, MissingSAEError
-from bilens.layer.bilinear import branches, pair_products
 from bilens.model.hook_points import hook_of
 
 Attention = Literal["heads", "paths"]
@@ -345,18 +344,19 @@ def _add_mlp(
     """What one MLP added at some positions, as reads `u` of it (one per position) see it."""
     sae_out, sae_in = frozen.output_sae(layer), frozen.input_sae(layer)
     if mlps == "features" and sae_out is not None:
-        seen = torch.einsum("nsd,nd->ns", sae_out.writes[positions], u)
+        blocks = sae_out.blocks(len(positions))
+        seen = torch.cat([(sae_out.writes(positions[n]) @ u[n, :, None])[..., 0] for n in blocks])
         rows, slots = sae_out.real[positions].nonzero(as_tuple=True)
         features = sae_out.features[positions][rows, slots]
         parts.add("feature", seen[rows, slots], layer=layer, position=positions[rows], i=features)
         parts.add("b_dec", (sae_out.b_dec[positions] * u).sum(-1), layer=layer, position=positions)
         parts.add("error", (sae_out.error[positions] * u).sum(-1), layer=layer, position=positions)
     elif mlps == "pairs" and sae_in is not None:
-        sources, ones = frozen.input_sources(layer)
         for n in torch.arange(len(positions)).split(PAIRS_AT_ONCE):
             at = positions[n]
-            mlp = frozen.mlp(layer)
-            products = pair_products(mlp, u[n], branches(mlp, sources[at], ones), ones)
+            sources, ones = frozen.input_sources(layer, at)
+            left, right = mlp_branches(frozen.mlp(layer), sources, ones)
+            products = pair_products(frozen.mlp(layer), u[n], left, right, ones)
             _add_pairs(parts, layer, at, sae_in.features[at], sae_in.real[at], products)
     else:
         parts.add("mlp", (frozen.mlp_out[layer][positions] * u).sum(-1), layer=layer, position=positions)

@@ -14,18 +14,17 @@ Influence is thus a share of the target: the absolute weight of all paths from t
 Circuit-tracer's score is the same idea (there by a matrix inverse, over linear edges alone).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.attribute.algebra import attention_forward, head_values
-from bilens.attribute.frozen import FrozenPass
+from bilens.attribute.algebra import attention_forward, head_values, mlp_branches, pair_products
+from bilens.attribute.frozen import FrozenPass, SAEPass
 from bilens.attribute.splitting import backward_fields
 from bilens.attribute.targets import MLP, STREAM, Reads, feature_reads
-from bilens.layer.bilinear import branches, pair_products
-from bilens.sae.passes import SAEPass
 
 KINDS = ("target", "embedding", "feature", "error", "mlp", "bias")
 FIELD_BYTES = 2**28  # of the fields held at a time
@@ -72,10 +71,10 @@ class Propagation:
         influence: the influence of every node.
         actual: the value of each expanded node as the model and its SAE computed it.
         reads: the reads of the expanded nodes.
-        rows: contributions to these, by `nodes.linear`.
-        sources: for nodes expanded over pairs, the numbers of the sources; the last is the constant. Their products
-            `C[s, t]` (half of each pair) are made anew by `products` when they are asked for: of a thousand nodes with
-            a thousand active sources each they would fill gigabytes.
+        sources: for nodes expanded over pairs, the numbers of the sources; the last is the constant. The others are
+            expanded over everything that writes into the stream. The contributions themselves are made anew by
+            `products` (half of each pair) and `linear_rows` when they are asked for: of a thousand nodes with a
+            thousand active sources each they would fill gigabytes.
         constants: the rest that the constant node gives each of those.
         sums: the sums of every expanded node's parts, in float32, and of their absolute values.
     """
@@ -84,7 +83,6 @@ class Propagation:
     influence: Float[Tensor, "node"]
     actual: dict[int, float]
     reads: dict[int, Reads]
-    rows: dict[int, Float[Tensor, "column"]]
     sources: dict[int, Int[Tensor, "source"]]
     constants: dict[int, float]
     sums: dict[int, tuple[float, float]]
@@ -107,8 +105,8 @@ def number_nodes(frozen: FrozenPass, targets: Reads) -> Numbering:
         first, size = count, len(position)
         given: list[int | Tensor] = [KINDS.index(kind), layer, is_input, position, feature]
         for name, column in zip(columns, given, strict=True):
-            columns[name].append(column if isinstance(column, Tensor) else torch.full((size,), column))
-        values.append(value.to(torch.float64))
+            columns[name].append(column.cpu() if isinstance(column, Tensor) else torch.full((size,), column))
+        values.append(value.double().cpu())
         count += size
         return first
 
@@ -126,7 +124,7 @@ def number_nodes(frozen: FrozenPass, targets: Reads) -> Numbering:
         b_dec = add("bias", sae.layer, is_input, nowhere, nowhere, torch.ones(1))
         return features, error, b_dec
 
-    add("embedding", -1, 0, everywhere, frozen.tokens.cpu(), frozen.embed.norm(dim=-1))
+    add("embedding", -1, 0, everywhere, frozen.tokens, frozen.embed.norm(dim=-1))
     linear = [torch.arange(n)]
     out_features: list[int | None] = []
     in_features: list[int | None] = []
@@ -146,7 +144,7 @@ def number_nodes(frozen: FrozenPass, targets: Reads) -> Numbering:
         linear.append(torch.arange(start, count))
     constant = add("bias", -1, 0, nowhere, nowhere, torch.ones(1))
     linear.append(torch.tensor([constant]))
-    first = add("target", -1, 0, targets.positions.cpu(), torch.full((len(targets),), -1), targets.actual)
+    first = add("target", -1, 0, targets.positions, torch.full((len(targets),), -1), targets.actual)
     return Numbering(
         **{name: torch.cat(column) for name, column in columns.items()},
         value=torch.cat(values),
@@ -162,9 +160,18 @@ def number_nodes(frozen: FrozenPass, targets: Reads) -> Numbering:
 
 def linear_rows(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t column"]:
     """What everything that writes into the stream contributes to each read; a row adds up to the read's value."""
-    per_read = frozen.n_positions * frozen.embed.shape[1] * frozen.embed.element_size() * (frozen.n_layers + 2)
-    size = max(1, FIELD_BYTES // per_read)
-    return torch.cat([_linear_rows(frozen, reads[at : at + size]) for at in range(0, len(reads), size)])
+    return torch.cat([rows for _, rows in rows_in_chunks(frozen, reads)])
+
+
+def rows_in_chunks(frozen: FrozenPass, reads: Reads) -> Iterator[tuple[slice, Float[Tensor, "t column"]]]:
+    """`linear_rows` of a few reads at a time, with their places: of dense SAEs one row alone has megabytes."""
+    saes = [sae for layer in range(frozen.n_layers) if (sae := frozen.output_sae(layer)) is not None]
+    slots = sum(sae.features.shape[1] for sae in saes)
+    numbers = frozen.embed.shape[1] * (frozen.n_layers + 2) + 4 * slots  # of the fields, of a row as it is put together
+    size = max(1, FIELD_BYTES // (frozen.n_positions * frozen.embed.element_size() * numbers))
+    for at in range(0, len(reads), size):
+        chunk = slice(at, at + size)
+        yield chunk, _linear_rows(frozen, reads[chunk])
 
 
 def _linear_rows(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t column"]:
@@ -179,8 +186,10 @@ def _linear_rows(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t column"]:
             width = frozen.n_positions * (sae.features.shape[1] + 1) + 1
             columns.append(fields.embed.new_zeros(len(reads), width))
             continue
-        features = torch.bmm(seen.transpose(0, 1), sae.writes.mT).transpose(0, 1).flatten(1)
-        columns += [features, (seen * sae.error).sum(-1), (seen * sae.b_dec).sum((-1, -2))[:, None]]
+        features = seen.new_empty(*seen.shape[:2], sae.features.shape[1])
+        for at in sae.blocks(frozen.n_positions):
+            features[:, at] = torch.bmm(seen[:, at].transpose(0, 1), sae.writes(at).mT).transpose(0, 1)
+        columns += [features.flatten(1), (seen * sae.error).sum(-1), (seen * sae.b_dec).sum((-1, -2))[:, None]]
     return torch.cat([*columns, fields.constants[:, None]], 1)
 
 
@@ -194,7 +203,7 @@ def propagate(frozen: FrozenPass, targets: Reads, weights: Float[Tensor, "t"], m
         max_nodes: the most influential ones of each stage.
     """
     nodes = number_nodes(frozen, targets)
-    found = Propagation(nodes, torch.zeros(len(nodes), dtype=torch.float64), {}, {}, {}, {}, {}, {})
+    found = Propagation(nodes, torch.zeros(len(nodes), dtype=torch.float64), {}, {}, {}, {}, {})
     found.influence[nodes.targets] = weights
     for row, number in enumerate(nodes.targets):
         target, layer = targets[row : row + 1], int(targets.levels[row]) // 2 - 1
@@ -228,14 +237,17 @@ def _choose(influence: Tensor, first: int, sae: SAEPass, at_most: int) -> Int[Te
 
 
 def _expand_linear(frozen: FrozenPass, found: Propagation, numbers: Int[Tensor, "t"], reads: Reads) -> None:
-    rows = linear_rows(frozen, reads)
-    shares = rows.abs() / rows.abs().sum(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    found.influence.index_add_(0, found.nodes.linear, (found.influence[numbers] @ shares.double().cpu()))
+    before = found.influence[numbers]
+    for chunk, rows in rows_in_chunks(frozen, reads):
+        sizes = rows.abs().double().cpu()
+        totals = sizes.sum(1)
+        shares = before[chunk] / totals.clamp_min(torch.finfo(rows.dtype).tiny)
+        found.influence.index_add_(0, found.nodes.linear, shares @ sizes)
+        sums = zip(rows.float().sum(1).tolist(), totals.tolist(), strict=True)
+        found.sums |= dict(zip(numbers[chunk].tolist(), sums, strict=True))
     for row, number in enumerate(numbers.tolist()):
         found.actual[number] = reads.actual[row].item()
         found.reads[number] = reads[row : row + 1]
-        found.rows[number] = rows[row].double().cpu()
-        found.sums[number] = rows[row].float().sum().item(), found.rows[number].abs().sum().item()
 
 
 def _expand_pairs(frozen: FrozenPass, found: Propagation, layer: int, numbers: Int[Tensor, "t"], reads: Reads) -> None:
@@ -272,7 +284,8 @@ def pairs_at(
     sae, mlp = frozen.input_sae(layer), frozen.mlp(layer)
     assert sae is not None
     sources, ones = frozen.input_sources(layer, position)
-    return pair_products(mlp, u, branches(mlp, sources, ones), ones).double().cpu()
+    left, right = mlp_branches(mlp, sources, ones)
+    return pair_products(mlp, u, left[None], right[None], ones).double().cpu()
 
 
 def head_sums(
@@ -301,9 +314,9 @@ def _head_sums(
     n_heads = frozen.pattern.shape[1]
     streams = frozen.embed.new_zeros(len(sources), frozen.n_positions, frozen.embed.shape[1])
     ways = streams.new_zeros(len(sources), len(reads), 1 + frozen.n_layers * n_heads)
-    own = (nodes.kind[sources] == KINDS.index("embedding")).nonzero().flatten()
-    starts = torch.where(nodes.kind[sources] == KINDS.index("embedding"), 0, 2 * nodes.layer[sources] + 2)
-    at = nodes.position[sources]
+    is_token = (nodes.kind[sources] == KINDS.index("embedding")).to(ways.device)
+    own, at = is_token.nonzero().flatten(), nodes.position[sources].to(ways.device)
+    starts = torch.where(is_token, 0, 2 * nodes.layer[sources].to(ways.device) + 2)
     writes = _writes(frozen, nodes, sources)
     streams[own, at[own]] = writes[own]
     levels, stream = reads.levels, reads.sees == STREAM
@@ -344,5 +357,5 @@ def _writes(frozen: FrozenPass, nodes: Numbering, sources: Int[Tensor, "n"]) -> 
             first = nodes.out_features[layer]
             assert first is not None
             slot = number - first - position * sae.features.shape[1]
-            rows.append(sae.error[position] if kind == "error" else sae.writes[position, slot])
+            rows.append(sae.error[position] if kind == "error" else sae.writes(position, slot))
     return torch.stack(rows)

@@ -123,8 +123,8 @@ def test_influence_by_brute_force():
 
     def hand_on(number: int, share: float) -> None:
         influence[number] += share
-        if number in found.rows:
-            row = found.rows[number].abs()
+        if number in found.reads and number not in found.sources:
+            row = linear_rows(frozen, found.reads[number])[0].abs()
             for source, part in zip(nodes.linear.tolist(), (row / row.sum()).tolist(), strict=True):
                 if part:
                     hand_on(source, share * part)

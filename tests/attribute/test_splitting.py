@@ -148,8 +148,8 @@ def test_folded_pairs_are_shapley_values_by_brute_force():
     frozen = freeze(model, TOKENS, saes)
     target = Target.direction(torch.randn(16, generator=torch.Generator().manual_seed(0)), "blocks.1.hook_mlp_out", 3)
     found = split(frozen, target, mlps="pairs").folded()
-    sources, ones = frozen.input_sources(1)
-    sources, n = sources[3], sources.shape[1]
+    sources, ones = frozen.input_sources(1, 3)
+    n = len(sources)
     layer = BilinearLayer.of(model, 1).to(torch.float64)
 
     def worth(coalition):

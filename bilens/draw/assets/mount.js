@@ -10,8 +10,7 @@
       BilensGraph.draw(target, data);
     },
     plotly(target, { data, layout }) {
-      // On paper a figure is made as small as a page: its squares stay squares.
-      target.style.setProperty("--height", parseInt(target.style.minHeight));
+      // Squares on a figure of fixed width stay squares: it is scrolled in its box, and made smaller on paper.
       if (layout.width) target.style.setProperty("--width", layout.width);
       Plotly.newPlot(target, data, layout, {
         responsive: true,
