@@ -1,4 +1,4 @@
-"""The forward pass of DESIGN section 2 in plain numpy, float64, written from the formulas and nothing else.
+"""The forward pass of the published format in plain numpy, float64, written from the formulas and nothing else.
 
 It reads the published tensors (`transformer.h.0.attn.qkv.weight`, ...) and the published config, shares no code with
 bilens and uses no torch: heads are sliced one by one, positions are rotated as complex numbers, masks are loops.

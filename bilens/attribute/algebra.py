@@ -8,7 +8,7 @@ With attention patterns and norm scales frozen, attention is linear and an MLP i
 A *field* is what one target reads of a residual stream: a vector at every position. Fields go down through attention
 (`attention_back`), streams go up (`attention_forward`, `mlp_shares`); a whole batch of either is a few matrix products.
 
-Sources: DESIGN section 4; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (OV paths).
+Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (OV paths).
 """
 
 import torch

@@ -12,7 +12,7 @@ What is left out is large, so every step says on data how faithful it is: for an
 correlation of its leading eigencircuits with the direction's real activation; for a way, the correlation of what comes
 by it (attention as it really is) with what the eigenvector reads.
 
-Source: Pearce et al. 2025, section 5 (single layers); DESIGN section 4.
+Source: Pearce et al. 2025, section 5 (single layers).
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,8 @@
 3. `split`, `attribute_tokens` and `Circuit.trace` do algebra on these, by default in float64: the activations are the
    model's own, so what is left of completeness is the rounding of its forward pass
 
-Source: DESIGN section 4.
+With these held, an input feature's pre-activation is linear in the residual stream, which is a sum: the token's
+embedding, every `(layer, head, source position)` through OV, every MLP below (quadratic in its own input), and biases.
 """
 
 import re

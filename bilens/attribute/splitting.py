@@ -8,7 +8,7 @@
    (and `b_dec`, error, bias) of the SAE on its input
 4. the parts and the target's constant add up to the value that the model computed
 
-Source: DESIGN section 4.
+The stream is `embed + sum of attn_out + sum of mlp_out` of the layers below, so any linear read of it splits likewise.
 """
 
 from collections.abc import Sequence

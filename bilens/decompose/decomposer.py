@@ -8,7 +8,7 @@
     4. on a text, the same numbers times the active features' activations give the output feature's pre-activation,
        nothing left out (`attribute`)
 
-Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; DESIGN section 4.
+Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; the expansion is in docs/concepts/mathematics.md.
 """
 
 import os

@@ -20,7 +20,7 @@ BIAS_SOURCES = ("b_dec", "error", "mlp bias")
 
 @dataclass(frozen=True)
 class Attribution(Complete, Tabular):
-    """The exact expansion of one output feature's pre-activation at one token (DESIGN section 4).
+    """The exact expansion of one output feature's pre-activation at one token.
 
     The layer's input is split into sources that add up to it: each active input feature `f_i d_i`, then the input SAE's
     `b_dec`, its reconstruction `error`, and the constant 1 that MLP biases multiply. `contributions[s, t]` is what the

@@ -9,7 +9,7 @@ For an output direction u, with c = W_out u (one number per hidden unit), l_m an
     g     = sum_m c_m (b_in_m l_m + b_gate_m r_m)
     h     = sum_m c_m b_gate_m b_in_m + u . b_out
 
-Source: DESIGN section 4; Pearce et al. 2025, section 3 (there without biases). Everything downstream, eigencircuits,
+Source: Pearce et al. 2025 (arXiv 2410.08417), section 3 (there without biases). Everything downstream, eigencircuits,
 feature interactions and attributions, is these three and inner products with them.
 """
 

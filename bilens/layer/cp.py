@@ -21,7 +21,7 @@ then terms grow and cancel, which `cancellation` far above 1 shows.
 
 MLP biases take part as one more input coordinate, constantly 1.
 
-Sources: Kolda & Bader, Tensor decompositions and applications, 2009, section 3; DESIGN section 4.
+Source: Kolda & Bader, Tensor decompositions and applications, 2009, section 3.
 """
 
 from collections.abc import Iterator, Sequence

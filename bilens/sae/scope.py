@@ -59,7 +59,7 @@ class ScopeSAEConfig(SAEConfig):
 def signed_topk(pre_acts: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
     """The `k` largest entries of each row where they were, zeros elsewhere; the kept may be negative.
 
-    Source: DESIGN 3; the published training code keeps `x * mask` and has no ReLU.
+    Source: the published training code, which keeps `x * mask` and has no ReLU.
     """
     values, indices = pre_acts.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(pre_acts).scatter(-1, indices, values)

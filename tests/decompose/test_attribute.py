@@ -210,7 +210,7 @@ def test_a_model_without_a_tokenizer(models):
         model.tokenizer = tokenizer
 
 
-# --- every group, against DESIGN section 4 in numpy -------------------------------------------------------------------
+# --- every group, against the expansion in numpy ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("normalization", [True, False])

@@ -43,8 +43,8 @@ SWITCHED = {
 
 
 @pytest.mark.parametrize("bilinear", [True, False])
-def test_the_named_points_of_the_design_and_no_others(bilinear: bool) -> None:
-    """The hook dictionary holds the names of DESIGN section 2, and those that TransformerLens' switches turn on."""
+def test_the_named_points_and_no_others(bilinear: bool) -> None:
+    """The hook dictionary holds the documented names, and those that TransformerLens' switches turn on."""
     per_layer = [f"hook_{name}" for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")]
     per_layer += [f"{norm}.hook_{name}" for norm in ("ln1", "ln2") for name in ("scale", "normalized")]
     per_layer += [f"attn.hook_{name}" for name in ("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern")]

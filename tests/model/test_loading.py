@@ -117,7 +117,7 @@ def test_any_variant_comes_back(tmp_path_factory: pytest.TempPathFactory, dtype:
 
 
 def test_the_published_names_and_shapes(tmp_path: Path) -> None:
-    """What is written has the names, shapes and metadata that the authors' own code reads (DESIGN section 3)."""
+    """What is written has the names, shapes and metadata that the authors' own code reads."""
     make_model(bias=True, d_vocab=50).save_pretrained(tmp_path)
     shapes = {"transformer.wte.weight": (50, 16), "lm_head.weight": (50, 16)}
     for layer in range(2):

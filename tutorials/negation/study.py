@@ -25,7 +25,7 @@ read at the adjective and at the full stop.
 4. gates (`gates`): the picked features' two leading eigenvectors, and which families of input features their
    pre-activation comes from, exactly
 
-Source: Pearce et al. 2025 (arXiv 2410.08417), section 5.1, the sentiment-negation circuit; DESIGN section 4.
+Source: Pearce et al. 2025 (arXiv 2410.08417), section 5.1, the sentiment-negation circuit.
 """
 
 from collections.abc import Sequence
