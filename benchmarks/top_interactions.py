@@ -15,8 +15,8 @@ import time
 import torch
 
 import bilens
-from bilens.layer.bilinear import BilinearLayer, interaction_matrix
-from bilens.layer.triples import Triples, coefficients_of, top_triples
+from bilens.layer.bilinear import BilinearLayer, interaction_matrix, triple_coefficients
+from bilens.layer.triples import Triples, top_triples
 
 N, CHUNK = 1000, 64
 D_MODEL, D_MLP, FEATURES = 512, 2048, 2048
@@ -76,7 +76,7 @@ def dense(layer: BilinearLayer, outputs: torch.Tensor, inputs: torch.Tensor) -> 
                 found, values = found[:, keep], values[keep]
                 threshold = values.min().item()
         seconds.append(clock() - start)
-    exact = coefficients_of(layer.to(torch.float64), outputs.double(), inputs.double(), *found)
+    exact = triple_coefficients(layer.to(torch.float64), outputs.double(), inputs.double(), *found)
     order = exact.abs().argsort(descending=True, stable=True)[:N]
     return found[:, order], seconds
 

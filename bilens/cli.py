@@ -20,7 +20,9 @@ class _Panels(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
         for name, command in self.commands.items():
-            panels.setdefault(str(command.rich_help_panel), []).append((name, command.get_short_help_str(limit=1000)))
+            panels.setdefault(str(getattr(command, "rich_help_panel", "")), []).append(
+                (name, command.get_short_help_str(limit=1000))
+            )
         for panel, rows in panels.items():
             with formatter.section(panel):
                 formatter.write_dl(rows)

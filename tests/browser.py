@@ -2,7 +2,9 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -90,12 +92,12 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture
-def read():
+def read() -> type[Reader]:
     return Reader
 
 
 @pytest.fixture(scope="session")
-def dump(tmp_path_factory):
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """The page's elements after its scripts have run, `sign` among them; without a browser the test is skipped.
 
     The browser's clock may run ahead of its scripts on a busy machine: then it is given more time.
@@ -105,7 +107,7 @@ def dump(tmp_path_factory):
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     options += ["--disable-component-update", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]
 
-    def run(path, sign: str, size: str = "1400,1000") -> str:
+    def run(path: Path, sign: str, size: str = "1400,1000") -> str:
         for budget in (8_000, 60_000, 400_000):
             timed = [f"--window-size={size}", f"--virtual-time-budget={budget}", "--dump-dom", path.as_uri()]
             done = subprocess.run([CHROMIUM, *options, *timed], capture_output=True, text=True, timeout=180, check=True)

@@ -98,7 +98,7 @@ class FakeHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def add(self, repo: str, files: Path | Mapping[str, bytes], branch: str = "main", **kind: bool) -> str:
+    def add(self, repo: str, files: Path | Mapping[str, bytes], branch: str = "main", **kind: Any) -> str:
         """Commit a folder's files, or files by name, to a new or an existing repository; the commit's hash."""
         if isinstance(files, Path):
             files = {p.relative_to(files).as_posix(): p.read_bytes() for p in files.rglob("*") if p.is_file()}

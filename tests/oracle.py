@@ -76,7 +76,7 @@ def oracle(published: dict[str, Any], tensors: dict[str, Array], tokens: list[in
             seen[f"{block}.attn.hook_{name}"] = np.stack(values, axis=1)
         seen[f"{block}.attn.hook_attn_scores"] = np.stack(scores)
         seen[f"{block}.attn.hook_pattern"] = np.stack(patterns)
-        seen[f"{block}.hook_attn_out"] = sum(heads["result"])
+        seen[f"{block}.hook_attn_out"] = sum(heads["result"], start=np.zeros_like(x))
         x = x + seen[f"{block}.hook_attn_out"]
         seen[f"{block}.hook_resid_mid"] = x
 

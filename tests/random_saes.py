@@ -92,7 +92,7 @@ class Oracle:
         if cfg.apply_b_dec_to_input:
             read = read - weights["b_dec"]
         gated = cfg.architecture() == "gated"
-        self.open: Array = read @ weights["W_enc"] + weights["b_gate"] > 0 if gated else np.ones((n, cfg.d_sae))
+        self.open: np.ndarray = read @ weights["W_enc"] + weights["b_gate"] > 0 if gated else np.ones((n, cfg.d_sae))
         rows, bias = (weights["W_enc"] * np.exp(weights["r_mag"]), "b_mag") if gated else (weights["W_enc"], "b_enc")
         pre = read @ rows + weights[bias]
         if getattr(cfg, "bilinear_encoder", False):

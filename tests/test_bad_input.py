@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import bilens
 from bilens.attribute import Circuit, freeze
-from bilens.decompose.sweep import sweep
+from bilens.decompose.sweep import sweep_layers
 from bilens.errors import ArgumentError, CheckpointError
 from bilens.train.data import load_texts, train_tokenizer
 from bilens.vision import BilinearClassifier, ClassifierConfig
@@ -57,7 +57,7 @@ CALLS: dict[str, tuple[Callable[[SimpleNamespace, Path], Any], str]] = {
         lambda g, out: bilens.build_feature_store(g.model, g.saes, TEXTS, out, checkpoint_seconds="x"),
         "checkpoint_seconds is 'x'",
     ),
-    "a corpus that is a number": (lambda g, out: bilens.build_feature_store(g.model, g.saes, NUMBER, out), "source is"),
+    "a corpus that is a number": (lambda g, out: bilens.build_feature_store(g.model, g.saes, NUMBER, out), "texts is"),
     "truncate=": (lambda g, out: g.model.to_tokens("fox", truncate=SEVERAL), "truncate is"),
     "prepend_bos=": (lambda g, out: g.model.to_tokens("fox", prepend_bos=SEVERAL), "prepend_bos is"),
     "padding_side=": (lambda g, out: g.model.to_tokens("fox", padding_side=SEVERAL), "padding_side"),
@@ -69,6 +69,12 @@ CALLS: dict[str, tuple[Callable[[SimpleNamespace, Path], Any], str]] = {
     "past_kv_cache=": (lambda g, out: g.model("fox", past_kv_cache={"a": 1}), "expected a KeyValueCache"),
     "temperature=": (lambda g, out: g.model.generate("fox", temperature=float("inf")), "temperature inf"),
     "max_new_tokens=": (lambda g, out: g.model.generate("fox", max_new_tokens="x"), "max_new_tokens is 'x'"),
+    "a seed beyond int64": (lambda g, out: g.model.generate("fox", seed=10**30), "seed is"),
+    "no single token": (lambda g, out: g.model.to_single_token(SEVERAL), "string is"),
+    "tokens that are none": (lambda g, out: g.model.to_str_tokens([1.5]), "tokens are whole numbers"),
+    "tokens below 0": (lambda g, out: g.model.to_str_tokens(torch.tensor([-1])), "tokens are whole numbers"),
+    "tokens to run": (lambda g, out: g.d.run("fox"), "tokens is 'fox'"),
+    "k that is no number": (lambda g, out: g.d.fidelity(TEXTS, k="x"), "'x' is not an integer"),
     "names that are a number": (lambda g, out: bilens.Decomposer(g.model, 1, input_names=NUMBER), "input_names is"),
     "a model that is none": (lambda g, out: bilens.Decomposer(7, 1), "model is a int"),
     "an output beyond int64": (lambda g, out: g.d.eigen(10**30), "no feature's number"),
@@ -76,7 +82,7 @@ CALLS: dict[str, tuple[Callable[[SimpleNamespace, Path], Any], str]] = {
         lambda g, out: g.d.top_interactions(1, activations=torch.ones(3)),
         "expected one",
     ),
-    "k above d_model": (lambda g, out: sweep([g.d], out, k=10**6), "k is 1000000"),
+    "k above d_model": (lambda g, out: sweep_layers([g.d], out, k=10**6), "k is 1000000"),
     "dtype of the algebra": (lambda g, out: freeze(g.model, "fox", dtype=SEVERAL), "dtype is"),
     "a text that is a dict": (lambda g, out: freeze(g.model, {}), "text_or_tokens is {}"),
     "a text that is bytes": (lambda g, out: freeze(g.model, b"fox"), "text_or_tokens is b'fox'"),

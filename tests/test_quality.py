@@ -1,4 +1,4 @@
-"""The code is linted, formatted and typed, and quick to import: what CI checks besides behaviour."""
+"""The package is quick to import, and every public name is there. `.ci/run` lints, formats and types the code."""
 
 import subprocess
 import sys
@@ -7,19 +7,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(["ruff", "check", "."], id="lint"),
-        pytest.param(["ruff", "format", "--check", "."], id="format"),
-        pytest.param(["mypy"], id="types"),
-    ],
-)
-def test_tool_finds_nothing(command):
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_import_and_help_load_nothing_heavy():

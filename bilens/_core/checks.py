@@ -81,8 +81,10 @@ def whole_number(value: object, what: str = "") -> int:
 def check_choice(choices: Collection[str], **values: object) -> None:
     """Refuse what is none of `choices` (`ArgumentError`, named, with the nearest)."""
     for name, value in values.items():
-        if value not in choices:
-            raise ArgumentError(f"{name} {value!r} is not one of {', '.join(choices)}." + nearest(str(value), choices))
+        if not isinstance(value, str) or value not in choices:
+            raise ArgumentError(
+                f"{name} {value!r:.80} is not one of {', '.join(choices)}." + nearest(str(value), choices)
+            )
 
 
 def check_file_name(name: object, what: str = "name") -> None:

@@ -12,7 +12,7 @@ def need(module: str, extra: str, purpose: str) -> ModuleType:
     Args:
         module: its name, such as `kornia.augmentation`.
         extra: the extra that installs it, such as `vision`.
-        purpose: what it is needed for, as the message's subject.
+        purpose: the purpose it is needed for, as the message's subject.
 
     Raises:
         MissingPackageError: it is not installed; the message says how to install it.

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
-from types import FunctionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import numpy as np
@@ -56,10 +55,17 @@ def typed(function: F) -> F:
 
 
 def _without_quoted(function: Any) -> Any:
+    whole = signature(function)
     hints = {name: hint for name, hint in function.__annotations__.items() if not isinstance(hint, str)}
     if hints == function.__annotations__:
         return function
-    of = function
-    copy = FunctionType(of.__code__, of.__globals__, of.__name__, of.__defaults__, of.__closure__)
-    copy.__kwdefaults__, copy.__qualname__, copy.__annotations__ = of.__kwdefaults__, of.__qualname__, hints
-    return copy
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__signature__ = whole.replace(  # type: ignore[attr-defined]
+        parameters=[p.replace(annotation=hints.get(name, p.empty)) for name, p in whole.parameters.items()],
+        return_annotation=hints.get("return", whole.empty),
+    )
+    return call

@@ -12,10 +12,10 @@ Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" 
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from bilens.layer.bilinear import BilinearLayer, hidden_coefficients
+from bilens.layer.bilinear import BilinearLayer, branches, products
 
 
 def attention_back(
@@ -75,59 +75,6 @@ def mlp_shares(
     contribution to a coalition `S` is `B(i, i) + 2 sum_{j in S} B(i, j)`, and over all orders each `j` comes before `i`
     half of the time, which leaves `B(i, i) + sum_{j != i} B(i, j) = B(i, whole)`.
     """
-    left = parts @ layer.W_gate + ones[:, None, None] * layer.b_gate
-    right = parts @ layer.W_in + ones[:, None, None] * layer.b_in
-    hidden = 0.5 * (left * right.sum(0) + left.sum(0) * right)
+    made = branches(layer, parts, ones[:, None])
+    hidden = products(made, made.sum(0))
     return hidden @ layer.W_out + ones[:, None, None] * layer.b_out
-
-
-def mlp_branches(
-    layer: BilinearLayer, sources: Float[Tensor, "*n source d_model"], ones: Float[Tensor, "source"]
-) -> tuple[Float[Tensor, "*n source d_mlp"], Float[Tensor, "*n source d_mlp"]]:
-    """What each source of an MLP's input gives in the left and in the right branch."""
-    left = sources @ layer.W_gate + ones[:, None] * layer.b_gate
-    right = sources @ layer.W_in + ones[:, None] * layer.b_in
-    return left, right
-
-
-def pair_products(
-    layer: BilinearLayer,
-    u: Float[Tensor, "n d_model"],
-    left: Float[Tensor, "n source d_mlp"],
-    right: Float[Tensor, "n source d_mlp"],
-    ones: Float[Tensor, "source"],
-) -> Float[Tensor, "n source source"]:
-    """`bilens.layer.bilinear.source_products` for many directions, each with sources of its own.
-
-    Entry `(s, t)` is half of what the pair adds to `u . mlp(x)`, `(t, s)` the other half; the entries of one direction
-    add up to it.
-
-    Args:
-        layer: the MLP.
-        u: directions of its output.
-        left, right: the branches, from `mlp_branches`.
-        ones: each source's last homogeneous coordinate.
-    """
-    raw = (left * hidden_coefficients(layer, u)[:, None]) @ right.mT
-    corner = (u @ layer.b_out)[:, None, None] * ones[:, None] * ones
-    return 0.5 * (raw + raw.mT) + corner
-
-
-def padded_nonzero(
-    values: Float[Tensor, "p n"],
-) -> tuple[Tensor, Float[Tensor, "p s"], Bool[Tensor, "p s"]]:
-    """The nonzero entries of every row in ascending order, rows filled up to one length.
-
-    Returns:
-        indices (0 where filled up), values (0 there), and which are real.
-    """
-    active = values != 0
-    counts = active.sum(1)
-    width = int(counts.max()) if len(values) else 0
-    rows, columns = active.nonzero(as_tuple=True)
-    starts = counts.cumsum(0) - counts
-    slots = torch.arange(len(rows), device=values.device) - starts[rows]
-    indices = rows.new_zeros(len(values), width)
-    indices[rows, slots] = columns
-    real = torch.arange(width, device=values.device) < counts[:, None]
-    return indices, values.gather(1, indices) * real, real

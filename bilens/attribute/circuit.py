@@ -78,20 +78,20 @@ class Circuit(CircuitTables, Paged, Tabular):
             model: a bilinear model.
             saes: best one on every MLP's input and output; see `freeze`.
             text_or_tokens: one text, or its tokens.
-            target: what to explain; `None` takes the logits of the likeliest next tokens.
-            max_n_logits, desired_logit_prob: how many of those at most, and the probability that is enough of them.
-            max_nodes: kept at most, and expanded at most per stage (the features of one SAE).
+            target: the target to explain; `None` takes the logits of the likeliest next tokens.
+            max_n_logits, desired_logit_prob: the largest number of those, and the probability that is enough of them.
+            max_nodes: the largest number of nodes to keep, and to expand per stage (the features of one SAE).
             node_threshold: the fewest nodes are kept whose influences are this part of all.
-            edge_threshold: likewise for the edges between them.
+            edge_threshold: the same share for the edges between them.
             names: labels of features, by hook or SAE name (`2-mlp-in`, or its folder's name), or a `FeatureStore`.
-            dtype: of the algebra.
+            dtype: the type of the algebra.
 
         Raises:
             ArgumentError: thresholds outside (0, 1], no room for a node, names that do not fit, a target given twice,
                 or logits together with other targets.
             MissingSAEError: no SAE on any MLP's input or output.
             NotBilinearError: a gated or one-branch model.
-            others: as for `freeze` and `read_targets`.
+            others: the same as for `freeze` and `read_targets`.
         """
         _check_limits(max_nodes, node_threshold, edge_threshold)
         if target is not None:

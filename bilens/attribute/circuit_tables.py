@@ -38,10 +38,10 @@ class CircuitTables:
     """The numbers and names of an attribution graph.
 
     Attributes:
-        model_name: of the model.
+        model_name: the model's name.
         target: its name; the names of several.
-        position: of the (first) target.
-        tokens: of the text.
+        position: the position of the (first) target.
+        tokens: the tokens of the text.
         nodes: one row per node: `id, kind` (target, embedding, feature, error, mlp, bias, other), `layer, point, hook,
             position, token, feature, name, value` (an activation; the norm of an embedding or error), `influence` on
             the targets, whether it is `expanded`, and the `relative_error` of its completeness. The feature of an
@@ -50,14 +50,14 @@ class CircuitTables:
             `direct`) and `via_weight`, that part.
         hyperedges: pairs: `i, j, target, weight, influence`; a pair stands once with its whole contribution.
         heads: every linear edge's parts by the last head on the way: `source, target, layer, head, weight`, -1 direct.
-        shares: of the target's influence, what ends in each kind of node where the graph ends; what ends in `other ...`
-            was pruned.
+        shares: the share of the target's influence that ends in each kind of node where the graph ends; the share
+            in `other ...` was pruned.
         kept_share: the kept nodes' part of the influence of all nodes.
-        n_found: how many nodes had any influence.
-        probabilities: by the id of each target that is a logit (`target`, or `target 1`, ...), its token's; of a
-            difference of logits, that of the first token.
-        dtype: of the model's activations; empty where that is not known.
-        fingerprints: of the model (`model`) and of the SAEs by hook that it was made from.
+        n_found: the number of nodes that had any influence.
+        probabilities: the token's probability by the id of each target that is a logit (`target`, `target 1`, ...); for
+            a difference of logits, that of the first token.
+        dtype: the type of the model's activations; empty if that is not known.
+        fingerprints: the fingerprints of the model (`model`) and of the SAEs by hook that it was made from.
         pinned, supernodes: the ids of the nodes that a reader pinned in a viewer, and those put together there, each
             group with its label first (see `attribution_graphs`).
     """

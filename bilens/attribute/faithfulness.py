@@ -27,15 +27,16 @@ from tqdm import tqdm
 from bilens._core.bare import require_bare
 from bilens._core.display import Tabular
 from bilens._core.fingerprint import check_same
-from bilens.attribute.algebra import mlp_branches, pair_products
 from bilens.attribute.circuit import Circuit, trace_circuit
-from bilens.attribute.frozen import FrozenPass, SAEPass, SAEs, check_saes, freeze
+from bilens.attribute.frozen import FrozenPass, SAEs, check_saes, freeze
 from bilens.attribute.interventions import Hook, frozen_hooks, read_values, rerun
 from bilens.attribute.targets import STREAM, Reads, Target, feature_reads, read_targets
 from bilens.draw import plots
 from bilens.draw.markup import Numbers
 from bilens.errors import ArgumentError
+from bilens.layer.bilinear import branches, pair_products
 from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.passes import SAEPass
 
 AttentionMode = Literal["frozen", "real"]
 MODES: tuple[AttentionMode, ...] = ("frozen", "real")
@@ -385,7 +386,7 @@ def _hooks(
 
 def _decomposed(
     frozen: FrozenPass, sae: SAEPass, value: Float[Tensor, "row p d_model"], mode: AttentionMode
-) -> tuple[Float[Tensor, "row p d_sae"], Float[Tensor, "row p d_model"]]:
+) -> tuple[Float[Tensor, "#row p d_sae"], Float[Tensor, "#row p d_model"]]:
     """Activations and error of what reaches an SAE."""
     if mode == "real":
         acts = sae.view.activations(value)
@@ -481,13 +482,12 @@ def _pair_changes(
         layer, position = int(reads.levels[0]) // 2 - 1, int(reads.positions[0])
         sae, mlp = frozen.input_sae(layer), frozen.mlp(layer)
         assert sae is not None
-        sources, ones = frozen.input_sources(layer, torch.tensor([position], device=frozen.embed.device))
-        left, right = mlp_branches(mlp, sources, ones)
-        products = pair_products(mlp, reads.vectors, left, right, ones)[0]
+        sources, ones = frozen.input_sources(layer, position)
+        products = pair_products(mlp, reads.vectors[0], branches(mlp, sources, ones), ones)
         slots = [int(((sae.features[position] == nodes.feature[j]) & sae.real[position]).nonzero()) for j in rows.j]
         predicted = products.diagonal()[slots] - 2 * products.sum(1)[slots]
-        whole = sources[0].sum(0)
-        inputs = torch.stack([whole, *(whole - sources[0, slot] for slot in slots)])
+        whole = sources.sum(0)
+        inputs = torch.stack([whole, *(whole - sources[slot] for slot in slots)])
         module = frozen.model.blocks[layer].mlp
         values = module(inputs[None].to(module.w.weight.dtype))[0].to(frozen.dtype) @ reads.vectors[0]
         tables.append(

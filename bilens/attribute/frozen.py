@@ -12,105 +12,31 @@ embedding, every `(layer, head, source position)` through OV, every MLP below (q
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
 from bilens._core.bare import require_bare
 from bilens._core.checks import check_finite
 from bilens._core.fingerprint import Snapshot, model_fingerprint, sae_fingerprint
-from bilens.attribute.algebra import padded_nonzero
 from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError, nearest
 from bilens.layer.bilinear import BilinearLayer, check_model
 from bilens.model.attached import check_attention_scale
 from bilens.model.hook_points import HOOK_TO_POINT, hook_of, point_of
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.store import FeatureStore
-from bilens.sae.view import LINEAR_ENCODERS, SAEView
+from bilens.sae.passes import SAEPass
+from bilens.sae.view import SAEView
 
 INPUT_POINTS = ("mlp-in", "resid-mid")  # where an SAE may read an MLP's input; the first that is there is taken
-WRITES_BYTES = 2**26  # of the features' writes held at a time
 Names: TypeAlias = Mapping[str, Sequence[str]] | FeatureStore
 SAEs: TypeAlias = SAE[Any] | Iterable[SAE[Any]] | Mapping[str, SAE[Any]]
-
-
-@dataclass(frozen=True)
-class SAEPass:
-    """One SAE on one text: its active features, filled up to one length `s` at every position.
-
-    Attributes:
-        view: the SAE as directions.
-        hook, point, layer: the place of the SAE.
-        features, values, real: the active features of each position, their activations, and which are not filling.
-        b_dec: the reconstruction without any feature.
-        error: the part that the reconstruction misses.
-        scale_in, scale_out, shift: the frozen normalisation.
-    """
-
-    view: SAEView
-    hook: str
-    point: str
-    layer: int
-    features: Int[Tensor, "p s"]
-    values: Float[Tensor, "p s"]
-    real: Bool[Tensor, "p s"]
-    b_dec: Float[Tensor, "p d_model"]
-    error: Float[Tensor, "p d_model"]
-    scale_in: Float[Tensor, "p"]
-    scale_out: Float[Tensor, "p"]
-    shift: Float[Tensor, "p"]
-
-    @property
-    def label(self) -> str:
-        """`2-mlp-in`, the way the folders of SAEs begin."""
-        return f"{self.layer}-{self.point}"
-
-    @property
-    def has_reads(self) -> bool:
-        """Whether a feature is a linear read: not with a bilinear encoder, and not in matching pursuit."""
-        return not self.view.has_bilinear_encoder and self.view.sae.cfg.architecture() in LINEAR_ENCODERS
-
-    @cached_property
-    def _decoder(self) -> Float[Tensor, "d_sae d_model"]:
-        return self.view.decoder
-
-    def writes(self, *at: Any) -> Float[Tensor, "*n d_model"]:
-        """The part of the reconstruction that active features add, `f_i d_i`.
-
-        They are made when they are asked for: all of a text with a dense SAE would fill gigabytes.
-
-        Args:
-            at: which, as an index of `features`: positions, or positions and slots.
-        """
-        amounts = self.values[at].to(self.error) * self.scale_out[:, None].expand_as(self.values)[at]
-        return self._decoder[self.features[at]].to(amounts) * amounts[..., None]
-
-    def blocks(self, n: int) -> tuple[Int[Tensor, "b"], ...]:
-        """The places of `n` positions, as many at a time as have writes of `WRITES_BYTES`."""
-        row = self.features.shape[1] * self.error.shape[1] * self.error.element_size()
-        return torch.arange(n, device=self.error.device).split(max(1, WRITES_BYTES // max(row, 1)))
-
-    @cached_property
-    def _encoder_bias(self) -> Float[Tensor, "d_sae"]:
-        return self.view.encoder_bias.to(self.error)
-
-    def reads(
-        self, positions: Int[Tensor, "t"], features: Int[Tensor, "t"]
-    ) -> tuple[Float[Tensor, "t d_model"], Float[Tensor, "t"]]:
-        """`(r, c)` with pre-activation `r . y + c` at the SAE's hook.
-
-        Raises:
-            SAEMismatchError: an SAE without linear reads.
-        """
-        rows = self.view.encoder[features].to(self.error)
-        scale = self.scale_in[positions]
-        constants = self._encoder_bias[features] - scale * self.shift[positions] * rows.sum(-1)
-        return rows * scale[:, None], constants
 
 
 @dataclass(frozen=True)
@@ -225,15 +151,7 @@ class FrozenPass:
         sae = self.input_sae(layer)
         if sae is None:
             raise MissingSAEError(f"layer {layer} has no SAE on its MLP's input (ln2.hook_normalized).")
-        one = isinstance(positions, int)
-        writes = sae.writes(positions, sae.real[positions]) if one else sae.writes(positions)
-        parts = torch.cat([writes, sae.b_dec[positions].unsqueeze(-2), sae.error[positions].unsqueeze(-2)], -2)
-        if sae.point == "resid-mid":
-            parts = parts / self.scale2[layer][positions][..., None, None]
-        sources = torch.cat([parts, torch.zeros_like(parts[..., :1, :])], -2)
-        ones = sources.new_zeros(sources.shape[-2])
-        ones[-1] = 1.0
-        return sources, ones
+        return sae.sources(self.scale2[layer], positions)
 
     def sae(self, hook: str) -> SAEPass:
         """The SAE on a hook, by the hook's name or the SAE's (`2-mlp-in`, or a folder name such as `2-mlp-in-x8-k32`).
@@ -283,7 +201,7 @@ def freeze(
         raise ArgumentError(f"dtype is {dtype}, expected torch.float32 or torch.float64.")
     check_model(model)
     if not isinstance(text_or_tokens, str | Tensor):
-        if isinstance(text_or_tokens, bytes | Mapping) or not hasattr(text_or_tokens, "__getitem__"):
+        if not isinstance(text_or_tokens, Sequence | np.ndarray) or isinstance(text_or_tokens, bytes):
             raise ArgumentError(f"text_or_tokens is {text_or_tokens!r:.80}, expected a text or its tokens.")
         are_texts = any(isinstance(each, str) for each in text_or_tokens)
         text_or_tokens = list(text_or_tokens) if are_texts else torch.tensor(text_or_tokens, dtype=torch.long)
@@ -312,7 +230,7 @@ def freeze(
         strings=_strings(model, tokens[0]),
         cache=cache,
         logits=logits[0],
-        saes={hook: _sae_pass(view, hook, cache[hook], dtype) for hook, view in views.items()},
+        saes={hook: SAEPass.of(view, hook, cache[hook], dtype) for hook, view in views.items()},
         pattern=stack("attn.hook_pattern"),
         scale1=stack("ln1.hook_scale")[..., 0],
         scale2=stack("ln2.hook_scale")[..., 0],
@@ -359,21 +277,6 @@ def check_saes(model: HookedBilinearTransformer, saes: SAEs) -> dict[str, SAEVie
         check_attention_scale(model, sae, f"the SAE on {hook!r}")
     order = list(HOOK_TO_POINT.values())
     return dict(sorted(views.items(), key=lambda item: (point_of(item[0])[1], order.index(point_of(item[0])[0]))))
-
-
-def _sae_pass(view: SAEView, hook: str, x: Float[Tensor, "p d_model"], dtype: torch.dtype) -> SAEPass:
-    point, layer = point_of(hook)
-    features, values, real = padded_nonzero(view.activations(x))
-    norm = view.frozen_norm(x.to(dtype))
-    b_dec = view.b_dec.to(dtype) * norm.scale_out[:, None] + norm.shift[:, None]
-    without = SAEPass(
-        view, hook, point, layer, features, values, real, b_dec, x.to(dtype) - b_dec,
-        norm.scale_in, norm.scale_out, norm.shift,
-    )  # fmt: skip
-    error = without.error.clone()
-    for at in without.blocks(len(x)):
-        error[at] -= without.writes(at).sum(1)
-    return replace(without, error=error)
 
 
 def _strings(model: HookedBilinearTransformer, tokens: Int[Tensor, "p"]) -> list[str]:

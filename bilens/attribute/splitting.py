@@ -24,12 +24,13 @@ from torch import Tensor
 from bilens._core.completeness import Complete
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
-from bilens.attribute.algebra import attention_back, head_parts, mlp_branches, pair_products
+from bilens.attribute.algebra import attention_back, head_parts
 from bilens.attribute.frozen import FrozenPass, Names, names_by_hook
 from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
 from bilens.decompose.results import BIAS_SOURCES
 from bilens.draw import plots
 from bilens.errors import ArgumentError, MissingSAEError
+from bilens.layer.bilinear import branches, pair_products
 from bilens.model.hook_points import hook_of
 
 Attention = Literal["heads", "paths"]
@@ -354,9 +355,9 @@ def _add_mlp(
     elif mlps == "pairs" and sae_in is not None:
         for n in torch.arange(len(positions)).split(PAIRS_AT_ONCE):
             at = positions[n]
+            mlp = frozen.mlp(layer)
             sources, ones = frozen.input_sources(layer, at)
-            left, right = mlp_branches(frozen.mlp(layer), sources, ones)
-            products = pair_products(frozen.mlp(layer), u[n], left, right, ones)
+            products = pair_products(mlp, u[n], branches(mlp, sources, ones), ones)
             _add_pairs(parts, layer, at, sae_in.features[at], sae_in.real[at], products)
     else:
         parts.add("mlp", (frozen.mlp_out[layer][positions] * u).sum(-1), layer=layer, position=positions)

@@ -81,7 +81,9 @@ class Target:
         return cls(LOGITS, position, token if minus is None else (token, minus), name)
 
     @classmethod
-    def direction(cls, vector: Float[Tensor, "d_model"], hook: str, position: int = -1, name: str = "") -> "Target":
+    def direction(
+        cls, vector: Float[Tensor, "d_model"] | np.ndarray, hook: str, position: int = -1, name: str = ""
+    ) -> "Target":
         """`vector . activation` at any point of width d_model.
 
         Raises:

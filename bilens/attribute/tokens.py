@@ -35,7 +35,7 @@ from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targ
 from bilens.draw import plots
 from bilens.draw.circuits import AttentionPatterns, ColoredTokens
 from bilens.errors import ArgumentError
-from bilens.layer.bilinear import hidden_coefficients
+from bilens.layer.bilinear import branches, hidden_coefficients
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,9 @@ def token_pairs(frozen: FrozenPass, reads: Reads, fields: Fields) -> Float[Tenso
         if not level % 2 or layer not in fields.mlp:
             continue
         mlp, parts = frozen.mlp(layer), streams / frozen.scale2[layer][:, None]
-        left = parts @ mlp.W_gate + ones[:, None, None] * mlp.b_gate
-        right = (parts @ mlp.W_in + ones[:, None, None] * mlp.b_in).flatten(1)
+        made = branches(mlp, parts, ones[:, None])
         for row, field_ in enumerate(fields.mlp[layer]):
-            raw = (left * hidden_coefficients(mlp, field_)).flatten(1) @ right.T
+            raw = (made.left * hidden_coefficients(mlp, field_)).flatten(1) @ made.right.flatten(1).T
             matrices[row] += 0.5 * (raw + raw.T)
             matrices[row, -1, -1] += (field_ @ mlp.b_out).sum()
     return matrices

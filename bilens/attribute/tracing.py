@@ -21,10 +21,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens.attribute.algebra import attention_forward, head_values, mlp_branches, pair_products
-from bilens.attribute.frozen import FrozenPass, SAEPass
+from bilens.attribute.algebra import attention_forward, head_values
+from bilens.attribute.frozen import FrozenPass
 from bilens.attribute.splitting import backward_fields
 from bilens.attribute.targets import MLP, STREAM, Reads, feature_reads
+from bilens.layer.bilinear import branches, pair_products
+from bilens.sae.passes import SAEPass
 
 KINDS = ("target", "embedding", "feature", "error", "mlp", "bias")
 FIELD_BYTES = 2**28  # of the fields held at a time
@@ -284,8 +286,7 @@ def pairs_at(
     sae, mlp = frozen.input_sae(layer), frozen.mlp(layer)
     assert sae is not None
     sources, ones = frozen.input_sources(layer, position)
-    left, right = mlp_branches(mlp, sources, ones)
-    return pair_products(mlp, u, left[None], right[None], ones).double().cpu()
+    return pair_products(mlp, u, branches(mlp, sources, ones), ones).double().cpu()
 
 
 def head_sums(

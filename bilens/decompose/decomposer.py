@@ -44,19 +44,21 @@ from bilens.decompose.spectra import Spectra, find_spectra
 from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError, SAEMismatchError
 from bilens.layer.bilinear import (
     BilinearLayer,
+    branches,
     check_bilinear,
     constant_term,
+    double,
     in_basis,
     interaction_matrix,
     linear_term,
-    source_products,
+    pair_products,
 )
 from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.pairs import Order, check_pairs
 from bilens.layer.eigen.solve import Method, top_eigenpairs
 from bilens.layer.hosvd import HOSVD, input_gram, output_gram, singular
-from bilens.layer.inner import double, inner_products
+from bilens.layer.inner import inner_products
 from bilens.layer.pairs import top_pairs
 from bilens.layer.reading import Lexicon
 from bilens.layer.triples import top_triples
@@ -64,6 +66,7 @@ from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.examples import FeatureNames, names_from_texts
 from bilens.sae.loading import HUB_OPTIONS, load_saes, sae_source
+from bilens.sae.passes import SAEPass
 from bilens.sae.texts import text_starts
 from bilens.sae.view import SAEView
 
@@ -77,10 +80,10 @@ class Decomposer:
 
     Args:
         model: a bilinear model.
-        layer: which MLP; negative counts from the end.
-        input_sae: on the layer's `ln2.hook_normalized`. One on `hook_resid_mid` differs from it by each token's norm
+        layer: the layer of the MLP; a negative one counts from the end.
+        input_sae: an SAE on the layer's `ln2.hook_normalized`. One on `hook_resid_mid` differs by each token's norm
             scale: `attribute` takes that exactly, weight-only analyses in its basis are refused.
-        output_sae: on the layer's `hook_mlp_out`.
+        output_sae: an SAE on the layer's `hook_mlp_out`.
         input_names, output_names: labels of the features, one each, for tables and plots.
 
     Wherever an `output` is taken, integers (one, or several) mean features of the output SAE and floats, of shape
@@ -144,10 +147,10 @@ class Decomposer:
 
         Args:
             source: a bundled name, a folder or a hub id, as for `bilens.load_model`; or a model.
-            layer: which MLP; negative counts from the end.
-            saes: where `bilens.load_saes` finds the SAEs; `None` is the bundled model's, or `<source>-scope`.
-            expansion, k, tag: which SAEs, where there are several.
-            texts: where to see what features fire on; `None` takes those that come with a bundled model, or has the
+            layer: the layer of the MLP; a negative one counts from the end.
+            saes: the source of the SAEs for `bilens.load_saes`; `None` is the bundled model's, or `<source>-scope`.
+            expansion, k, tag: the SAEs to take, if the source holds several.
+            texts: texts to see what features fire on; `None` takes those that come with a bundled model, or has the
                 model write some.
             options: the keyword arguments of `bilens.load_model`.
 
@@ -155,7 +158,7 @@ class Decomposer:
             ModelNotFoundError: no such model, or no SAEs of it.
             NotBilinearError: a gated or one-branch model.
             SAEMismatchError: several SAEs that fit.
-            others: as for `Decomposer`, `bilens.load_model` and `bilens.load_sae`.
+            others: the same as for `Decomposer`, `bilens.load_model` and `bilens.load_sae`.
         """
         model = source if isinstance(source, HookedBilinearTransformer) else load_model(source, **options)
         check_bilinear(model)  # no SAEs would help
@@ -244,9 +247,9 @@ class Decomposer:
         `spectra` finds them, which also says how exact each is; otherwise each matrix is solved whole, in float64.
 
         Args:
-            output: as for `interaction`.
-            k: how many; `None` gives all `d_model`.
-            side: as for `interaction`.
+            output: the same as for `interaction`.
+            k: the number of eigenpairs; `None` gives all `d_model`.
+            side: the same as for `interaction`.
             order: `"size"`; `"positive"`, the most positive first; `"negative"`, the most negative first.
             memory: bytes that the result may take, and as many to work in.
 
@@ -281,9 +284,9 @@ class Decomposer:
         """The `n` largest interactions of each output between input features, self and cross together.
 
         Args:
-            output: as for `interaction`.
-            n: of each output, at most `d_sae (d_sae + 1) / 2`.
-            side: as for `interaction`.
+            output: the same as for `interaction`.
+            n: the number of pairs for each output, at most `d_sae (d_sae + 1) / 2`.
+            side: the same as for `interaction`.
             activations: typical activation of each input feature, such as `FeatureActivations.typical_activations`
                 gives: ranks by `|coefficient * f_i * f_j|`. Without, by `|coefficient|`, which is per unit of
                 activation; where the decoder rows are not of one length, that says more of the SAE's units than of the
@@ -330,15 +333,15 @@ class Decomposer:
         pairs is never held whole, so both sets may be a vocabulary.
 
         Args:
-            output: as for `interaction`.
+            output: the same as for `interaction`.
             left: directions in the layer's input: the `i` of the pairs.
-            right: of the other set, the `j`; `None` is pairs within `left`.
-            n: of each output, at most the number of pairs.
-            side: as for `interaction`.
+            right: the directions or features of the other set, the `j`; `None` is pairs within `left`.
+            n: the number of pairs for each output.
+            side: the same as for `interaction`.
             left_names, right_names: one each, for tables and plots.
 
         Raises:
-            ArgumentError: as many names as directions are needed.
+            ArgumentError: there are not as many names as directions.
             OutOfRangeError: fewer than `n` pairs.
             SAEMismatchError: directions of another width.
         """
@@ -376,12 +379,12 @@ class Decomposer:
         """Leading eigenpairs, shares, norms and traces of outputs, all features at once by default.
 
         Args:
-            output: as for `interaction`; `None` is every output feature.
+            output: the same as for `interaction`; `None` is every output feature.
             k: leading eigenpairs of each.
-            side: as for `interaction`.
+            side: the same as for `interaction`.
             full: also the effective rank, from all eigenvalues: the cost of forming and solving each matrix.
             memory: bytes to use besides the layer and the result.
-            method: how the leading pairs are found; see `bilens.layer.eigen.solve.top_eigenpairs`.
+            method: the method that finds the leading pairs; see `bilens.layer.eigen.solve.top_eigenpairs`.
             progress: show a bar.
 
         Raises:
@@ -441,11 +444,11 @@ class Decomposer:
         Of several layers: `bilens.decompose.strongest_interactions`.
 
         Args:
-            n: how many.
-            output: as for `interaction`; `None` is every output feature.
-            side: as for `interaction`.
+            n: the number of interactions.
+            output: the same as for `interaction`; `None` is every output feature.
+            side: the same as for `interaction`.
             inputs: between these input features only.
-            weights: of every pair of input features, such as `FeatureActivations.cofiring` gives: ranks by
+            weights: the weight of every pair of input features, as `FeatureActivations.cofiring` gives it: ranks by
                 `|coefficient * weight|`.
             memory: bytes to use besides the weights.
             progress: show a bar.
@@ -492,8 +495,8 @@ class Decomposer:
         """Outlier counts, quartiles and excess kurtosis of each output's interactions between input features.
 
         Args:
-            output: as for `interaction`; `None` is every output feature.
-            side: as for `interaction`.
+            output: the same as for `interaction`; `None` is every output feature.
+            side: the same as for `interaction`.
             fence: outliers are beyond `q1 - fence iqr` or `q3 + fence iqr`.
             progress: show a bar.
         """
@@ -509,10 +512,10 @@ class Decomposer:
         """The outlier interactions of each output, the largest first.
 
         Args:
-            output: as for `interaction`.
-            n: of each output, at most; `None` is all.
-            side: as for `interaction`.
-            fence: as for `sparsity`.
+            output: the same as for `interaction`.
+            n: the largest number of outliers for each output; `None` is all.
+            side: the same as for `interaction`.
+            fence: the same as for `sparsity`.
             progress: show a bar.
         """
         u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
@@ -535,14 +538,14 @@ class Decomposer:
         """The strongest AND, XOR, negation and inhibition motifs among the outlier pairs (`bilens.decompose.motifs`).
 
         Args:
-            output: as for `interaction`; `None` is every output feature.
+            output: the same as for `interaction`; `None` is every output feature.
             kind: one of them alone: `"and"`, `"xor"`, `"negation"` or `"inhibition"`.
-            n: how many, over all outputs.
-            side: as for `interaction`.
+            n: the number of motifs to list, over all outputs.
+            side: the same as for `interaction`.
             activations: typical activation of each input feature, such as
                 `FeatureActivations.typical_activations` gives.
             together: only pairs where this is not zero, such as `FeatureActivations.cofiring` gives.
-            fence: as for `sparsity`.
+            fence: the same as for `sparsity`.
             progress: show a bar.
         """
         output = self._every(output)
@@ -574,9 +577,9 @@ class Decomposer:
         Of two layers or models: `bilens.layer.inner`.
 
         Args:
-            output: as for `interaction`.
+            output: the same as for `interaction`.
             basis: whose entries are multiplied: `"residual"`, or `"features"` for `D Q D^T`.
-            side: as for `interaction`.
+            side: the same as for `interaction`.
         """
         u = torch.atleast_2d(self.directions(output, side))
         return inner_products(self.weights, u, metric=self._metric(basis))
@@ -595,7 +598,7 @@ class Decomposer:
         Args:
             output: features; `None` is all. Their neighbours are sought among all.
             k: neighbours of each.
-            basis: in which interaction matrices are compared.
+            basis: the basis in which interaction matrices are compared.
             side: whose interaction matrices.
             against: whose directions are compared; `None` is `side`.
 
@@ -631,8 +634,8 @@ class Decomposer:
         Args:
             output: features; `None` is all.
             threshold: the cosine of interaction matrices at which clusters are cut.
-            basis, side, against: as for `neighbours`.
-            linkage: what the cosine of two clusters is: of their `"average"` pair, their least (`"complete"`) or most
+            basis, side, against: the same as for `neighbours`.
+            linkage: the cosine of two clusters: that of their `"average"` pair, their least (`"complete"`) or most
                 (`"single"`) similar one.
 
         Raises:
@@ -707,6 +710,8 @@ class Decomposer:
     ) -> tuple[Float[Tensor, "text pos d_model"], Float[Tensor, "text pos d_model"]]:
         """What the layer reads (`ln2.hook_normalized`) and what it writes (`hook_mlp_out`) on every token."""
         require_bare(self.model)
+        if not isinstance(tokens, Tensor):
+            raise ArgumentError(f"tokens is {tokens!r:.80}, expected a tensor of them; run_texts takes texts.")
         hooks = [self.normalized_hook, self.out_hook]
         tokens = tokens.to(self.model.cfg.device)
         _, cache = self.model.run_with_cache(
@@ -728,6 +733,7 @@ class Decomposer:
         require_bare(self.model)
         tokens, mask = text_starts(self.model, texts)
         mask[:, : self.model.n_bos] = 0
+        batch_size = min(batch_size, len(tokens))
         rows = list(zip(tokens.split(batch_size), mask.bool().split(batch_size), strict=True))
         for batch, kept in tqdm(rows, desc="texts", unit="batch"):
             x, y = (part[kept.to(part.device)].to(self.weights.W_out) for part in self.run(batch))
@@ -745,7 +751,7 @@ class Decomposer:
 
         Args:
             text_or_tokens: one text (`[BOS]` is prepended), or its tokens as they are.
-            feature: of the output SAE, active there or not.
+            feature: a feature of the output SAE, active there or not.
             position: `[BOS]` counted; negative counts from the end.
 
         Raises:
@@ -768,42 +774,30 @@ class Decomposer:
         _, cache = self.model.run_with_cache(
             tokens, names_filter=names, stop_at_layer=self.layer + 1, return_cache_object=False
         )
-        x, resid_mid, scale, y = (cache[name][0, position] for name in names)
-
-        # The input's sources, in the space the layer reads, in float64: only the model's own rounding remains.
-        on_resid_mid = self._on_resid_mid(view_in)
-        site = resid_mid if on_resid_mid else x
-        acts = view_in.activations(site[None])[0]
-        inputs = acts.nonzero().flatten()
-        norm = view_in.frozen_norm(site.double())
-        divisor = scale.double() if on_resid_mid else 1.0
-        directions = view_in.decoder[inputs].double() * norm.scale_out / divisor
-        b_dec = (view_in.b_dec.double() * norm.scale_out + norm.shift) / divisor
-        features = acts[inputs].double()[:, None] * directions
-        error = x.double() - features.sum(0) - b_dec
-        sources = torch.cat([features, b_dec[None], error[None], torch.zeros_like(error)[None]])
-        ones = torch.zeros(len(sources), dtype=torch.float64, device=sources.device)
-        ones[-1] = 1.0
-
-        # The output: a linear read of hook_mlp_out, plus what the SAE adds by itself.
-        norm_out = view_out.frozen_norm(y.double())
-        e = view_out.encoder[feature].double()
+        # In float64: only the model's own rounding remains.
+        site = self.resid_mid_hook if self._on_resid_mid(view_in) else self.normalized_hook
+        x, y = cache[site][0, [position]], cache[self.out_hook][0, [position]]
+        read = SAEPass.of(view_in, site, x, torch.float64)
+        written = SAEPass.of(view_out, self.out_hook, y, torch.float64)
+        sources, ones = read.sources(cache[self.scale_hook][0, position].double(), 0)
+        here = torch.zeros(1, dtype=torch.long, device=sources.device)
+        u, output_bias = written.reads(here, here + feature)
         weights = self.weights.to(torch.float64)
-        contributions = source_products(weights, e * norm_out.scale_in, sources, ones)
-        output_bias = view_out.encoder_bias[feature].double() - norm_out.scale_in * norm_out.shift * e.sum()
-        interactions = source_products(weights, e * norm_out.scale_in, directions, ones.new_zeros(len(inputs)))
+        contributions = pair_products(weights, u[0], branches(weights, sources, ones), ones)
+        inputs, activations = read.features[0], read.values[0]
+        pairs = contributions[: len(inputs), : len(inputs)]
         return Attribution(
             layer=self.layer,
             feature=feature,
             position=position,
             tokens=self.token_strings(tokens[0]),
             inputs=inputs,
-            activations=acts[inputs],
-            interactions=interactions.float(),
+            activations=activations,
+            interactions=(pairs / (activations[:, None].double() * activations)).float(),
             contributions=contributions.float(),
-            output_bias=output_bias.float().item(),
-            actual=view_out.pre_activations(y[None])[0, feature].item(),
-            active=bool(view_out.activations(y[None])[0, feature] != 0),
+            output_bias=output_bias[0].float().item(),
+            actual=view_out.pre_activations(y)[0, feature].item(),
+            active=bool(view_out.activations(y)[0, feature] != 0),
             input_names=self.input_names,
             output_name="" if self.output_names is None else self.output_names[feature],
             dtype=self.model.cfg.dtype,
@@ -914,6 +908,7 @@ class Decomposer:
         u, other = self.directions(features, side), self.directions(features, against or side)
         return feature_cosines(self.weights, u, other, self._metric(basis))
 
+    @typed
     def lexicon(self, which: Literal["input", "output"]) -> Lexicon:
         """What directions on one side of the layer are named after: the SAE's features, or tokens without an SAE."""
         view, names = (self._input, self.input_names) if which == "input" else (self._output, self.output_names)

@@ -90,8 +90,8 @@ def through_ov(
 
     Args:
         model: the model.
-        layer: of the head; negative counts from the end.
-        head: which; `None` gives all, in front.
+        layer: the head's layer; a negative one counts from the end.
+        head: the head's number; `None` gives all, in front.
         u: directions after the head.
         scale: the divisor of the norm before the head at the source position (`ln1.hook_scale`); `None` leaves it out.
 
@@ -137,9 +137,9 @@ def head_basis(
 
     Args:
         model: the model.
-        layer: of the head; negative counts from the end.
-        head: which.
-        directions: in the residual stream before the head.
+        layer: the head's layer; a negative one counts from the end.
+        head: the head's number.
+        directions: directions in the residual stream before the head.
 
     Raises:
         ArgumentError, OutOfRangeError: no such layer or head.

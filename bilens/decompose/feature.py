@@ -34,16 +34,16 @@ class FeatureCircuit(Paged):
 
     Attributes:
         attribution: exact, at `position`.
-        tokens: of the text, `[BOS]` first.
-        output_activations: of the feature on every token (after the output SAE's top-k).
+        tokens: the tokens of the text, `[BOS]` first.
+        output_activations: the feature's activation on every token (after the output SAE's top-k).
         shown: the input features shown, most important first; `input_activations` of each on every token.
         interactions: the interaction matrix between them (`Q_ij`).
         spectrum: all eigenvalues of the output's interaction matrix.
         eigen: the leading eigencircuits, and `eigen_activations`, `lambda (v . x)^2` on every token.
         promoted, suppressed: tokens by the feature's direct effect on the logits (decoder times unembedding).
         attention: the layer's patterns on the text.
-        wordpiece: whether the tokens are word pieces (`HookedBilinearTransformer.is_wordpiece`).
-        output_summary, input_summaries: what the features fire on over the example texts, where there are some.
+        wordpiece: true if the tokens are word pieces (`HookedBilinearTransformer.is_wordpiece`).
+        output_summary, input_summaries: the examples that the features fire on, if there are example texts.
     """
 
     attribution: Attribution
@@ -97,16 +97,16 @@ def feature_circuit(
     """Collect everything about an output feature on a text.
 
     Args:
-        decomposer: with both SAEs.
-        text_or_tokens: as for `Decomposer.attribute`.
-        feature: of the output SAE.
+        decomposer: a decomposer with both SAEs.
+        text_or_tokens: the same as for `Decomposer.attribute`.
+        feature: a feature of the output SAE.
         position: `None` takes where the feature's pre-activation is largest, `[BOS]` left out.
-        inputs, outputs: what the features of the two SAEs fire on, for the examples.
-        n_inputs: how many input features to show.
-        n_eigen: how many eigencircuits.
+        inputs, outputs: the activations of the two SAEs' features on example texts.
+        n_inputs: the number of input features to show.
+        n_eigen: the number of eigencircuits to show.
 
     Raises:
-        MissingSAEError, OutOfRangeError, EmptyTextError, ContextLengthError: as for `Decomposer.attribute`.
+        MissingSAEError, OutOfRangeError, EmptyTextError, ContextLengthError: the same as for `Decomposer.attribute`.
     """
     model, view_in, view_out = decomposer.model, decomposer.input_view, decomposer.output_view
     require_bare(model, view_in.sae, view_out.sae)
@@ -181,8 +181,8 @@ class RankedFeatures(Tabular):
 
     Attributes:
         features: best first.
-        correlation: of the two leading eigencircuits (plus nothing else) with the feature, over its active tokens.
-        cross_share: of the absolute contributions of pairs of input features, the share of pairs of two different ones.
+        correlation: the correlation of the two leading eigencircuits alone with the feature, over its active tokens.
+        cross_share: the share of two different features in the absolute contributions of pairs of input features.
         density: share of all tokens on which the feature fires.
     """
 
@@ -237,11 +237,11 @@ def rank_features(
     squared.
 
     Args:
-        decomposer: with both SAEs.
+        decomposer: a decomposer with both SAEs.
         outputs: activations of the output SAE's features on example texts.
         among: consider these only.
         k: eigencircuits used.
-        density: of the features considered: the rare and the dense tell little.
+        density: the range of densities of the features considered: the rare and the dense tell little.
         min_active: tokens a feature must fire on.
         swept: leading eigenpairs of all output features, such as a stored sweep's; `None` computes what is needed.
     """

@@ -42,9 +42,9 @@ class Fidelity(Tabular):
         features: the output features.
         n_active: tokens each is active on.
         n_tokens: tokens in all (`[BOS]` left out).
-        correlation: with the feature's activation, over its active tokens; column `r` uses `r + 1` eigenpairs.
+        correlation: the one with the feature's activation, where it is active; column `r` uses `r + 1` eigenpairs.
         correlation_all: the same over all tokens.
-        explained_variance: of the layer's read along the feature, over its active tokens.
+        explained_variance: the explained variance of the layer's read along the feature, over its active tokens.
     """
 
     features: Int[Tensor, "n"]
@@ -168,7 +168,7 @@ def measure_fidelity(
     Args:
         layer: its weights.
         u: the features' directions in the layer's output.
-        batches: of tokens: what the layer reads and writes, and the features' activations.
+        batches: batches of tokens: what the layer reads and writes, and the features' activations.
         k: the largest number of eigenpairs.
 
     Raises:

@@ -41,8 +41,7 @@ from bilens.decompose.motifs import MOTIFS, classify, negated_first
 from bilens.decompose.similarity import cluster
 from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError
-from bilens.layer.bilinear import BilinearLayer
-from bilens.layer.triples import coefficients_of
+from bilens.layer.bilinear import BilinearLayer, branches, products, triple_coefficients
 from bilens.sae.features.examples import Example, FeatureActivations
 
 MIN_TOKENS = 30
@@ -70,17 +69,17 @@ class GalleryEntry:
     """One motif: an output feature and two input features (`i` is the one that a negation's `j` negates).
 
     Attributes:
-        layer, kind, output, i, j: which; `kind` is one of `MOTIFS`.
+        layer, kind, output, i, j: the motif's place; `kind` is one of `MOTIFS`.
         output_name, i_name, j_name: labels.
         table: `z(1, 0), z(0, 1), z(1, 1)` from the weights, at typical activations.
         measured: mean pre-activation in each of `CASES`; `fires` the share of tokens on which the output fires,
             `counts` the tokens.
         typical: the output's mean activation where it fires, the unit of `strength`.
         strength: the least of the weights' gap, the measured one and `|part|`, in that unit.
-        part, whole: on tokens where both fire, the means of the pair's cross term and of the whole pre-activation.
+        part, whole: the means of the pair's cross term and of the whole pre-activation, on tokens where both fire.
         x, y, z: a sample of tokens: the layer's input along both decoder directions, and the pre-activation; `case` of
             each.
-        examples: where both fire; the values are the pair's cross term. `wholes` are the pre-activations there.
+        examples: contexts where both fire; the values are the pair's cross term. `wholes` has the pre-activations.
         promoted: tokens the output feature promotes most.
         alike: the same motif of outputs of the same family, as labels `(output, i, j)`; one of each families of inputs.
     """
@@ -131,8 +130,8 @@ class MotifGallery(Tabular, Paged):
         counts: one row per layer and kind: `layer, kind, in_weights, measured, held, families`: motifs by the weights
             among the pairs that fire together; those of them measured (the strongest); those that hold on texts; and
             how many of them there are between different families.
-        n_tokens: of the texts.
-        wordpiece: whether the tokens are word pieces (`HookedBilinearTransformer.is_wordpiece`).
+        n_tokens: the number of tokens of the texts.
+        wordpiece: true if the tokens are word pieces (`HookedBilinearTransformer.is_wordpiece`).
     """
 
     entries: Sequence[GalleryEntry] = field(repr=False)
@@ -181,7 +180,7 @@ def motif_gallery(
         decomposers: one per layer, with both SAEs, the input SAE on what the layer reads.
         inputs, outputs: what the SAEs' features fire on (`feature_activations`), over the same texts.
         n: entries of each kind and layer.
-        min_tokens: how often a pair must fire together, and each of its features alone.
+        min_tokens: the least number of tokens on which a pair fires together, and each of its features alone.
         progress: show a bar.
 
     Raises:
@@ -238,7 +237,7 @@ def _layer_entries(
     )
     candidates = replace(candidates, outputs=often[candidates.outputs])
     texts = _OnTexts.of(d, inputs)
-    coefficients = coefficients_of(
+    coefficients = triple_coefficients(
         d.weights,
         d.directions(candidates.outputs),
         directions,
@@ -351,13 +350,13 @@ def pair_motifs(
         outputs, inputs: directions.
         i, j: the pairs.
         activations: typical ones of the inputs.
-        units: of the outputs' pre-activations; strengths are divided by them.
-        n: of each kind.
-        title, progress: of the bar.
+        units: the units of the outputs' pre-activations; strengths are divided by them.
+        n: the number of motifs of each kind.
+        title, progress: the progress bar's title, and if it is shown.
     """
-    left, right = (inputs * activations[:, None]) @ layer.W_gate, (inputs * activations[:, None]) @ layer.W_in
+    made = branches(layer, inputs * activations[:, None])
     write = layer.W_out @ outputs.T
-    alone = (left * right) @ write
+    alone = products(made, made) @ write
     i, j = i.to(outputs.device), j.to(outputs.device)
     counts, none = i.new_zeros(len(MOTIFS)), i.new_zeros(0)
     best = [[none, none, none, alone.new_zeros(0, 3), alone.new_zeros(0)] for _ in MOTIFS]
@@ -365,7 +364,7 @@ def pair_motifs(
         torch.arange(len(i)).split(PAIRS), desc=title, unit="pair", unit_scale=PAIRS, disable=not progress
     ):
         a, b = i[rows], j[rows]
-        cross = (left[a] * right[b] + right[a] * left[b]) @ write
+        cross = 2 * products(made[a], made[b]) @ write
         # A motif is decided by its cross term: that is at least half of the largest case, so of the strength.
         row, output = (2 * cross.abs() >= FLOOR * units).nonzero(as_tuple=True)
         first, second = alone[a[row], output], alone[b[row], output]

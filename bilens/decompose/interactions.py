@@ -35,14 +35,14 @@ class Interactions(Tabular):
     """Interactions between input directions, one row per pair.
 
     Attributes:
-        layer, output: where; directions given as outputs have their places as numbers.
+        layer, output: the layer and output of each pair; directions given as outputs have their places as numbers.
         i, j: the pair, `i <= j` within one set of directions.
-        coefficient: what multiplies `f_i f_j`: `Q_ii`, or `2 Q_ij`.
-        weight: of each pair, where they are ranked by `|coefficient * weight|`.
-        names: of outputs and ends, by layer.
+        coefficient: the number that multiplies `f_i f_j`: `Q_ii`, or `2 Q_ij`.
+        weight: the weight of each pair, if they are ranked by `|coefficient * weight|`.
+        names: the names of outputs and ends, by layer.
         one_set: whether `i` and `j` are of the same set of directions: `i = j` is then a self interaction.
-        method: how they were found.
-        note: what to know of the ranking.
+        method: the way they were found.
+        note: a remark on the ranking.
     """
 
     layer: Int[Tensor, "n"] = field(repr=False)

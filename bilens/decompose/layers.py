@@ -32,18 +32,18 @@ def strongest_interactions(
 
     Args:
         decomposers: one per layer, with an input SAE.
-        n: how many.
+        n: the number of interactions.
         output: features or directions, the same in every layer; `None` is every output feature.
         side: encoder or decoder directions of features.
         inputs: between these input features only.
-        weights: of every pair of input features, one matrix per layer.
+        weights: the weight of every pair of input features, one matrix per layer.
         memory: bytes to use besides the weights.
         progress: show a bar per layer.
 
     Raises:
         ArgumentError: no decomposers, two of one layer, or another number of weights; and as for
             `Decomposer.strongest_interactions`.
-        MissingSAEError, OutOfRangeError, SAEMismatchError: as for `Decomposer.strongest_interactions`.
+        MissingSAEError, OutOfRangeError, SAEMismatchError: the same cases as for `Decomposer.strongest_interactions`.
     """
     layers = [decomposer.layer for decomposer in decomposers]
     if not layers or len(set(layers)) < len(layers):

@@ -53,7 +53,7 @@ class Motifs(Tabular):
         kinds: indices into `MOTIFS`.
         table: `z(1, 0), z(0, 1), z(1, 1)`.
         strengths: the gap in the truth table.
-        counts: how many of each kind there are, listed or not.
+        counts: the number of motifs of each kind, listed or not.
     """
 
     outputs: Int[Tensor, "n"]
@@ -142,7 +142,7 @@ def find_motifs(
         layer: its weights.
         outputs: output directions.
         inputs: input directions.
-        n: how many, over all outputs and kinds.
+        n: the number of motifs to list, over all outputs and kinds.
         kind: one of `MOTIFS` alone.
         activations: typical activation of each input feature; 1 without. Pairs with a feature at zero have no motif.
         together: only pairs where this is not zero, such as `FeatureActivations.cofiring`: those that fire on one

@@ -16,8 +16,8 @@ def replace_mlp(model: HookedBilinearTransformer, layer: int, weights: BilinearL
 
     Args:
         model: a bilinear model; not changed.
-        layer: which MLP; negative counts from the end.
-        weights: of the model's d_model, with at most its d_mlp hidden units.
+        layer: the layer of the MLP; a negative one counts from the end.
+        weights: the new weights, of the model's d_model, with at most its d_mlp hidden units.
 
     Raises:
         ArgumentError, OutOfRangeError: no such layer, or too many hidden units.

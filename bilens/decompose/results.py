@@ -28,16 +28,16 @@ class Attribution(Complete, Tabular):
     the output SAE itself adds (`- e . b_dec + b`). All of them together are the pre-activation.
 
     Attributes:
-        feature, position: of the output; `position` counts from the front, `[BOS]` included.
+        feature, position: the output feature and its position, counted from the front with `[BOS]`.
         tokens: the token strings.
         inputs: the active input features, in the order of the first rows of `contributions`.
         activations: `f_i` of each.
         interactions: `Q_ij` between them (with the token's frozen scale, for an SAE on `resid_mid`).
-        contributions: of every pair of sources.
-        output_bias: what does not come from the layer.
+        contributions: the contribution of every pair of sources.
+        output_bias: the part that does not come from the layer.
         actual: the pre-activation the output SAE computes from the model's own `hook_mlp_out`, before its top-k.
-        active: whether the feature is among those the output SAE lets through.
-        dtype: of the model's forward pass.
+        active: true if the feature is among those the output SAE lets through.
+        dtype: the type of the model's forward pass.
     """
 
     layer: int

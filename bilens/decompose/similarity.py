@@ -25,8 +25,8 @@ from bilens._core.checks import name_of
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import OutOfRangeError
-from bilens.layer.bilinear import BilinearLayer
-from bilens.layer.inner import cosines, double, inner_products
+from bilens.layer.bilinear import BilinearLayer, double
+from bilens.layer.inner import cosines, inner_products
 
 Linkage = Literal["average", "complete", "single"]
 MOST_POINTS = 4000
@@ -71,9 +71,9 @@ class Neighbours(Tabular):
     Attributes:
         outputs: the features (or places of the directions) whose neighbours these are.
         by_interaction, by_direction: the `k` nearest of all others by either cosine, nearest first.
-        cosines: of every two of all of them.
-        features: what the rows of `cosines` are.
-        names: of the features.
+        cosines: the cosine of every two of all of them.
+        features: the features that are the rows of `cosines`.
+        names: the names of the features.
     """
 
     outputs: Int[Tensor, "n"]
@@ -125,8 +125,8 @@ class FeatureClusters(Tabular):
         features: clustered.
         labels: the cluster of each: 0 is the largest.
         threshold: the cosine at which clusters are cut.
-        cosines: of every two.
-        names: of the features.
+        cosines: the cosine of every two.
+        names: the names of the features.
     """
 
     features: Int[Tensor, "n"] = field(repr=False)

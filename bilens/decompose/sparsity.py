@@ -43,7 +43,7 @@ class Sparsity(Tabular):
     Attributes:
         outputs: the output features, or 0..n-1 for directions.
         kurtosis: excess, of all entries; NaN where all are equal.
-        cross_outliers, self_outliers: how many.
+        cross_outliers, self_outliers: the numbers of outliers.
         cross_quartiles, self_quartiles: first and third.
         largest_cross, largest_self: largest `|Q_ij|`, `|Q_ii|`.
         fence: the `f` of the outliers.
@@ -282,7 +282,7 @@ def find_outliers(
         layer: its weights.
         outputs: output directions.
         inputs: input directions.
-        n: at most this many of each output, the largest coefficients; `None` gives all (on a trained layer some percent
+        n: the largest number for each output, by their coefficients; `None` gives all (on a trained layer some percent
             of all pairs).
         fence: the `f` of the outliers.
         progress: show a bar.

@@ -24,9 +24,9 @@ from torch import Tensor
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, nearest
-from bilens.layer.bilinear import BilinearLayer, hidden_coefficients, interaction_matrix
+from bilens.layer.bilinear import BilinearLayer, double, hidden_coefficients, interaction_matrix
 from bilens.layer.eigen.solve import LeadingEigenpairs, Method, top_eigenpairs
-from bilens.layer.inner import double, norms
+from bilens.layer.inner import norms
 
 Criterion = Literal["share", "norm", "trace", "cross_share", "effective_rank", "eigenvalue_1"]
 
@@ -63,7 +63,7 @@ class Spectra(Tabular):
         """The table in the order of one column, by falling absolute value.
 
         Args:
-            by: such as `"share"` (the most low-rank first), `"cross_share"`, `"norm"`.
+            by: the criterion, for example `"share"` (the most low-rank first), `"cross_share"` or `"norm"`.
             ascending: the other way round.
 
         Raises:
@@ -106,7 +106,7 @@ def find_spectra(
         inputs: input directions, for the cross share between them.
         full: also the effective rank, from all eigenvalues of every output: the cost of forming and solving each `Q`.
         memory: bytes to use besides the layer and the result.
-        method: how the leading pairs are found; see `top_eigenpairs`.
+        method: the method that finds the leading pairs; see `top_eigenpairs`.
         progress: show a bar.
 
     Raises:

@@ -47,7 +47,7 @@ class Sweep(Tabular):
     """The spectra of every layer that was swept, read from the folder as they are asked for.
 
     Attributes:
-        folder: where they are.
+        folder: the folder they are in.
         facts: the manifest: fingerprint and settings.
         names: labels of each layer's output features, for tables.
     """

@@ -14,32 +14,33 @@ feature interactions and attributions, is these three and inner products with th
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.checks import check_finite
 from bilens.errors import ArgumentError, NotBilinearError
-
-if TYPE_CHECKING:
-    from bilens.model.transformer import HookedBilinearTransformer
+from bilens.model.transformer import HookedBilinearTransformer
 
 
 @dataclass(frozen=True)
 class BilinearLayer:
-    """The weights of one bilinear MLP in TransformerLens shapes, and nothing else."""
+    """The weights of one bilinear MLP in TransformerLens shapes, and nothing else.
+
+    What it writes (`d_out`) is as wide as what it reads in a transformer; a toy's logits and a classifier's are not.
+    """
 
     W_gate: Float[Tensor, "d_model d_mlp"]
     W_in: Float[Tensor, "d_model d_mlp"]
-    W_out: Float[Tensor, "d_mlp d_model"]
+    W_out: Float[Tensor, "d_mlp d_out"]
     b_gate: Float[Tensor, "d_mlp"]
     b_in: Float[Tensor, "d_mlp"]
-    b_out: Float[Tensor, "d_model"]
+    b_out: Float[Tensor, "d_out"]
 
     @classmethod
-    def of(cls, model: "HookedBilinearTransformer", layer: int) -> "BilinearLayer":
+    def of(cls, model: HookedBilinearTransformer, layer: int) -> "BilinearLayer":
         """One layer of a model, detached, in float32 at least: views of a model in float32, copies of one below.
 
         Raises:
@@ -58,6 +59,11 @@ class BilinearLayer:
     def to(self, dtype: torch.dtype) -> "BilinearLayer":
         return BilinearLayer(*(t.to(dtype) for t in vars(self).values()))
 
+    def __call__(self, x: Float[Tensor, "*x d_model"]) -> Float[Tensor, "*x d_model"]:
+        """What the layer writes when it reads `x`."""
+        made = branches(self, x, x.new_ones(x.shape[:-1]))
+        return (made.left * made.right) @ self.W_out + self.b_out
+
     def copy(self) -> "BilinearLayer":
         """Of its own: what `of` gives follows a float32 model."""
         return BilinearLayer(*(t.clone() for t in vars(self).values()))
@@ -72,7 +78,7 @@ def check_model(model: Any) -> None:
     raise ArgumentError(f"model is a {type(model).__name__}, expected a HookedBilinearTransformer: {way_out}.")
 
 
-def check_bilinear(model: "HookedBilinearTransformer") -> None:
+def check_bilinear(model: HookedBilinearTransformer) -> None:
     """Refuse a model whose MLPs are no quadratic forms.
 
     Raises:
@@ -88,25 +94,32 @@ def check_bilinear(model: "HookedBilinearTransformer") -> None:
         )
 
 
-def hidden_coefficients(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_mlp"]:
-    """`c = W_out u`: how much each hidden unit writes along each direction."""
-    return u @ layer.W_out.T
+def hidden_coefficients(
+    layer: BilinearLayer, u: Float[Tensor, "*n d_out"], *, exact: bool = False
+) -> Float[Tensor, "*n d_mlp"]:
+    """`c = W_out u`: how much each hidden unit writes along each direction; `exact` is in float64."""
+    return double(u) @ double(layer.W_out).T if exact else u @ layer.W_out.T
 
 
-def interaction_matrix(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model d_model"]:
+def double(tensor: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs do not have: there it moves to the CPU."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def interaction_matrix(layer: BilinearLayer, u: Float[Tensor, "*n d_out"]) -> Float[Tensor, "*n d_model d_model"]:
     """The symmetric `Q_u` of each direction: the quadratic part of `u . mlp(x)`."""
     c = hidden_coefficients(layer, u)
     raw = (layer.W_gate * c[..., None, :]) @ layer.W_in.T
     return 0.5 * (raw + raw.mT)
 
 
-def linear_term(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+def linear_term(layer: BilinearLayer, u: Float[Tensor, "*n d_out"]) -> Float[Tensor, "*n d_model"]:
     """`g_u`: the part of `u . mlp(x)` linear in `x`; zero without MLP biases."""
     c = hidden_coefficients(layer, u)
     return (c * layer.b_in) @ layer.W_gate.T + (c * layer.b_gate) @ layer.W_in.T
 
 
-def constant_term(layer: BilinearLayer, u: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n"]:
+def constant_term(layer: BilinearLayer, u: Float[Tensor, "*n d_out"]) -> Float[Tensor, "*n"]:
     """`h_u`: the part of `u . mlp(x)` that does not depend on `x`; zero without MLP biases."""
     return hidden_coefficients(layer, u) @ (layer.b_gate * layer.b_in) + u @ layer.b_out
 
@@ -130,24 +143,85 @@ def in_basis(
     return 0.5 * (product + product.mT)
 
 
-def source_products(
+@dataclass(frozen=True)
+class Branches:
+    """What the two branches of a layer make of inputs, or of parts of one."""
+
+    left: Float[Tensor, "*x d_mlp"]
+    right: Float[Tensor, "*x d_mlp"]
+
+    def __getitem__(self, at: Any) -> "Branches":
+        return Branches(self.left[at], self.right[at])
+
+    def sum(self, dim: int) -> "Branches":
+        return Branches(self.left.sum(dim), self.right.sum(dim))
+
+
+def branches(
+    layer: BilinearLayer, x: Float[Tensor, "*x d_model"], ones: Float[Tensor, "*#x"] | None = None
+) -> Branches:
+    """Both branches of each input; `ones` is how much of their biases each takes, `None` for none of them."""
+    left, right = x @ layer.W_gate, x @ layer.W_in
+    return (
+        Branches(left, right)
+        if ones is None
+        else Branches(left + ones[..., None] * layer.b_gate, right + ones[..., None] * layer.b_in)
+    )
+
+
+def products(x: Branches, y: Branches) -> Float[Tensor, "*x d_mlp"]:
+    """The hidden units of `B(x, y)`, the symmetric bilinear form with `mlp(x) = B(x, x)`; times `W_out`, `B` itself."""
+    return 0.5 * (x.left * y.right + y.left * x.right)
+
+
+def pair_products(
     layer: BilinearLayer,
-    u: Float[Tensor, "d_model"],
-    sources: Float[Tensor, "source d_model"],
+    u: Float[Tensor, "*n d_out"],
+    parts: Branches,
     ones: Float[Tensor, "source"],
-) -> Float[Tensor, "source source"]:
+) -> Float[Tensor, "*n source source"]:
     """How much every pair of sources contributes to `u . mlp(x)`, where the sources add up to `(x, 1)`.
 
-    With `ones` the last homogeneous coordinate of each source (1 for the bias source, 0 for the others), entry `(s, t)`
-    is `(s, 1_s)^T Q~ (t, 1_t)`; the entries add up to `u . mlp(x)` exactly. No `Q` is formed: the cost is that of
-    running the layer on the sources.
+    Entry `(s, t)` is `u . B(s, t)`: half of what the pair adds, `(t, s)` the other half; the entries of one direction
+    add up to `u . mlp(x)` exactly. No `Q` is formed: the cost is that of running the layer on the sources.
+
+    Args:
+        layer: the layer.
+        u: directions of its output.
+        parts: the branches of the sources, the same for every direction or of its own for each.
+        ones: each source's last homogeneous coordinate: 1 for the one that carries the biases, 0 for the others.
     """
-    c = hidden_coefficients(layer, u)
-    left = sources @ layer.W_gate + ones[:, None] * layer.b_gate
-    right = sources @ layer.W_in + ones[:, None] * layer.b_in
-    raw = (left * c) @ right.T
-    corner = (u @ layer.b_out) * ones[:, None] * ones[None, :]
-    return 0.5 * (raw + raw.T) + corner
+    raw = (parts.left * hidden_coefficients(layer, u)[..., None, :]) @ parts.right.mT
+    corner = (u @ layer.b_out)[..., None, None] * ones[:, None] * ones
+    return 0.5 * (raw + raw.mT) + corner
+
+
+def triple_coefficients(
+    layer: BilinearLayer,
+    outputs: Float[Tensor, "n_out d_out"],
+    inputs: Float[Tensor, "n_in d_model"],
+    output: Int[Tensor, "n"],
+    i: Int[Tensor, "n"],
+    j: Int[Tensor, "n"],
+) -> Float[Tensor, "n"]:
+    """`Q_ii`, or `2 Q_ij` where `i != j`, of each triple, in the precision given."""
+    which, place = output.unique(return_inverse=True)
+    c = hidden_coefficients(layer, outputs[which])
+    features, pair = torch.cat([i, j]).unique(return_inverse=True)
+    made = branches(layer, inputs[features])
+    first, second = pair[: len(i)], pair[len(i) :]
+    parts = [c.new_zeros(0)]
+    for rows in torch.arange(len(i)).split(max(1, 2**20 // c.shape[1])):
+        parts.append((c[place[rows]] * products(made[first[rows]], made[second[rows]])).sum(1))
+    return torch.cat(parts) * torch.where(i == j, 1.0, 2.0).to(c)
+
+
+def apply_interaction(
+    layer: BilinearLayer, u: Float[Tensor, "d_model"], x: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n d_model"]:
+    """`Q_u x` of every row, through the branches."""
+    c, made = hidden_coefficients(layer, u), branches(layer, x)
+    return 0.5 * ((c * made.left) @ layer.W_in.T + (c * made.right) @ layer.W_gate.T)
 
 
 def search_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -26,7 +26,6 @@ Source: Kolda & Bader, Tensor decompositions and applications, 2009, section 3.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TypeAlias
 
 import pandas as pd
@@ -36,11 +35,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.checks import check_seeds
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
-from bilens.layer.bilinear import BilinearLayer, biases_as_weights
-from bilens.layer.inner import branches, double, tensor_inner, tensor_norm
+from bilens.layer.bilinear import BilinearLayer, biases_as_weights, double
+from bilens.layer.inner import branch_rows, tensor_inner, tensor_norm
 from bilens.layer.reading import Lexicon
 
 CG_STEPS = 5
@@ -56,12 +56,12 @@ class CPDecomposition(Tabular):
     Attributes:
         layer: the narrower layer, hidden units by falling weight; `b_out` is the model's.
         weights: `||w_r (x) sym(a_r b_r^T)||` of every hidden unit.
-        cosine: of the two tensors, exact from the factors of `layer` as it is.
+        cosine: the cosine of the two tensors, exact from the factors of `layer` as it is.
         explained: `1 - ||T - S||^2 / ||T||^2` after every sweep; it never falls.
         pruned: the cosine where the layer's largest hidden units are kept as they are: what fitting is compared with.
         cancellation: root of the sum of squared weights, over `||S||`: far above 1, terms cancel each other.
-        converged: whether the last sweep gained less than the tolerance.
-        outputs, inputs: what directions are named after.
+        converged: true if the last sweep gained less than the tolerance.
+        outputs, inputs: the names that directions are given.
     """
 
     layer: BilinearLayer = field(repr=False)
@@ -155,12 +155,12 @@ def cp_decompose(
     An interrupt (ctrl-C) ends the fit and gives what it has; pass that result's `layer` as `start` to go on.
 
     Args:
-        layer: what to fit.
+        layer: the layer to fit.
         rank: hidden units of the result.
         start: `None` for the layer's largest hidden units, a seed for random ones, or a layer of `rank` hidden units
             to go on from.
-        max_sweeps: of both branches and the writes.
-        tolerance: of the explained share of `||T||^2`: a sweep that gains less is the last.
+        max_sweeps: the largest number of sweeps over both branches and the writes.
+        tolerance: the least gain in the explained share of `||T||^2`; a sweep that gains less is the last.
         progress: show a bar.
 
     Raises:
@@ -180,7 +180,7 @@ def cp_decompose(
     explained: list[float] = []
     converged = False
     factors = _start(layer, rank, start)
-    fits = islice(sweeps(layer, factors, norm), max_sweeps + 1)
+    fits = (fit for _, fit in zip(range(max_sweeps + 1), sweeps(layer, factors, norm), strict=False))
     with tqdm(total=max_sweeps, desc=f"CP, rank {rank}", unit="sweep", disable=not progress) as bar:
         try:
             for better, share in fits:
@@ -214,7 +214,7 @@ def largest_units(layer: BilinearLayer, n: int) -> BilinearLayer:
 
 def unit_norms(layer: BilinearLayer) -> Float[Tensor, "d_mlp"]:
     """`||p_m (x) sym(l_m r_m^T)||` of every hidden unit, biases included, in float64."""
-    left, right = branches(homogeneous(layer))
+    left, right = branch_rows(homogeneous(layer))
     squares = 0.5 * ((left**2).sum(-1) * (right**2).sum(-1) + (left * right).sum(-1) ** 2)
     return squares.sqrt() * double(layer.W_out).norm(dim=-1)
 
@@ -311,7 +311,7 @@ def _unit_gram(left: Tensor, right: Tensor, left_other: Tensor, right_other: Ten
 
 
 def _factors(layer: BilinearLayer) -> Factors:
-    left, right = branches(homogeneous(layer))
+    left, right = branch_rows(homogeneous(layer))
     return Factors(double(layer.W_out), left, right)
 
 
@@ -333,6 +333,7 @@ def _start(layer: BilinearLayer, rank: int, start: Start) -> Factors:
             left=torch.nn.functional.pad(factors.left, pad),
             right=torch.nn.functional.pad(factors.right, pad),
         )
+    check_seeds(start=start)
     # Random mixtures of the layer's own hidden units: in the space they span, and of its scale.
     target = _factors(layer)
     generator = torch.Generator().manual_seed(start)

@@ -31,9 +31,9 @@ from bilens._core.display import Tabular
 from bilens._core.typing import typed
 from bilens.draw import plots
 from bilens.errors import OutOfRangeError
-from bilens.layer.bilinear import BilinearLayer
+from bilens.layer.bilinear import BilinearLayer, double, hidden_coefficients
 from bilens.layer.eigen.circuits import Eigencircuits
-from bilens.layer.inner import BLOCK, branches, double, inner_products, tensor_norm
+from bilens.layer.inner import BLOCK, branch_rows, inner_products, tensor_norm
 from bilens.layer.reading import Lexicon
 
 Mode = Literal["output", "input"]
@@ -48,7 +48,7 @@ class HOSVD(Tabular):
         output_directions, input_directions: orthonormal rows, largest entry positive.
         layer: the weights decomposed.
         circuits: eigencircuits of the first output directions (as many as were asked for).
-        outputs, inputs: what directions are named after.
+        outputs, inputs: the names that directions are given.
     """
 
     output_values: Float[Tensor, "d_model"]
@@ -111,7 +111,7 @@ class HOSVD(Tabular):
 
         Args:
             mode: `"output"` or `"input"`.
-            top: how many names in `like` and `reads`.
+            top: the number of names in `like` and `reads`.
 
         Raises:
             ArgumentError: another mode.
@@ -154,7 +154,7 @@ def output_gram(layer: BilinearLayer) -> Float[Tensor, "d_model d_model"]:
 
 def input_gram(layer: BilinearLayer) -> Float[Tensor, "d_model d_model"]:
     """`B = sum_o Q_{e_o}^2`: the input-mode unfolding times its transpose, in float64."""
-    left, right = branches(layer)
+    left, right = branch_rows(layer)
     out = double(layer.W_out)
     total = left.new_zeros(left.shape[1], left.shape[1])
     step = max(1, BLOCK // len(left))
@@ -179,8 +179,8 @@ def core(
     layer: BilinearLayer, output: Float[Tensor, "r d_model"], input: Float[Tensor, "s d_model"]
 ) -> Float[Tensor, "r s s"]:
     """The tensor in these directions: `input Q_u input^T` of every output direction `u`, in float64."""
-    left, right = (branch @ double(input).T for branch in branches(layer))
-    c = double(output) @ double(layer.W_out).T
+    left, right = (branch @ double(input).T for branch in branch_rows(layer))
+    c = hidden_coefficients(layer, output, exact=True)
     raw = (left.T * c[:, None, :]) @ right
     return 0.5 * (raw + raw.mT)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import SAEMismatchError
-from bilens.layer.bilinear import BilinearLayer
+from bilens.layer.bilinear import BilinearLayer, double, hidden_coefficients
 from bilens.model.transformer import HookedBilinearTransformer
 
 BLOCK = 2**23  # entries of K at a time: 64 MB
@@ -42,7 +42,7 @@ class LayerSimilarity(Tabular):
     Attributes:
         inner: `<T, T'>` of every pair.
         norms, other_norms: `||T||` of the rows' and the columns' layers.
-        names, other_names: of the layers.
+        names, other_names: the names of the layers.
     """
 
     inner: Float[Tensor, "layer other"] = field(repr=False)
@@ -141,8 +141,10 @@ def inner_products(
     Raises:
         SAEMismatchError: layers of different d_model.
     """
-    c = coefficients(layer, u)
-    c_other = c if other is None and w is None else coefficients(other or layer, u if w is None else w)
+    c = hidden_coefficients(layer, u, exact=True)
+    c_other = (
+        c if other is None and w is None else hidden_coefficients(other or layer, u if w is None else w, exact=True)
+    )
     total = c.new_zeros(len(c), len(c_other))
     for rows, block in factor_gram_blocks(layer, other, metric):
         total += (c[:, rows] @ block) @ c_other.T
@@ -153,7 +155,7 @@ def norms(
     layer: BilinearLayer, u: Float[Tensor, "n d_model"], metric: Float[Tensor, "d_model d_model"] | None = None
 ) -> Float[Tensor, "n"]:
     """Frobenius norm of every `Q_u`, in float64."""
-    c = coefficients(layer, u)
+    c = hidden_coefficients(layer, u, exact=True)
     squares = c.new_zeros(len(c))
     for rows, block in factor_gram_blocks(layer, None, metric):
         squares += ((c[:, rows] @ block) * c).sum(-1)
@@ -164,8 +166,10 @@ def traces(
     layer: BilinearLayer, u: Float[Tensor, "n d_model"], metric: Float[Tensor, "d_model d_model"] | None = None
 ) -> Float[Tensor, "n"]:
     """Trace of every `Q_u` (of `D Q_u D^T`, given `D^T D`), in float64."""
-    left, right = branches(layer)
-    return coefficients(layer, u) @ ((left if metric is None else left @ double(metric)) * right).sum(-1)
+    left, right = branch_rows(layer)
+    return hidden_coefficients(layer, u, exact=True) @ (
+        (left if metric is None else left @ double(metric)) * right
+    ).sum(-1)
 
 
 def cosines(inner: Float[Tensor, "n m"], row_norms: Float[Tensor, "n"], column_norms: Float[Tensor, "m"]) -> Tensor:
@@ -227,8 +231,8 @@ def factor_gram_blocks(
     layer: BilinearLayer, other: BilinearLayer | None, metric: Float[Tensor, "d_model d_model"] | None
 ) -> Iterator[tuple[slice, Float[Tensor, "rows other_d_mlp"]]]:
     """`K` in blocks of rows, each with the hidden units it belongs to."""
-    left, right = branches(layer)
-    left_other, right_other = (left, right) if other is None else branches(other)
+    left, right = branch_rows(layer)
+    left_other, right_other = (left, right) if other is None else branch_rows(other)
     if left.shape[1] != left_other.shape[1]:
         raise SAEMismatchError(
             f"a layer of d_model {left.shape[1]} and one of {left_other.shape[1]}: their tensors have no inner product."
@@ -243,16 +247,6 @@ def factor_gram_blocks(
         yield rows, block.mul_(0.5)
 
 
-def branches(layer: BilinearLayer) -> tuple[Float[Tensor, "d_mlp d_model"], Float[Tensor, "d_mlp d_model"]]:
+def branch_rows(layer: BilinearLayer) -> tuple[Float[Tensor, "d_mlp d_model"], Float[Tensor, "d_mlp d_model"]]:
     """The branch rows `l_m` and `r_m`, in float64."""
     return double(layer.W_gate.T).contiguous(), double(layer.W_in.T).contiguous()
-
-
-def coefficients(layer: BilinearLayer, u: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_mlp"]:
-    """`c = W_out u` of every direction, in float64."""
-    return double(u) @ double(layer.W_out).T
-
-
-def double(tensor: Tensor) -> Tensor:
-    """In float64, which Apple's GPUs do not have: there it moves to the CPU."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.errors import OutOfRangeError
-from bilens.layer.bilinear import BilinearLayer, hidden_coefficients
+from bilens.layer.bilinear import BilinearLayer, apply_interaction
 
 BLOCK_ROWS, BLOCK_ENTRIES = 1024, 2**22  # 16 MB of float32
 BOUND_SLACK = 1 + 1e-5  # of the bound, against rounding in what it bounds
@@ -74,14 +74,6 @@ def top_pairs(
             if len(best) == n:
                 threshold = best[-1].abs().item()
     return flat // len(right), flat % len(right), best
-
-
-def apply_interaction(
-    layer: BilinearLayer, u: Float[Tensor, "d_model"], x: Float[Tensor, "n d_model"]
-) -> Float[Tensor, "n d_model"]:
-    """`Q_u x` of every row, through the branches."""
-    c = hidden_coefficients(layer, u)
-    return 0.5 * ((c * (x @ layer.W_gate)) @ layer.W_in.T + (c * (x @ layer.W_in)) @ layer.W_gate.T)
 
 
 def _by_length(rows: Float[Tensor, "n d"]) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:

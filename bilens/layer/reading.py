@@ -14,8 +14,8 @@ class Lexicon:
     """Directions that have names.
 
     Attributes:
-        kind: what they are.
-        directions: of any length above zero.
+        kind: the word for what they are.
+        directions: the directions, of any length above zero.
         names: one each; `None` names them by number.
     """
 

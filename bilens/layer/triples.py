@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
-from bilens.layer.bilinear import BilinearLayer, search_dtype
+from bilens.layer.bilinear import BilinearLayer, branches, products, search_dtype, triple_coefficients
 
 TOLERANCE = 2.0**-10
 # Both factors are rounded to eight bits, so is the result; a little for the accumulation in float32.
@@ -48,9 +48,9 @@ class Triples:
     """Triples by falling |score|, equal ones by (output, i, j); indices into the directions given, `i <= j`.
 
     Attributes:
-        coefficients: in float64.
+        coefficients: the coefficients, in float64.
         scores: coefficient times weight; the coefficient itself without weights.
-        method: how they were found.
+        method: the way they were found.
     """
 
     outputs: Int[Tensor, "n"]
@@ -81,7 +81,7 @@ def top_triples(
         layer: its weights.
         outputs: output directions `U`.
         inputs: input directions `D`.
-        n: how many.
+        n: the number of triples.
         weights: symmetric, one per pair of inputs, dense.
         floor: leave out what is below this `|score|`.
         memory: bytes to use besides the arguments.
@@ -294,7 +294,7 @@ class _Search:
 
     def _scores(self, triples: Int[Tensor, "3 n"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
         """Coefficients and scores in float64."""
-        coefficients = coefficients_of(*self.exact, *triples)
+        coefficients = triple_coefficients(*self.exact, *triples)
         if self.weights is None:
             return coefficients, coefficients
         i, j = triples[1:].to(self.weights.device)
@@ -309,27 +309,6 @@ class _Search:
         method = f"{how}; {share:.0%} of the triples multiplied, in {dtype}, the others bounded"
         outputs, i, j = triples
         return Triples(outputs, i, j, coefficients, scores, method)
-
-
-def coefficients_of(
-    layer: BilinearLayer,
-    outputs: Float[Tensor, "n_out d_model"],
-    inputs: Float[Tensor, "n_in d_model"],
-    output: Int[Tensor, "n"],
-    i: Int[Tensor, "n"],
-    j: Int[Tensor, "n"],
-) -> Float[Tensor, "n"]:
-    """`Q_ii`, or `2 Q_ij` where `i != j`, of each triple, in the precision given."""
-    which, place = output.unique(return_inverse=True)
-    c = outputs[which] @ layer.W_out.T
-    features, pair = torch.cat([i, j]).unique(return_inverse=True)
-    a, b = inputs[features] @ layer.W_gate, inputs[features] @ layer.W_in
-    first, second = pair[: len(i)], pair[len(i) :]
-    parts = [c.new_zeros(0)]
-    for rows in torch.arange(len(i)).split(max(1, 2**20 // c.shape[1])):
-        s, t = first[rows], second[rows]
-        parts.append((c[place[rows]] * (a[s] * b[t] + b[s] * a[t])).sum(1))
-    return torch.cat(parts) * torch.where(i == j, 0.5, 1.0).to(c)
 
 
 def _check(layer: BilinearLayer, outputs: Tensor, inputs: Tensor, n: int, weights: Tensor | None) -> None:
@@ -373,7 +352,7 @@ def _factor_outputs(
         return layer.W_out @ outputs.T, None
     generator = torch.Generator().manual_seed(0)
     i, j = (inputs[torch.randint(len(inputs), (SAMPLE,), generator=generator)] for _ in range(2))
-    g = ((i @ layer.W_gate) * (j @ layer.W_in) + (i @ layer.W_in) * (j @ layer.W_gate)) @ layer.W_out
+    g = products(branches(layer, i), branches(layer, j)) @ layer.W_out
     values, vectors = torch.linalg.eigh(g.T @ g)
     # The fourth root: half-way between the metric of the outputs and that of the g.
     scale = (values / values[-1].clamp_min(torch.finfo(g.dtype).tiny)).clamp_min(1e-6) ** 0.25

@@ -85,7 +85,7 @@ class SAEAttachmentMixin:
 
         Args:
             act_names: the hooks they read; `None` is all.
-            prev_saes: for each, the SAE to attach in its place, or `None` for none.
+            prev_saes: the SAE to attach in place of each, or `None` for none.
 
         Raises:
             HookNameError: no SAE is attached there.
@@ -355,7 +355,7 @@ def reconstruct(
 
     Args:
         sae: the SAE or transcoder.
-        acts: what `encode` gave for `x`.
+        acts: the result of `encode` for `x`.
         x: the activation it reads; a skip transcoder's skip connection reads it too.
         like: the activation whose place it takes: its shape, dtype and device.
     """
@@ -378,7 +378,7 @@ def splice_hooks(model: Any, sae: Any, called: str = "the SAE") -> tuple[str, st
     Args:
         model: the model.
         sae: an SAE or transcoder.
-        called: what messages call it.
+        called: the name that messages give it.
 
     Raises:
         ArgumentError: not an SAE.

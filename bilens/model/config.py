@@ -54,7 +54,7 @@ class BilinearTransformerConfig(TransformerLensConfig):
         attention_bias: biases of queries, keys and values.
         scale_attn: attention's output is scaled by `1 / sqrt(2 n_layers)`.
         tokenizer_name: the published name of the tokenizer (`ts-4096`, `mistral`, `gpt2`) or a hub id.
-        model_name: where the model came from; SAELens writes it into the SAEs it trains.
+        model_name: the name or path that the model came from; SAELens writes it into the SAEs it trains.
         init_range: standard deviation of new weights.
         use_attn_in, use_hook_mlp_in, use_hook_tokens: TransformerLens' switches of hook points that cost memory.
         published: the `config.json` as it was read, keys that bilens does not use included.
@@ -115,7 +115,7 @@ def config_from_published(
     Args:
         published: the JSON object; needs `n_head n_layer n_ctx d_model d_hidden`.
         d_vocab: number of rows of the embedding (configs do not carry it reliably).
-        device, dtype: where and in what precision the model will live.
+        device, dtype: the device and type of the model.
         model_name: recorded in `cfg.model_name`.
 
     Raises:

@@ -79,9 +79,9 @@ def refuse_other_model(folder: Path, config: Mapping[str, Any], tensors: Mapping
     """Let nothing be written over a model that is not this very one.
 
     Args:
-        folder: to be written to.
-        config: what is to be in its `config.json`, as far as it decides what the model computes.
-        tensors: what is to be in its `model.safetensors`.
+        folder: the folder to write to.
+        config: the part of its `config.json` that decides what the model computes.
+        tensors: the content of its `model.safetensors`.
 
     Raises:
         OverwriteError: there is a model with another config, or with other weights.
@@ -172,7 +172,7 @@ def load_tokenizer(folder: Path, name: str | None, hub: HubOptions | None = None
     absence is one where text is first used.
 
     Args:
-        folder: with a `tokenizer.json`, or without.
+        folder: a folder with a `tokenizer.json`, or without one.
         name: a published name, or a hub id.
         hub: token and cache; the revision in it is the model's, and does not concern a tokenizer of another repository.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from bilens._core.checks import check_counts, check_sizes
+from bilens._core.checks import check_counts, check_index, check_seeds, check_sizes
 from bilens._core.typing import typed
 from bilens.errors import ArgumentError, TokenizationError
 from bilens.model.tokenization import PaddingSide, TokenizationMixin
@@ -27,15 +27,15 @@ def sample(
     """One token per row from `softmax(logits / temperature)`; temperature 0 is greedy.
 
     Args:
-        top_k: of so many likeliest tokens.
-        top_p: of the fewest likeliest tokens that together have this probability.
+        top_k: the number of likeliest tokens to draw from.
+        top_p: the probability that the fewest likeliest tokens, which are drawn from, have together.
     """
     if temperature == 0.0:
         return logits.argmax(-1)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = (logits.float() / temperature).softmax(-1)
+    probabilities = (logits.float() / float(temperature)).softmax(-1)
     if top_p is not None:
         likeliest = probabilities.sort(-1, descending=True)
         above = likeliest.values.cumsum(-1) - likeliest.values  # what the likelier ones have already
@@ -80,7 +80,7 @@ class TextGenerationMixin(TokenizationMixin):
         Args:
             input: text, texts (padded on the left) or tokens; an empty text starts from `[BOS]` alone. Each row of
                 padded tokens, on whatever side, goes on as it would alone.
-            max_new_tokens: how many to add; fewer where the context ends first.
+            max_new_tokens: the number of tokens to add; fewer if the context ends first.
             temperature: 0 is greedy.
             top_k: sample among the k likeliest only.
             top_p: sample among the fewest likeliest that together have this probability.
@@ -89,14 +89,14 @@ class TextGenerationMixin(TokenizationMixin):
                 `None` is true where there is an end token.
             eos_token_id: one or several; `None` takes the tokenizer's.
             use_past_kv_cache: run only the new token at each step; the result is the same.
-            prepend_bos: for text; `None` takes `cfg.default_prepend_bos`.
-            padding_side: of tokens; `None` takes the tokenizer's own.
-            attention_mask: for tokens: 1 for a token, 0 for padding; `None` finds padding as `forward` does.
+            prepend_bos: true puts `[BOS]` in front of text; `None` takes `cfg.default_prepend_bos`.
+            padding_side: the side on which tokens are padded; `None` takes the tokenizer's own.
+            attention_mask: the mask of tokens: 1 for a token, 0 for padding; `None` finds padding as `forward` does.
             return_type: `"input"` gives text for text and tokens for tokens.
             output_logits: give transformers' `GenerateDecoderOnlyOutput` instead: `sequences`, the tokens, and
                 `logits`, what each new token was sampled from, `(batch, d_vocab)`.
             return_cache: give `(output, cache)`, the `ActivationCache` of one forward pass over what was generated.
-            names_filter, device: of that cache: which activations, and where to; see `run_with_cache`.
+            names_filter, device: the activations in that cache, and its device; see `run_with_cache`.
             seed: the same seed gives the same text.
             verbose: show a progress bar.
 
@@ -109,6 +109,7 @@ class TextGenerationMixin(TokenizationMixin):
             TokenizationError: text is given or asked for, and the model has no tokenizer.
         """
         check_counts(max_new_tokens=max_new_tokens)
+        check_seeds(**({} if seed is None else {"seed": seed}))
         if not 0 <= temperature < LARGEST or (top_k is not None and top_k < 1):
             raise ArgumentError(f"temperature {temperature} must be 0 to {LARGEST:g} and top_k {top_k} at least 1.")
         if top_p is not None and not 0 < top_p <= 1:
@@ -181,7 +182,8 @@ class TextGenerationMixin(TokenizationMixin):
             )
         if eos_token_id is None or stop_at_eos is False:
             return []
-        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+        return [check_index(i, self.cfg.d_vocab, "end token {} is outside the vocabulary of {}") for i in ids]
 
 
 def sample_texts(

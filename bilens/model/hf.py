@@ -41,7 +41,7 @@ from bilens.model.config import (
 )
 from bilens.model.files import EMBEDDING, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_tokenizer, read_index
 from bilens.model.hf_tokenizer import register_tokenizer
-from bilens.model.tokenization import attended
+from bilens.model.tokenization import Mask, attended
 from bilens.model.transformer import Embed, HookedBilinearTransformer, Rotary
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -55,7 +55,7 @@ class BilinearConfig(PretrainedConfig):
         vocab_size: rows of the embedding; reading a checkpoint counts them, whatever its config says.
         bilinear, gate, bias, attention_bias, scale_attn, normalization: the published variants.
         tokenizer: the published name of the tokenizer.
-        repo: where the model came from.
+        repo: the repository that the model came from.
     """
 
     model_type = MODEL_TYPE
@@ -251,7 +251,7 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Int[Tensor, "batch pos"] | None = None,
-        attention_mask: Int[Tensor, "batch key"] | None = None,
+        attention_mask: Mask | None = None,
         position_ids: Int[Tensor, "#batch pos"] | None = None,
         past_key_values: Any = None,
         inputs_embeds: Float[Tensor, "batch pos d_model"] | None = None,

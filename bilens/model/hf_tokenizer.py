@@ -48,7 +48,7 @@ def save_tokenizer(tokenizer: Any, folder: str) -> None:
     """Write a transformers tokenizer for `AutoTokenizer` and `load_tokenizer` to find.
 
     Args:
-        tokenizer: of any kind; one that is not of word pieces is written as it is.
+        tokenizer: a tokenizer of any kind; one without word pieces is written as it is.
         folder: exists.
     """
     tokenizer.save_pretrained(folder)

@@ -86,7 +86,7 @@ class CheckedHooks(HookedRootModule):
         """Run and keep activations: `(output, ActivationCache)`; see TransformerLens for the arguments.
 
         Raises:
-            ArgumentError, HookNameError, OutOfRangeError: as `get_caching_hooks`.
+            ArgumentError, HookNameError, OutOfRangeError: the same cases as for `get_caching_hooks`.
         """
         check_flags(return_cache_object=return_cache_object, remove_batch_dim=remove_batch_dim)
         if kwargs.get("incl_bwd") and not torch.is_grad_enabled():

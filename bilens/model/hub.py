@@ -128,9 +128,9 @@ def push_to_hub(
         repo_id: a hub id, `owner/name`.
         card: from the filled folder and the repository's id to the text of a model card, used where the repository has
             none yet.
-        private: of a repository that is made here; `None` is the owner's default. With true, one that exists and is
-            public is refused.
-        token: with permission to write; `None` is the one of `hf auth login`.
+        private: true makes a new repository private; `None` takes the owner's default. With true, an existing one that
+            is public is refused.
+        token: a token with permission to write; `None` takes the one of `hf auth login`.
         revision: the branch; `None` is `main`.
         commit_message: one line.
         delete_patterns: what in the repository, other than the files uploaded, is deleted by the same commit.

@@ -33,9 +33,9 @@ def extended_mask(
     """The mask of the positions in the cache and the new ones; the cache keeps it, unless it is frozen.
 
     Args:
-        cache: with `past` positions.
-        mask: of the new positions, or of all.
-        past, n_new: how many are in the cache, and how many come.
+        cache: a cache with `past` positions.
+        mask: the mask of the new positions, or of all.
+        past, n_new: the numbers of positions in the cache, and of new ones.
 
     Raises:
         ArgumentError: a mask or a cache of another shape.

@@ -26,11 +26,11 @@ def load_model(
         source: a bundled name (`bilens.list_models()`), a folder, or a Hugging Face hub id such as `tdooms/ts-medium`;
             `None` is the default bundled model.
         device: `None` takes CUDA where there is one.
-        dtype: of the weights in memory (`torch.float32`, `"bfloat16"`, ...); `"auto"` keeps the file's.
+        dtype: the type of the weights in memory (`torch.float32`, `"bfloat16"`, ...); `"auto"` keeps the file's.
         tokenizer: a transformers tokenizer to use instead of the checkpoint's.
-        revision: of a hub repository: branch, tag or commit hash; `None` is `main`.
-        token: for a private or gated hub repository; `None` is the one of `hf auth login`.
-        cache_dir: where hub downloads are kept; `None` is the Hugging Face cache.
+        revision: the branch, tag or commit hash of a hub repository; `None` is `main`.
+        token: a token for a private or gated hub repository; `None` takes the one of `hf auth login`.
+        cache_dir: the folder of hub downloads; `None` is the Hugging Face cache.
         local_files_only: use what the cache has and do not ask the hub, as `HF_HUB_OFFLINE=1` does for everything.
 
     Raises:

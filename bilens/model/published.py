@@ -100,8 +100,8 @@ class PublishedMixin:
 
         Args:
             folder: made where it does not exist; files in it are replaced one by one, each whole or not at all.
-            dtype: of the weights on disk; `None` keeps the model's. Loading with `dtype="auto"` and saving gives the
-                same bits back.
+            dtype: the type of the weights on disk; `None` keeps the model's. Loading with `dtype="auto"` and saving
+                gives the same bits back.
             overwrite: replace another model that is in the folder, instead of refusing; the same one may be written
                 again.
 
@@ -142,11 +142,11 @@ class PublishedMixin:
 
         Args:
             repo_id: `owner/name`; made where it does not exist.
-            private: of a repository that is made here; `None` is the owner's default.
-            token: with permission to write; `None` is the one of `hf auth login`.
+            private: true makes a new repository private; `None` takes the owner's default.
+            token: a token with permission to write; `None` takes the one of `hf auth login`.
             revision: the branch, made where it does not exist; `None` is `main`.
             commit_message: one line.
-            dtype: of the weights on the hub; `None` keeps the model's.
+            dtype: the type of the weights on the hub; `None` keeps the model's.
 
         Returns:
             `huggingface_hub.CommitInfo`: `.oid`, `.commit_url`.

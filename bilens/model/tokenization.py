@@ -7,11 +7,11 @@ none. The passes over texts (`bilens.train.data.TokenizedTexts`, `bilens.sae.fea
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from bilens._core.checks import check_flags
@@ -67,10 +67,10 @@ def attended(
     `[BOS]` of their own.
 
     Args:
-        tokens: of texts, padded or not.
+        tokens: the tokens of texts, padded or not.
         pad, bos: the tokenizer's, `None` where it has none.
-        side: where texts are padded.
-        prepend_bos: whether the texts begin with `[BOS]`.
+        side: the side on which texts are padded.
+        prepend_bos: true if the texts begin with `[BOS]`.
     """
     mask = torch.ones_like(tokens)
     if pad is None:
@@ -85,6 +85,10 @@ def attended(
         rows = torch.arange(len(tokens), device=tokens.device)
         mask[rows, (leading - 1).clamp_min(0)] = 1
     return mask.masked_fill(~is_text.any(1, keepdim=True), 1)
+
+
+# Ones for tokens and zeros for padding, in whatever dtype; of the positions in a cache too, where there is one.
+Mask: TypeAlias = Shaped[Tensor, "... key"]
 
 
 class TokenizationMixin:
@@ -120,7 +124,7 @@ class TokenizationMixin:
 
         Args:
             tokenizer: a transformers tokenizer; it is not changed but for its padding side.
-            default_padding_side: where it pads from now on; `None` leaves that as it is.
+            default_padding_side: the side on which it pads from now on; `None` leaves that as it is.
 
         Raises:
             ArgumentError: no transformers tokenizer, or no side.
@@ -159,7 +163,7 @@ class TokenizationMixin:
             input: the text(s).
             prepend_bos: one `[BOS]` in front, or none, whatever is written out in the text; `None` takes
                 `cfg.default_prepend_bos`, and none where the tokenizer has no `[BOS]`.
-            padding_side: where the shorter texts of a list are padded; `None` takes the tokenizer's own.
+            padding_side: the side on which shorter texts of a list are padded; `None` takes the tokenizer's own.
             move_to_device: put the result on the model's device.
             truncate: cut to the model's context.
 
@@ -278,7 +282,7 @@ class TokenizationMixin:
         return tokens
 
     def to_string(
-        self, tokens: Int[Tensor, "*batch pos"] | np.ndarray | list[int] | list[list[int]] | list[Tensor] | int
+        self, tokens: Int[Tensor, "..."] | np.ndarray | list[int] | list[list[int]] | list[Tensor] | int
     ) -> str | list[str]:
         """The text of a token sequence; a list of texts for a batch. Special tokens are shown."""
         ids: Any = tokens.tolist() if isinstance(tokens, Tensor | np.ndarray) else tokens
@@ -290,7 +294,7 @@ class TokenizationMixin:
 
     def to_str_tokens(
         self,
-        input: str | Int[Tensor, "*batch pos"] | np.ndarray | list,
+        input: str | Int[Tensor, "..."] | np.ndarray | list,
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
     ) -> Any:
@@ -300,7 +304,12 @@ class TokenizationMixin:
             return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]
         if isinstance(input, str):
             input = self.to_tokens(input, prepend_bos, padding_side)[0]
-        tokens = torch.as_tensor(input)
+        try:
+            tokens = torch.as_tensor(input)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentError(f"{input!r:.80} is neither a text nor tokens.") from error
+        if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or (tokens < 0).any():
+            raise ArgumentError(f"tokens are whole numbers, 0 or more; given is {input!r:.80}.")
         ids = tokens.squeeze().reshape(-1) if tokens.numel() == 1 else tokens.squeeze()
         if ids.ndim != 1:
             raise TokenizationError(f"to_str_tokens takes one sequence, not tokens of shape {tuple(tokens.shape)}.")
@@ -313,6 +322,8 @@ class TokenizationMixin:
             TokenizationError: it is several tokens, none, or unknown to the vocabulary.
         """
         tokenizer = self._require_tokenizer()
+        if not isinstance(string, str):
+            raise ArgumentError(f"string is {string!r:.80}, expected text.")
         special = tokenizer.convert_tokens_to_ids(string) if string in tokenizer.all_special_tokens else None
         ids = self.to_tokens(string, prepend_bos=False)[0].tolist() if special is None else [special]
         unknown = tokenizer.unk_token_id

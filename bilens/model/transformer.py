@@ -37,7 +37,7 @@ from bilens.model.hook_points import CheckedHooks, eager_while_hooked
 from bilens.model.kv_cache import cached_positions, check_room, extended_mask
 from bilens.model.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.model.published import PublishedMixin
-from bilens.model.tokenization import PaddingSide, TokenizationMixin
+from bilens.model.tokenization import Mask, PaddingSide, TokenizationMixin
 
 
 def identity(x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class RMSNorm(NamedWeightsMixin):
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "batch pos *heads d_model"]) -> Float[Tensor, "batch pos *heads d_model"]:
         if self.cfg.normalization_type is None:
             return self.hook_normalized(x / self.hook_scale(torch.ones_like(x[..., :1])))
         # Half precision squares overflow: the mean is taken in float32 at least.
@@ -376,7 +376,7 @@ class HookedBilinearTransformer(
     Args:
         cfg: the architecture.
         tokenizer: a transformers tokenizer, or `None` where only tokens are used.
-        seed: of the initial weights; `None` draws from torch's global generator.
+        seed: the seed of the initial weights; `None` draws from torch's global generator.
         init_weights: false where they are overwritten at once.
 
     Weights start normal with `cfg.init_range`, the two projections into the residual stream at zero-mean scale
@@ -423,7 +423,7 @@ class HookedBilinearTransformer(
         prepend_bos: bool | None = None,
         start_at_layer: int | None = None,
         tokens: Int[Tensor, "*batch pos"] | None = None,
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Mask | None = None,
         stop_at_layer: int | None = None,
         past_kv_cache: TransformerLensKeyValueCache | None = None,
         padding_side: PaddingSide | None = None,
@@ -435,16 +435,16 @@ class HookedBilinearTransformer(
             input: text, texts, tokens, or (with `start_at_layer`) the residual stream entering that layer.
             return_type: `"logits"`, `"loss"` (mean next-token cross-entropy, nats), `"both"`, or `None` for nothing.
             loss_per_token: the loss of every position `(batch, pos - 1)` instead of its mean.
-            prepend_bos: for text only; `None` takes `cfg.default_prepend_bos`.
+            prepend_bos: true puts `[BOS]` in front of text; `None` takes `cfg.default_prepend_bos`.
             start_at_layer: run from this block on; negative counts from the end.
-            tokens: of a residual stream that is given as `input`: needed for the loss, and to see what is padding.
+            tokens: the tokens of a residual stream that is given as `input`, for the loss and to see what is padding.
             attention_mask: 1 for tokens, 0 for padding, of the new positions or with those in the cache. `None` finds
                 padding by itself: in a list of texts, and in tokens as `get_attention_mask` does.
             stop_at_layer: return the residual stream entering this block; negative counts from the end.
             past_kv_cache: keys and values of earlier positions, and which of them are padding
                 (`TransformerLensKeyValueCache.init_cache(model.cfg, device, batch_size)`); the new ones are added to
                 it, unless it is frozen.
-            padding_side: of texts, or of tokens of several; `None` takes the tokenizer's own.
+            padding_side: the side on which texts, or their tokens, are padded; `None` takes the tokenizer's own.
             shortformer_pos_embed: `None`, as `input_to_embed` gives it; positions are rotary.
 
         Raises:
@@ -500,7 +500,7 @@ class HookedBilinearTransformer(
         input: str | list[str] | Int[Tensor, "*batch pos"],
         prepend_bos: bool | None = None,
         padding_side: PaddingSide | None = None,
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Mask | None = None,
         past_kv_cache: TransformerLensKeyValueCache | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], Int[Tensor, "batch pos"], None, Int[Tensor, "batch key"]]:
         """The stream that enters the first block, and what else `forward(..., start_at_layer=0)` needs.
@@ -512,7 +512,7 @@ class HookedBilinearTransformer(
             of the cache before it.
 
         Raises:
-            ArgumentError, ContextLengthError, EmptyTextError, OutOfRangeError: as `forward`.
+            ArgumentError, ContextLengthError, EmptyTextError, OutOfRangeError: the same cases as for `forward`.
         """
         residual, tokens, mask = self._embed(input, prepend_bos, padding_side, attention_mask)
         if past_kv_cache is not None:
@@ -573,7 +573,7 @@ class HookedBilinearTransformer(
         self,
         logits: Float[Tensor, "batch pos d_vocab"],
         tokens: Int[Tensor, "batch pos"],
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Mask | None = None,
         per_token: bool = False,
     ) -> Tensor:
         """Next-token cross-entropy in nats, padding left out: its mean, or `(batch, pos - 1)` with `per_token`.
@@ -752,10 +752,11 @@ class HookedBilinearTransformer(
         biases = [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []
         return sum(biases, start=self.W_E.new_zeros(self.cfg.d_model))
 
-    def tokens_to_residual_directions(
-        self, tokens: str | int | Int[Tensor, "*batch"]
-    ) -> Float[Tensor, "*batch d_model"]:
-        """The unembedding direction of each token: what the normalised residual stream is dotted with for its logit."""
+    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "*batch"]) -> Float[Tensor, "*n d_model"]:
+        """The unembedding direction of each token: what the normalised residual stream is dotted with for its logit.
+
+        Axes are those of the tokens; a single token, however it is given, has one direction without.
+        """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         ids = torch.as_tensor(tokens)

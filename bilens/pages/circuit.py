@@ -1,27 +1,25 @@
 """The report: `FeatureCircuit`s laid out on one page. Reads results, computes nothing."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from bilens.decompose.feature import FeatureCircuit
 from bilens.draw.circuits import AttentionPatterns, ColoredTokens, ColoredTokensMulti
 from bilens.draw.page import Content, Html, Page, captioned, columns, details, table
 from bilens.draw.plots import bars, heatmap, spectrum
 from bilens.draw.tokens import TokenStrip
 from bilens.sae.features.examples import FeatureSummary
 
-if TYPE_CHECKING:
-    from bilens.decompose.feature import FeatureCircuit
-
 LONGEST_ATTENTION = 96  # tokens; the maps of longer texts are unreadable and large
 PAIRS_SHOWN = 12
 
 
-def feature_page(circuit: "FeatureCircuit") -> Page:
+def feature_page(circuit: FeatureCircuit) -> Page:
     """The page of one feature."""
     return circuit_page([circuit])
 
 
-def circuit_page(circuits: Sequence["FeatureCircuit"], title: str = "bilens", subtitle: str = "") -> Page:
+def circuit_page(circuits: Sequence[FeatureCircuit], title: str = "bilens", subtitle: str = "") -> Page:
     """One page: an overview, then each circuit with its text, pairs, matrix, spectrum, eigencircuits and examples.
 
     Args:
@@ -45,7 +43,7 @@ HOW_TO_READ = (
 )
 
 
-def _overview(circuits: Iterable["FeatureCircuit"]) -> Html:
+def _overview(circuits: Iterable[FeatureCircuit]) -> Html:
     rows = []
     for circuit in circuits:
         a = circuit.attribution
@@ -66,7 +64,7 @@ def _overview(circuits: Iterable["FeatureCircuit"]) -> Html:
     return table(rows, header)
 
 
-def _sections(circuit: "FeatureCircuit") -> list[tuple[Literal[2, 3], str, list[Content]]]:
+def _sections(circuit: FeatureCircuit) -> list[tuple[Literal[2, 3], str, list[Content]]]:
     a = circuit.attribution
     wordpiece = circuit.wordpiece
     labels = [circuit.input_label(i) for i in circuit.shown]
@@ -139,7 +137,7 @@ def _sections(circuit: "FeatureCircuit") -> list[tuple[Literal[2, 3], str, list[
     return sections
 
 
-def _pair_bars(circuit: "FeatureCircuit") -> Content:
+def _pair_bars(circuit: FeatureCircuit) -> Content:
     pairs = circuit.to_frame()
     head, rest = pairs.head(PAIRS_SHOWN), pairs.iloc[PAIRS_SHOWN:]
     parts = [(_pair(row.i_name, row.j_name), float(row.contribution)) for row in head.itertuples()]
@@ -153,7 +151,7 @@ def _pair(i: str, j: str) -> str:
     return f"{i} ²" if i == j else f"{i} × {j}"
 
 
-def eigencircuits(circuit: "FeatureCircuit", wordpiece: bool) -> list[Content]:
+def eigencircuits(circuit: FeatureCircuit, wordpiece: bool) -> list[Content]:
     """Its leading eigencircuits, each on the text and in input features, folded away."""
     frame = circuit.eigen.in_features(top=6)
     contents: list[Content] = []

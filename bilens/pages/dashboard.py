@@ -7,16 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bilens.draw.markup import ViewError, escape, numbers, visible
 from bilens.draw.page import Html, Page, View
 from bilens.draw.tokens import STRONGEST, TokenStrip
-
-if TYPE_CHECKING:
-    from bilens.sae.features.store import Context, FeatureRecord
+from bilens.sae.features.store import Context, FeatureRecord
 
 WIDTH, HEIGHT = 360, 120  # of the histogram, in its own units
 TOKENS_SHOWN = 10
@@ -34,7 +31,7 @@ class FeatureDashboard(View):
         title: the page's title; by default it names the SAE.
     """
 
-    records: "FeatureRecord | Iterable[FeatureRecord]"
+    records: FeatureRecord | Iterable[FeatureRecord]
     title: str = ""
 
     def __post_init__(self) -> None:
@@ -44,7 +41,7 @@ class FeatureDashboard(View):
             raise ViewError("there is no feature to show: give a FeatureRecord, or several.")
 
     @property
-    def _records(self) -> "list[FeatureRecord]":
+    def _records(self) -> list[FeatureRecord]:
         return self.records if isinstance(self.records, list) else [self.records]  # type: ignore[list-item]
 
     def html(self) -> str:
@@ -67,11 +64,11 @@ class FeatureDashboard(View):
         return self.to_page().save(path)
 
 
-def _heading(record: "FeatureRecord") -> str:
+def _heading(record: FeatureRecord) -> str:
     return f'<h3 class="bilens-feature-name">{escape(record.sae)} · {escape(record.label)}</h3>'
 
 
-def _body(record: "FeatureRecord") -> str:
+def _body(record: FeatureRecord) -> str:
     if not record.fired:
         fires = f"<p>It fires on none of the {record.n_tokens:,} tokens.</p>"
         return f'<div class="bilens-feature">{fires}{_effects(record)}</div>'
@@ -82,7 +79,7 @@ def _body(record: "FeatureRecord") -> str:
     )
 
 
-def _facts(record: "FeatureRecord") -> str:
+def _facts(record: FeatureRecord) -> str:
     facts = [
         ("fires on", f"{record.frequency:.3%}", f"{record.fired:,} of {record.n_tokens:,} tokens"),
         ("mean", f"{record.mean_active:.3g}", f"where it fires; {record.mean:.3g} over all tokens"),
@@ -92,7 +89,7 @@ def _facts(record: "FeatureRecord") -> str:
     return f"<dl>{''.join(cells)}</dl>"
 
 
-def _histogram(record: "FeatureRecord") -> str:
+def _histogram(record: FeatureRecord) -> str:
     """Bars over a logarithmic axis: the bins are a quarter of an octave wide."""
     counts = numbers(record.histogram, "histogram", None)
     used = np.flatnonzero(counts)
@@ -119,7 +116,7 @@ def _histogram(record: "FeatureRecord") -> str:
     )
 
 
-def _firing_tokens(record: "FeatureRecord") -> str:
+def _firing_tokens(record: FeatureRecord) -> str:
     about = "" if record.tokens_exact else "≈ "
     rows = "".join(
         f"<tr><th>{_token(t.token)}</th><td>{about}{t.count:,}</td>"
@@ -135,7 +132,7 @@ def _firing_tokens(record: "FeatureRecord") -> str:
     )
 
 
-def _effects(record: "FeatureRecord") -> str:
+def _effects(record: FeatureRecord) -> str:
     if record.promoted is None or record.suppressed is None:
         return "<p>Its SAE does not write to the residual stream: it has no direct effect on the logits.</p>"
     largest = max((abs(value) for _, value in (*record.promoted, *record.suppressed)), default=0) or 1.0
@@ -150,7 +147,7 @@ def _effects(record: "FeatureRecord") -> str:
     return f'<dl class="effects" title="effect of one unit of activation on the logits">{"".join(lists)}</dl>'
 
 
-def _bands(record: "FeatureRecord") -> str:
+def _bands(record: FeatureRecord) -> str:
     n = len(record.random)
     parts = [
         f"<h5>{band / n:.0%} to {(band + 1) / n:.0%}</h5>{_contexts(record, contexts)}"
@@ -162,7 +159,7 @@ def _bands(record: "FeatureRecord") -> str:
     return f"<h4>Random contexts, by the quantile of the activation</h4>{''.join(parts)}"
 
 
-def _contexts(record: "FeatureRecord", contexts: "Sequence[Context]") -> str:
+def _contexts(record: FeatureRecord, contexts: Sequence[Context]) -> str:
     strongest = max((abs(c.activation) for c in record.top), default=0) or 1.0
     rows = (
         f'<li title="text {c.text}, position {c.position}"><span>{c.activation:.2f}</span>'

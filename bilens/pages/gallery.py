@@ -4,18 +4,14 @@ Planes are plain SVG, so that a page of dozens of them stays small, opens at onc
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bilens.decompose.gallery import CASES, FLOOR, GalleryEntry, formula
+from bilens.decompose.gallery import CASES, FLOOR, GalleryEntry, MotifGallery, formula
 from bilens.decompose.motifs import MOTIFS
 from bilens.draw.markup import NEGATIVE, POSITIVE, escape, full_scale, numbers
 from bilens.draw.page import Html, Page, View, columns, details, table
 from bilens.draw.tokens import TokenStrip
-
-if TYPE_CHECKING:
-    from bilens.decompose.gallery import MotifGallery
 
 HOW_TO_READ = (
     "A bilinear layer multiplies: whether two of its input features together do something to an output feature that "
@@ -41,7 +37,7 @@ WIDTH, HEIGHT, MARGIN, EDGE, RADIUS = 330, 250, 24, 6, 3  # of a plane; margins 
 MOST_ALIKE = 8
 
 
-def gallery_page(gallery: "MotifGallery", title: str = "Motifs read from the weights", subtitle: str = "") -> Page:
+def gallery_page(gallery: MotifGallery, title: str = "Motifs read from the weights", subtitle: str = "") -> Page:
     """The page.
 
     Args:
@@ -66,7 +62,7 @@ def _short(name: str) -> str:
     return f"{index} “{tokens}”" if tokens else index
 
 
-def _overview(gallery: "MotifGallery") -> list[Html]:
+def _overview(gallery: MotifGallery) -> list[Html]:
     counts = gallery.counts
     layers = sorted(set(counts.layer))
     families = counts.set_index(["layer", "kind"]).families

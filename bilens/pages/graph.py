@@ -7,26 +7,24 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from bilens.attribute.circuit import Circuit
+from bilens.attribute.faithfulness import EdgeCheck, Faithfulness
+from bilens.attribute.tokens import TokenAttribution
+from bilens.decompose.feature import FeatureCircuit
 from bilens.draw.markup import ViewError, island, spaced, to_json, visible
 from bilens.draw.page import Content, Page, View, captioned, columns, details, table
 from bilens.draw.plots import line, scatter, spectrum
 from bilens.pages.circuit import eigencircuits
+from bilens.sae.features.examples import FeatureActivations
+from bilens.sae.features.store import FeatureRecord, FeatureStore, StoredFeatures
 
-if TYPE_CHECKING:
-    from bilens.attribute.circuit import Circuit
-    from bilens.attribute.faithfulness import EdgeCheck, Faithfulness
-    from bilens.attribute.tokens import TokenAttribution
-    from bilens.decompose.feature import FeatureCircuit
-    from bilens.sae.features.examples import FeatureActivations
-    from bilens.sae.features.store import FeatureRecord, FeatureStore, StoredFeatures
-
-    Features: TypeAlias = Mapping[str, "FeatureActivations | StoredFeatures"] | FeatureStore
+Features: TypeAlias = Mapping[str, FeatureActivations | StoredFeatures] | FeatureStore
 
 EXAMPLES_SHOWN = 6  # of a feature: with 400 features, a page of them stays under two megabytes
 EFFECTS_SHOWN = 8
@@ -58,8 +56,8 @@ class GraphView(View):
         ViewError: a number that is not finite.
     """
 
-    circuit: "Circuit"
-    features: "Features | None" = None
+    circuit: Circuit
+    features: Features | None = None
     wordpiece: bool = False
 
     def __post_init__(self) -> None:
@@ -118,13 +116,13 @@ class GraphView(View):
 
 
 def graph_page(
-    circuit: "Circuit",
+    circuit: Circuit,
     *,
-    features: "Features | None" = None,
-    tokens: "TokenAttribution | None" = None,
-    faithfulness: "Faithfulness | None" = None,
-    edges: "Sequence[EdgeCheck]" = (),
-    feature_circuits: "Sequence[FeatureCircuit]" = (),
+    features: Features | None = None,
+    tokens: TokenAttribution | None = None,
+    faithfulness: Faithfulness | None = None,
+    edges: Sequence[EdgeCheck] = (),
+    feature_circuits: Sequence[FeatureCircuit] = (),
     wordpiece: bool = False,
     title: str = "",
 ) -> Page:
@@ -174,11 +172,11 @@ EIGENCIRCUITS = (
 )
 
 
-def _title(circuit: "Circuit") -> str:
+def _title(circuit: Circuit) -> str:
     return f"Why {circuit.target}?"
 
 
-def _subtitle(circuit: "Circuit") -> str:
+def _subtitle(circuit: Circuit) -> str:
     text = " ".join(visible(token) for token in circuit.tokens).replace(" ##", "")
     return (
         f"{circuit.model_name} on “{text}”, at token {circuit.position} “{visible(circuit.tokens[circuit.position])}”"
@@ -238,7 +236,7 @@ def _key(node: Any) -> str:
     return f"{node.hook}/{node.feature}" if node.kind == "feature" else ""
 
 
-def _heads(circuit: "Circuit", index: Mapping[str, int]) -> dict[str, list[tuple[str, float]]]:
+def _heads(circuit: Circuit, index: Mapping[str, int]) -> dict[str, list[tuple[str, float]]]:
     """What every head brought each node as the last one on the way, the largest first."""
     through = circuit.heads[circuit.heads.layer >= 0]
     sums = through.groupby(["target", "layer", "head"], as_index=False).weight.sum()
@@ -249,7 +247,7 @@ def _heads(circuit: "Circuit", index: Mapping[str, int]) -> dict[str, list[tuple
     return found
 
 
-def _facts(circuit: "Circuit") -> list[tuple[str, str]]:
+def _facts(circuit: Circuit) -> list[tuple[str, str]]:
     ends = sorted(circuit.shares.items(), key=lambda item: -item[1])
     gap = f"{circuit.largest_relative_error:.1e}" + ("" if circuit.is_rounding else ", more than rounding")
     return [
@@ -260,7 +258,7 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str]]:
     ]
 
 
-def _features_of(features: "Features | None", node: Any) -> Any:
+def _features_of(features: Features | None, node: Any) -> Any:
     """What is known of the SAE a node belongs to, given under its hook, its name, or a name that begins with that."""
     if features is None:
         return None
@@ -295,7 +293,7 @@ def _dashboard(features: Any, feature: int, wordpiece: bool) -> dict[str, Any]:
 # --- the sections -----------------------------------------------------------------------------------------------------
 
 
-def _token_views(tokens: "TokenAttribution") -> list[Content]:
+def _token_views(tokens: TokenAttribution) -> list[Content]:
     heads = tokens.head_frame(top=12)
     named = heads.assign(head=[f"L{row.layer}H{row.head}" for row in heads.itertuples()])
     return [
@@ -313,7 +311,7 @@ def _token_views(tokens: "TokenAttribution") -> list[Content]:
     ]
 
 
-def _completeness(circuit: "Circuit") -> list[Content]:
+def _completeness(circuit: Circuit) -> list[Content]:
     frame = circuit.completeness.sort_values("relative_error", ascending=False)
     if frame.empty:
         return ["That was not checked: this graph comes from elsewhere, and no node of it was taken apart here."]
@@ -332,7 +330,7 @@ def _completeness(circuit: "Circuit") -> list[Content]:
     ]
 
 
-def _checks(circuit: "Circuit", faithfulness: "Faithfulness | None", edges: "Sequence[EdgeCheck]") -> list[Content]:
+def _checks(circuit: Circuit, faithfulness: Faithfulness | None, edges: Sequence[EdgeCheck]) -> list[Content]:
     contents: list[Content] = []
     if faithfulness is not None:
         shown = faithfulness.frame[~faithfulness.frame.kept.str.startswith("top")].drop(columns="nodes")
@@ -364,7 +362,7 @@ def _checks(circuit: "Circuit", faithfulness: "Faithfulness | None", edges: "Seq
     return [*contents, columns(*plots)] if plots else contents
 
 
-def _curve(faithfulness: "Faithfulness") -> go.Figure:
+def _curve(faithfulness: Faithfulness) -> go.Figure:
     frame = faithfulness.frame
     curve = frame[frame.kept.str.startswith("top") | (frame.kept == "nothing")].sort_values("nodes")
     series: dict[str, Any] = {

@@ -63,11 +63,7 @@ def reexpressed(layer: BilinearLayer, U: Float[Tensor, "m d_model"], r: int) -> 
 
 def run_layer(layer: BilinearLayer, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
     """The layer on its input, some tokens at a time, as hidden units may be many."""
-    parts = [
-        ((part @ layer.W_gate + layer.b_gate) * (part @ layer.W_in + layer.b_in)) @ layer.W_out + layer.b_out
-        for part in x.split(TOKENS_AT_ONCE)
-    ]
-    return torch.cat(parts)
+    return torch.cat([layer(part) for part in x.split(TOKENS_AT_ONCE)])
 
 
 def explained(y: Float[Tensor, "token d_model"], guess: Float[Tensor, "token d_model"]) -> float:

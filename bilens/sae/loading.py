@@ -211,15 +211,15 @@ def load_saes(
 
     Args:
         source: a bundled model's name, a folder of SAE folders, or a hub id such as `tdooms/ts-medium-scope`.
-        points: where in each layer, as for `load_sae`.
+        points: the points in each layer, as for `load_sae`.
         layers: `None` is every layer that has SAEs at these points.
-        expansion, k, tag: which SAEs, where there are several of a point and layer.
+        expansion, k, tag: the SAEs to take, if there are several for a point and layer.
         options: the keyword arguments of `load_sae`.
 
     Raises:
         ArgumentError: one point instead of a list, and as for `load_sae`.
         ModelNotFoundError: a layer without an SAE at one of the points.
-        others: as for `load_sae`.
+        others: the same as for `load_sae`.
     """
     if isinstance(points, str):
         raise ArgumentError(f"points is the one point {points!r}; expected a list of them: [{points!r}].")

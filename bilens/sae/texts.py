@@ -3,7 +3,6 @@
 import gzip
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
@@ -12,16 +11,14 @@ from torch import Tensor
 from bilens.errors import ArgumentError, EmptyTextError
 from bilens.model.files import PRETRAINED, list_models
 from bilens.model.generation import sample_texts
+from bilens.model.transformer import HookedBilinearTransformer
 from bilens.train.data import TokenizedTexts
-
-if TYPE_CHECKING:
-    from bilens.model.transformer import HookedBilinearTransformer
 
 STORIES_FILE = "stories.jsonl.gz"
 N_SAMPLED = 192
 
 
-def example_texts(model: "HookedBilinearTransformer") -> list[str]:
+def example_texts(model: HookedBilinearTransformer) -> list[str]:
     """Texts to see features fire on: those that come with a bundled model, or else sampled from the model itself."""
     bundled = PRETRAINED / model.cfg.model_name / STORIES_FILE
     if model.cfg.model_name in list_models() and bundled.exists():
@@ -53,7 +50,7 @@ def checked_texts(texts: Iterable[str], at_most: int | None = None) -> list[str]
 
 
 def text_starts(
-    model: "HookedBilinearTransformer", texts: Iterable[str]
+    model: HookedBilinearTransformer, texts: Iterable[str]
 ) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
     """`[BOS] text`, cut to the model's context and padded on the right; and its attention mask. One row per text.
 

@@ -114,7 +114,10 @@ def open_dataset(source: str | os.PathLike[str], split: str = "train", *, stream
     if path.exists():
         raise TrainingError(f"{path}: a data file must end in .jsonl, .json, .txt or .parquet (.gz may follow).")
     check_source(source)
-    return load_dataset(str(source), split=split, streaming=streaming)
+    try:
+        return load_dataset(str(source), split=split, streaming=streaming)
+    except (*BROKEN, DatasetGenerationError) as error:
+        raise TrainingError(f"{source} is no file here, and not to be had from the hub: {error}") from error
 
 
 def check_source(source: str | os.PathLike[str]) -> None:

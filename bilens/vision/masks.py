@@ -37,7 +37,7 @@ from bilens._core.typing import typed
 from bilens.draw import plots
 from bilens.draw.images import image_grid
 from bilens.errors import ArgumentError, OutOfRangeError
-from bilens.layer.bilinear import interaction_matrix
+from bilens.layer.bilinear import branches, interaction_matrix, products
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.vision.model import BilinearClassifier, with_one
 from bilens.vision.spectral import Class, as_images, class_directions, class_index, last_layer
@@ -359,15 +359,13 @@ def _classes_along(
     """The most likely class of every image with every mask added: all of the model, as a parabola in the strength."""
     layer = last_layer(model, space="pixels", homogeneous=True)
     inputs, added = with_one(x.double()), F.pad(masks.double(), (0, 1))
-    left, right, left_added, right_added = (
-        each @ weight for each in (inputs, added) for weight in (layer.W_gate, layer.W_in)
-    )
-    plain, quadratic = (left * right) @ layer.W_out, (left_added * right_added) @ layer.W_out
+    own, of_masks = branches(layer, inputs), branches(layer, added)
+    plain, quadratic = products(own, own) @ layer.W_out, products(of_masks, of_masks) @ layer.W_out
     classes = []
-    for mask_left, mask_right, own in zip(left_added, right_added, quadratic, strict=True):
-        linear = (left * mask_right + right * mask_left) @ layer.W_out
+    for row in range(len(added)):
+        linear = 2 * products(own, of_masks[row]) @ layer.W_out
         s = strengths[:, None, None]
-        classes.append((plain + s * linear + s**2 * own).argmax(-1))
+        classes.append((plain + s * linear + s**2 * quadratic[row]).argmax(-1))
     return torch.stack(classes, 1)
 
 

@@ -95,7 +95,7 @@ class ClassHOSVD(Tabular):
         rows = []
         for n in (n for n in kept if n <= len(self.input_values)):
             basis = self.input_directions[:n]
-            right = run_layer(self.layer, x @ basis.T @ basis).argmax(-1) == labels
+            right = self.layer(x @ basis.T @ basis).argmax(-1) == labels
             rows.append({"kept": n, "share": share[n - 1].item(), "accuracy": right.double().mean().item()})
         return pd.DataFrame(rows)
 
@@ -295,7 +295,7 @@ def shared_neurons(
     )
 
     def accuracy(weights: BilinearLayer) -> float:
-        return (run_layer(weights, x).argmax(-1) == labels).double().mean().item()
+        return (weights(x).argmax(-1) == labels).double().mean().item()
 
     fits = tuple(
         cp_decompose(layer, rank, max_sweeps=max_sweeps, tolerance=tolerance, progress=progress) for rank in ranks
@@ -308,8 +308,3 @@ def shared_neurons(
         space=space,
         model=model,
     )
-
-
-def run_layer(layer: BilinearLayer, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d_out"]:
-    """The layer on its input."""
-    return ((x @ layer.W_gate + layer.b_gate) * (x @ layer.W_in + layer.b_in)) @ layer.W_out + layer.b_out

@@ -17,7 +17,7 @@ from tests.random_saes import VARIANTS, make_sae
 
 TOKENS = torch.tensor([1, 17, 42, 8, 42, 3])
 N_LAYERS = 3
-MODEL_KINDS = list(itertools.product([False, True], repeat=2))  # biases (of attention too), normalisation
+MODEL_KINDS = list(itertools.product([False, True], [False, True]))  # biases (of attention too), normalisation
 POINTS = list(POINT_TO_HOOK)
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bilens.attribute import Circuit, Target, attribute_tokens, freeze, trace_circuit, tracing
-from bilens.attribute import frozen as frozen_module
 from bilens.attribute.targets import ATTN, read_targets
 from bilens.attribute.tracing import KINDS, head_sums, linear_rows, number_nodes, propagate
+from bilens.sae import passes
 from tests.attribute.conftest import N_LAYERS, TOKENS, model_of, saes_of
 from tests.conftest import make_model
 from tests.memory import peak_of
@@ -131,7 +131,7 @@ def test_a_trace_through_dense_saes_stays_in_bounds(monkeypatch):
     tokens = torch.arange(60) % 50
     writes = len(saes) * len(tokens) * 1200 * 256 * 8  # of all positions
     monkeypatch.setattr(tracing, "FIELD_BYTES", 2**25)
-    monkeypatch.setattr(frozen_module, "WRITES_BYTES", 2**23)
+    monkeypatch.setattr(passes, "WRITES_BYTES", 2**23)
 
     def trace() -> None:
         found = Circuit.trace(model, saes, tokens, Target.logit(7), max_nodes=2)

@@ -14,8 +14,8 @@ from bilens.decompose import Decomposer
 from bilens.decompose.directions import head_basis, through_ov, token_basis, unembedding
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError, TokenizationError
 from bilens.layer import pairs
-from bilens.layer.bilinear import BilinearLayer, interaction_matrix
-from bilens.layer.pairs import apply_interaction, top_pairs
+from bilens.layer.bilinear import BilinearLayer, apply_interaction, interaction_matrix
+from bilens.layer.pairs import top_pairs
 from tests.conftest import make_model
 from tests.layer.test_inner import make_layer, random
 from tests.random_saes import D_SAE, make_sae

@@ -14,13 +14,14 @@ from torch.testing import assert_close
 from bilens.errors import NotBilinearError
 from bilens.layer.bilinear import (
     BilinearLayer,
+    branches,
     constant_term,
     hidden_coefficients,
     in_basis,
     interaction_matrix,
     linear_term,
+    pair_products,
     search_dtype,
-    source_products,
 )
 from tests.conftest import make_model
 
@@ -113,7 +114,7 @@ def test_pairs_of_sources_add_up_to_the_mlp(kind, layer, seed, n):
     model, weights = MODELS[kind], BilinearLayer.of(MODELS[kind], layer)
     u, sources, ones = random(seed, D), random(seed + 1, n, D), random(seed + 2, n)
     ones = ones / ones.sum()  # 1 may be split over the sources in any way
-    products = source_products(weights, u, sources, ones)
+    products = pair_products(weights, u, branches(weights, sources, ones), ones)
     x = sources.sum(0)
     # Dividing by a small sum makes single shares, hence the terms, large: tolerance relative to the largest.
     tolerance = 1e-10 * (1 + products.abs().max().item())

@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_refused() -> None:
         found.plot(7)
     with pytest.raises(OutOfRangeError, match="k is 15, expected 1 to 14"):
         fourier_structure(layer, 15)
-    wrong = BilinearLayer(*(t[:, :6] if t.shape == (4, 7) else t for t in vars(layer).values()))
+    wrong = BilinearLayer(*(t[..., :6] if t.shape[-1] == 7 else t for t in vars(layer).values()))
     with pytest.raises(ArgumentError, match="reads 14 inputs and writes 6 outputs"):
         fourier_structure(wrong)
     with pytest.raises(OutOfRangeError, match="k is 0, expected at least 1"):

@@ -10,7 +10,8 @@
       BilensGraph.draw(target, data);
     },
     plotly(target, { data, layout }) {
-      // Squares on a figure of fixed width stay squares: it is scrolled in its box, and made smaller on paper.
+      // On paper a figure is made as small as a page: its squares stay squares.
+      target.style.setProperty("--height", parseInt(target.style.minHeight));
       if (layout.width) target.style.setProperty("--width", layout.width);
       Plotly.newPlot(target, data, layout, {
         responsive: true,

@@ -54,7 +54,7 @@ class OutputTensor:
 
     Attributes:
         matrices: `T`.
-        scratch: where combinations are made, a chunk at a time: fresh memory would cost as much as the product.
+        scratch: memory for the combinations, a chunk at a time: fresh memory would cost as much as the product.
     """
 
     matrices: Float[Tensor, "d_model d_model_squared"]
@@ -103,13 +103,13 @@ def leading_eigenpairs_of_blocks(
     """The eigenpairs of largest absolute value of every `Q_u`.
 
     Args:
-        operator: in the precision of the result.
+        operator: the operator, in the precision of the result.
         tensor: of the same layer.
         u: scaled so that `||Q_u||_F = 1`.
         c: their coefficients of the hidden units.
-        wanted: by absolute value, and `block_size(k)` is at most d_model.
-        rounding: how far the operator's own rounding may put the values off.
-        seed: of the random start vectors.
+        wanted: the pairs wanted, by absolute value; `block_size(k)` is at most d_model.
+        rounding: the largest error that the operator's own rounding may cause in the values.
+        seed: the seed of the random start vectors.
     """
     (n, d), k = u.shape, wanted.k
     blur = 0.5 * torch.finfo(torch.bfloat16).eps  # whatever dtype the tensor has: what is done has residuals like that

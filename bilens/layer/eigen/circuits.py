@@ -25,7 +25,7 @@ class Eigencircuits(Tabular):
         norms: Frobenius norms of the whole interaction matrices.
         outputs: the output features, or 0..n-1 for directions.
         decoder: the input SAE's decoder directions, where there is one, for reading the vectors in features.
-        names: of the input features.
+        names: the names of the input features.
     """
 
     values: Float[Tensor, "*n k"]

@@ -59,13 +59,13 @@ def leading_eigenpairs(
     """The eigenpairs wanted of every `Q_c`.
 
     Args:
-        operator: in the precision of the result.
+        operator: the operator, in the precision of the result.
         search: the same operator, in the dtype to search in.
         c: coefficients of the hidden units, scaled so that the numbers of `Q_c` are of order one.
         wanted: few pairs, against d_model.
-        rounding: how far the operator's own rounding may put the values off.
-        coarse: what vectors are rounded to in the search.
-        seed: of the random start vectors.
+        rounding: the largest error that the operator's own rounding may cause in the values.
+        coarse: the type that vectors are rounded to in the search.
+        seed: the seed of the random start vectors.
     """
     (n, d), k = (len(c), operator.rows.shape[1]), wanted.k
     blur = 0.5 * torch.finfo(coarse).eps  # up to so much of the largest value are Ritz values off

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.checks import whole_number
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
 
 Order = Literal["size", "positive", "negative"]
@@ -19,7 +20,7 @@ def check_pairs(d: int, k: int | None, order: str) -> None:
         raise ArgumentError(
             f"order is {order!r}, expected one of {', '.join(map(repr, known))}." + nearest(order, known)
         )
-    if k is not None and not 1 <= k <= d:
+    if k is not None and not 1 <= whole_number(k, "a number of eigenpairs is expected") <= d:
         raise OutOfRangeError(f"k is {k}, expected 1 to {d} (or None for all).")
 
 
@@ -33,10 +34,10 @@ def sorted_eigenpairs(
 
     Args:
         matrix: symmetric.
-        k: how many; `None` gives all.
+        k: the number of eigenpairs; `None` gives all.
         order: `"size"` is by absolute value; `"positive"` from the most positive down, `"negative"` from the most
             negative up, each followed by those of the other sign if `k` is more than there are.
-        ties: what counts as equal, relative to the values themselves; `None` is the rounding of `matrix`.
+        ties: the relative difference up to which values count as equal; `None` is the rounding of `matrix`.
 
     Raises:
         ArgumentError: another order.
@@ -62,8 +63,8 @@ def by_magnitude(values: Float[Tensor, "*n d"], off: Float[Tensor, "*n d"] | Non
     """Indices by falling `|value|`, positive first among those equal up to rounding.
 
     Args:
-        values: in any order.
-        off: by how much each may be. `None` is for values as `eigh` leaves them: it is backward stable, so each is off
+        values: the values, in any order.
+        off: the error of each. `None` is for values as `eigh` leaves them: it is backward stable, so each is off
             by a few units of rounding of the largest one.
     """
     order = values.abs().argsort(-1, descending=True)

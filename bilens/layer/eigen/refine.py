@@ -93,7 +93,7 @@ class Leading:
     Attributes:
         values, vectors: unit vectors as rows.
         errors: estimated absolute error of each value; `residuals`: `||Q v - lambda v||`.
-        steps: of the search.
+        steps: the number of steps of the search.
         resolved: false where the search did not converge, or not to the error allowed: the row is void.
     """
 
@@ -116,7 +116,7 @@ class Wanted:
     """What to look for.
 
     Attributes:
-        k: how many pairs.
+        k: the number of pairs.
         tolerance: relative error of each value.
         positive: those of largest value; otherwise of largest absolute value.
     """
@@ -189,14 +189,14 @@ def refine(
     """Rayleigh-Ritz in full precision on the `tied` first Ritz vectors, and Davidson corrections as long as needed.
 
     Args:
-        operator: in full precision.
+        operator: the operator, in full precision.
         half_c: `c / 2`.
         basis: the search's, orthonormal rows.
         ritz: all Ritz pairs on it.
-        tied: how many of them stand for the pairs wanted.
-        wanted: how many pairs, which, and how exact.
-        rounding: how far the operator's own rounding may put the values off.
-        blur: how far the search may have, relative to the largest of them.
+        tied: the number of them that stand for the pairs wanted.
+        wanted: the number of pairs, their order, and how exact they must be.
+        rounding: the largest error that the operator's own rounding may cause in the values.
+        blur: the largest error of the search, relative to the largest value.
     """
     (n, d), k = (len(half_c), basis.shape[-1]), wanted.k
     basis = basis[:, : ritz.values.shape[1]]

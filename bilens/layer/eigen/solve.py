@@ -57,18 +57,18 @@ class LeadingEigenpairs(Tabular):
     """The leading eigenpairs of `n` interaction matrices.
 
     Attributes:
-        values: by falling absolute value, the positive one first among those as large up to their errors; or in the
-            order asked for.
+        values: the eigenvalues by falling absolute value (a positive one first if they tie up to their errors), or in
+            the order asked for.
         vectors: unit eigenvectors as rows, largest entry positive.
-        errors: of each value, absolute and cautiously: at most `tolerance` times the value, or what float64 leaves of a
+        errors: a cautious bound on each value's error: at most `tolerance` times the value, or what float64 leaves of a
             matrix solved whole. A value below its error is not known to be other than zero.
         residuals: `||Q v - lambda v||`, at most.
         norms, traces: Frobenius norm and trace of every `Q`, from the factors.
         status: how it is known that none of the pairs is missed, an index into `STATUSES`: *bounded*, the norm leaves
             no room for a larger eigenvalue; *converged*, a search that went on after it converged found none, nor
             did a second one from another start; *dense*, all eigenvalues were computed.
-        steps: of the search; 0 where there was none.
-        method: how, and why.
+        steps: the number of steps of the search; 0 if there was none.
+        method: the method that was used, and why.
     """
 
     values: Float[Tensor, "n k"]
@@ -152,7 +152,7 @@ def top_eigenpairs(
         method: `"lanczos"` never forms a `Q`; `"block"` forms them in low precision, and searches with many vectors at
             once, by absolute value only; `"dense"` forms and solves all in float64; `"auto"` takes what needs the
             fewest operations: the same for the same shapes, `k`, dtype and kind of device.
-        seed: of the start vectors. Same seed and method, same result, whatever the other outputs, to the tolerance.
+        seed: the seed of the start vectors. Same seed and method give the same result, whatever the other outputs.
         progress: show a bar, or a function that is told how many outputs are done, and of how many.
 
     Raises:
@@ -227,7 +227,7 @@ def operations(d_model: int, d_mlp: int, n: int, k: int, steps: float) -> dict[s
     operations, as `STARTING` of large ones.
 
     Args:
-        d_model, d_mlp: of the layer.
+        d_model, d_mlp: the sizes of the layer.
         n: outputs in all.
         k: pairs wanted.
         steps: that Lanczos takes; a block of vectors takes about half as many products.
@@ -238,8 +238,14 @@ def operations(d_model: int, d_mlp: int, n: int, k: int, steps: float) -> dict[s
     tensor, forming = d_model**3 * d_mlp / max(n, 1), 2 * d_model**3
     block = tensor + forming + 0.5 * steps * 2 * block_size(k) * d_model**2
     # In float64; solving a matrix whole is some fifty products of it, which a few large ones cannot replace.
-    dense = 4 * d_model**2 * d_mlp + 50 * d_model**3
+    rank = _largest_rank(d_model, d_mlp)
+    dense = 4 * rank**2 * d_mlp + 50 * rank**3
     return {"lanczos": once + lanczos, "block": once + block, "dense": dense}
+
+
+def _largest_rank(d_model: int, d_mlp: int) -> int:
+    """Of any `Q`: every hidden unit adds two at most."""
+    return min(d_model, 2 * d_mlp)
 
 
 def frobenius_norms(layer: BilinearLayer, u: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
@@ -264,7 +270,7 @@ class _Work:
         layer, u: rescaled; `exponents`: `Q` is so many powers of two larger.
         wanted: the pairs.
         memory: bytes to use.
-        search_dtype: what searches multiply in.
+        search_dtype: the type that searches multiply in.
     """
 
     layer: BilinearLayer
@@ -288,11 +294,16 @@ class _Work:
     def shape(self) -> tuple[int, int]:
         return self.layer.W_gate.shape  # type: ignore[return-value]
 
+    @property
+    def searchable(self) -> bool:
+        """Whether `Q` holds the pairs wanted several times over: what a search needs to tell them from the rest."""
+        return 4 * self.wanted.k <= _largest_rank(*self.shape)
+
     def possible(self, *, with_block: bool = False) -> list[str]:
         """The methods that can find the pairs in the memory; blocks where they pay, or anyway."""
         (d_model, d_mlp), k = self.shape, self.wanted.k
         methods = ["dense"]
-        if 4 * k <= d_model:  # the search must be able to hold the pairs wanted several times over
+        if self.searchable:
             methods.append("lanczos")
         room = 2 * OutputTensor.bytes_of(d_model, d_mlp, self.search_dtype) <= self.memory
         pays = room and self.search_dtype == torch.bfloat16
@@ -370,7 +381,7 @@ class _Work:
         (d_model, d_mlp), k = self.shape, self.wanted.k
         each = 8 * (16 * HELD_STEPS * d_model + 8 * (k + 2) * d_mlp)
         left = (~found.resolved & (norms > 0)).nonzero().flatten()
-        for some in left.split(max(1, min(SMALLEST_CHUNK, self.memory // (2 * each)))) if 4 * k <= d_model else ():
+        for some in left.split(max(1, min(SMALLEST_CHUNK, self.memory // (2 * each)))) if self.searchable else ():
             u = inner.double(self.u[rows][some])
             u = u / inner.double(norms[some])[:, None]
             c = hidden_coefficients(self.wide, u)
@@ -386,11 +397,15 @@ class _Work:
         """Fill in what is not resolved yet from all eigenpairs of each `Q`, and with them its norm and trace."""
         k, order = self.wanted.k, "positive" if self.wanted.positive else "size"
         ties = 0.5 * ROUNDINGS * torch.finfo(self.u.dtype).eps
+        # In the space that the hidden units read, or for more pairs than it has dimensions, in all.
+        few = k <= _largest_rank(*self.shape) < len(self.wide.W_gate)
+        space = torch.linalg.qr(self.wide_operator.rows.T)[0] if few else None
+        gate, in_ = (w if space is None else space.T @ w for w in (self.wide.W_gate, self.wide.W_in))
         left = (~found.resolved).nonzero().flatten()
         for some in left.split(max(1, min(32, self.memory // (2 * _bytes_of_whole(self.layer))))) if len(left) else ():
             at = some + rows.start
             c = hidden_coefficients(self.wide, inner.double(self.u[at]))
-            raw = (self.wide.W_gate * c[:, None]) @ self.wide.W_in.T
+            raw = (gate * c[:, None]) @ in_.T
             matrix = 0.5 * (raw + raw.mT)
             values, vectors = sorted_eigenpairs(matrix, None, order, ties)  # type: ignore[arg-type]
             norm = values.norm(dim=1)
@@ -400,7 +415,7 @@ class _Work:
             residuals = (vectors @ matrix - values[..., None] * vectors).norm(dim=2)
             rounding = UNITS * torch.finfo(c.dtype).eps * self.sizes(self.u[at], c.to(self.u)).to(c)
             found.steps[some] = 0
-            found.vectors[some] = vectors.to(found.vectors)
+            found.vectors[some] = (vectors if space is None else vectors @ space.T).to(found.vectors)
             of_norm_one = {"values": values, "residuals": residuals, "errors": residuals + rounding[:, None]}
             for name, numbers in of_norm_one.items():
                 getattr(found, name)[some] = (numbers / unit).to(found.values)

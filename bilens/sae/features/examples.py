@@ -218,8 +218,8 @@ def names_from_texts(
     """Labels of the features of some SAEs, after the tokens they fire on; the texts run when a label is asked for.
 
     Args:
-        model, saes: as for `feature_activations`.
-        texts: where to see what features fire on; `None` is `example_texts` of the model.
+        model, saes: the same as for `feature_activations`.
+        texts: the texts in which to see what features fire on; `None` is `example_texts` of the model.
     """
 
     @cache

@@ -30,7 +30,7 @@ from bilens._core.checks import check_amounts, check_file_name, check_flags, che
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, read_json, to_path
 from bilens._core.fingerprint import check_same, fingerprint, model_fingerprint, sae_fingerprint
-from bilens._core.folders import alone_in, other_work, write_json
+from bilens._core.folders import alone_in, differing, other_work, write_json
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, nearest
 from bilens.model.attached import splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
@@ -577,16 +577,9 @@ def _claim(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
     if there is not None and not isinstance(there, dict):
         raise CheckpointError(f"{manifest} is no manifest that bilens wrote. {BUILD_ANEW}")
     if there is not None and there != identity:
-        differ = [
-            f"{key}.{inner}" if isinstance(identity[key], dict) else key
-            for key in identity
-            for inner in (identity[key] if isinstance(identity[key], dict) else [None])
-            if (there.get(key) or {}) != identity[key]
-            and (inner is None or (there.get(key) or {}).get(inner) != identity[key][inner])
-        ]
         # A pass that was stopped before its first checkpoint has come to nothing.
         if not overwrite and (finished or any(plan.parent.glob("*.safetensors"))):
-            raise other_work(folder, f"a feature store that differs in {', '.join(differ) or 'its SAEs'}")
+            raise other_work(folder, f"a feature store that differs in {differing(there, identity)}")
         parallel.barrier()  # nobody removes before everybody has looked
         if parallel.is_main():
             _remove(folder, there)

@@ -145,6 +145,19 @@ def test_small_layers_and_all_pairs(d, method):
         assert_leading(sweep(layer, u, k, method), layer, u)
 
 
+@pytest.mark.parametrize("method", [*SEARCHES, "dense", "auto"])
+@pytest.mark.parametrize("k", [2, 5, 12, 13, D])
+def test_layers_of_few_hidden_units(method, k):
+    """Six units make rank twelve: pairs of that many are found where the units read, those beyond are zero."""
+    layer, u = gaussian(5, D, 6), random(6, 7, D)
+    found = sweep(layer, u, k, method)
+    assert_leading(found, layer, u)
+    assert found.vectors.isfinite().all()
+    assert (found.values[:, 12:].abs() <= 1e-6 * found.norms[:, None]).all()
+    if method == "auto" and k > 3:  # more than a quarter of the pairs that there are
+        assert found.method == "dense"
+
+
 def test_methods_agree():
     layer, u = gaussian(8), random(9, 20, D)
     dense = sweep(layer, u, method="dense")

@@ -476,9 +476,9 @@ def test_another_store_is_refused(text_model, saes, sample, tmp_path, tokenizer)
     build_feature_store(text_model, saes, sample, tmp_path, config=SMALL)
     other_saes = saes | {"out": make_sae("topk", MLP_OUT, seed=9)}
     for kwargs, what in [
-        ({"config": FeatureStoreConfig(seed=1)}, "config.n_top"),
-        ({"saes": other_saes}, r"saes\.out\b"),
-        ({"source": sample[1:]}, "corpus.texts"),
+        ({"config": FeatureStoreConfig(seed=1)}, r"\bn_top \("),
+        ({"saes": other_saes}, r"\bout \("),
+        ({"source": sample[1:]}, r"\btexts \("),
         ({"model": make_model(seed=5, tokenizer=tokenizer)}, "model"),
     ]:
         arguments = {"model": text_model, "saes": saes, "source": sample, "config": SMALL} | kwargs
