@@ -23,7 +23,7 @@ from bilens.draw import plots
 from bilens.layer.bilinear import interaction_matrix
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.solve import LeadingEigenpairs, top_eigenpairs
-from bilens.sae.features.examples import FeatureActivations, FeatureSummary
+from bilens.sae.features.examples import DescribedFeatures, FeatureActivations, FeatureSummary
 
 TEXTS = 32  # run at a time
 
@@ -89,8 +89,8 @@ def feature_circuit(
     feature: int,
     position: int | None = None,
     *,
-    inputs: FeatureActivations | None = None,
-    outputs: FeatureActivations | None = None,
+    inputs: DescribedFeatures | None = None,
+    outputs: DescribedFeatures | None = None,
     n_inputs: int = 12,
     n_eigen: int = 4,
 ) -> FeatureCircuit:

@@ -1,6 +1,12 @@
 """SAEs: SAELens' classes, the published format, training, evaluation, and what features fire on."""
 
-from bilens.sae.features.examples import Example, FeatureActivations, FeatureSummary, feature_activations
+from bilens.sae.features.examples import (
+    DescribedFeatures,
+    Example,
+    FeatureActivations,
+    FeatureSummary,
+    feature_activations,
+)
 from bilens.sae.features.store import FeatureRecord, FeatureStore, FeatureStoreConfig, build_feature_store
 from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae, load_saes, scope_loader
 from bilens.sae.pushing import push_saes
@@ -12,6 +18,7 @@ from bilens.sae.train.training import SAETrainConfig, train_saes
 from bilens.sae.view import SAEView
 
 __all__ = [
+    "DescribedFeatures",
     "Example",
     "FeatureActivations",
     "FeatureRecord",

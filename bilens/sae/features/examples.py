@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -48,6 +48,29 @@ class FeatureSummary:
     def label(self) -> str:
         """`137 not/n't/never`: the index and the tokens it fires on most."""
         return f"{self.feature} {'/'.join(self.tokens[:3])}" if self.tokens else f"{self.feature} (silent)"
+
+
+class DescribedFeatures(Protocol):
+    """What is known of an SAE's features on texts: in memory (`FeatureActivations`) or on disk (`store["1-mlp-out"]`).
+
+    Whatever takes one of them takes the other. What needs single tokens takes `FeatureActivations`.
+    """
+
+    @property
+    def d_sae(self) -> int:
+        """How many features there are."""
+
+    def density(self) -> Float[Tensor, "d_sae"]:
+        """Share of the tokens on which each feature fires."""
+
+    def typical_activations(self) -> Float[Tensor, "d_sae"]:
+        """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""
+
+    def labels(self) -> list[str]:
+        """A short name for every feature."""
+
+    def summary(self, feature: int) -> FeatureSummary:
+        """A feature in words and examples."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
+from torch import Tensor
 
 from bilens._core import parallel
 from bilens._core.bare import require_bare
@@ -409,6 +411,19 @@ class StoredFeatures(Tabular):
             label(feature, [(_string(strings, t), s) for t, s in zip(*row, strict=True) if t >= 0])
             for feature, row in enumerate(zip(tokens, share, strict=True))
         ]
+
+    def summary(self, feature: int) -> FeatureSummary:
+        """A feature in words, with its strongest contexts."""
+        return self.feature(feature).summary
+
+    def density(self) -> Float[Tensor, "d_sae"]:
+        """Share of the tokens on which each feature fires."""
+        return torch.from_numpy(self._files.column("fired") / max(self.store.n_tokens, 1)).float()
+
+    def typical_activations(self) -> Float[Tensor, "d_sae"]:
+        """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""
+        fired = self._files.column("fired")
+        return torch.from_numpy(self._files.column("sum") / np.maximum(fired, 1)).float()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per feature: how often and how strongly it fires, its name, whether it is dead or dense."""

@@ -227,6 +227,21 @@ def test_random_contexts_are_of_their_bands(text_model, texts, tmp_path):
     assert np.quantile(off, 0.95) < 0.1
 
 
+def test_a_store_says_what_activations_say(text_model, texts, tmp_path):
+    """Whatever takes one takes the other: densities, typical activations, and what a feature fires on most."""
+    sae = make_sae("topk", MLP_OUT)
+    stored = build_feature_store(text_model, {"a": sae}, texts[:40], tmp_path)["a"]
+    found = feature_activations(text_model, [sae], texts[:40])[0]
+    assert stored.d_sae == found.d_sae
+    torch.testing.assert_close(stored.density(), found.density())
+    # Sums of a few hundred float32 numbers, in another order.
+    torch.testing.assert_close(stored.typical_activations(), found.typical_activations(), rtol=1e-5, atol=1e-6)
+    feature = int(found.density().argmax())
+    assert stored.summary(feature).density == pytest.approx(found.summary(feature).density)
+    strongest = (of.summary(feature).examples[0] for of in (stored, found))
+    assert next(strongest).activation == pytest.approx(next(strongest).activation, rel=1e-5)
+
+
 def test_dead_blocks_of_features(text_model, sample, tmp_path):
     """Whole row groups without a context are found at their place."""
     sae = make_sae("standard", MLP_OUT, d_sae=400)
