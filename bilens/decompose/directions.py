@@ -2,11 +2,11 @@
 
 Output directions (`u` of `Q_u`: wherever a `Decomposer` method takes an `output`):
 
-- a token's logit: `unembedding`
+- a token's logit: `model.tokens_to_residual_directions`
 - what a head of a later layer reads: `through_ov`
 - what a later MLP reads: an eigenvector of its interaction matrix or a feature of its input SAE as it is, since the
   norm between them only divides by a number of each token
-- differences and sums are plain arithmetic: `unembedding(model, "he") - unembedding(model, "she")`
+- differences and sums are plain arithmetic: `he - she` of two of them
 
 Input directions (rows `left` and `right` of `Decomposer.between`):
 
@@ -21,56 +21,21 @@ weight as a second such number: token `s`, moved by head `h` to position `p`, en
     pattern[h, p, s] / (ln1.hook_scale[s] ln2.hook_scale[p]) * (x_s W_V W_O)
 """
 
-from collections.abc import Sequence
 from typing import Any, SupportsIndex, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from bilens._core.checks import check_index
 from bilens._core.typing import typed
-from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
+from bilens.errors import ArgumentError, SAEMismatchError
 from bilens.model.transformer import HookedBilinearTransformer
 
-Tokens: TypeAlias = str | SupportsIndex | Sequence[str] | Sequence[int] | Int[Tensor, "*n"]
 Scale: TypeAlias = float | int | Float[Tensor, ""] | Float[Tensor, "1"] | None
 
 
 # --- output directions ------------------------------------------------------------------------------------------------
-
-
-@typed
-@torch.no_grad()
-def unembedding(
-    model: HookedBilinearTransformer, tokens: Tokens, *, centred: bool = False, scale: Scale = None
-) -> Float[Tensor, "*n d_model"]:
-    """What the final residual stream is dotted with for the logit of each token.
-
-    Args:
-        model: the model.
-        tokens: a token or several, as strings (each must be a single token) or ids.
-        centred: less the mean over the vocabulary: what moves the log-probabilities, which do not change when every
-            logit moves alike.
-        scale: the final norm's divisor at a position (`ln_final.hook_scale`), to read in logits; `None` leaves it out.
-
-    Raises:
-        OutOfRangeError: an id outside the vocabulary.
-        TokenizationError: a string that is not one token.
-    """
-    if isinstance(tokens, str):
-        ids = torch.tensor(model.to_single_token(tokens))
-    elif isinstance(tokens, Tensor):
-        ids = tokens
-    elif isinstance(tokens, SupportsIndex):
-        ids = torch.tensor(int(tokens))
-    else:
-        ids = torch.tensor([model.to_single_token(t) if isinstance(t, str) else int(t) for t in tokens]).long()
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < model.cfg.d_vocab:
-        raise OutOfRangeError(f"tokens {tokens} are not all in the vocabulary, 0 to {model.cfg.d_vocab - 1}.")
-    rows = model.W_U.T
-    directions = rows[ids.to(rows.device)]
-    return _divided(directions - rows.mean(0) if centred else directions, scale)
 
 
 @typed

@@ -33,7 +33,7 @@ def read_output(output: Any, d_model: int) -> Int[Tensor, "*n"] | Float[Tensor, 
         SAEMismatchError: directions of another width than `d_model`.
     """
     if isinstance(output, Tensor):
-        tensor = output
+        tensor = output.detach()
     elif isinstance(output, SupportsIndex) and not isinstance(output, np.ndarray):
         number = whole_number(output, "an output is a feature's number, or a direction")
         if abs(number) >= 2**63:

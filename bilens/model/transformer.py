@@ -16,7 +16,7 @@ TransformerLens' names and shapes (`W_Q`, `W_O`, `W_gate`, ...) are made from th
 `mlp.W_in` or `model.W_in` changes the model: see `bilens.model.named_weights`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -752,13 +752,17 @@ class HookedBilinearTransformer(
         biases = [block.mlp.b_out for block in self.blocks[:layer]] if include_mlp_biases else []
         return sum(biases, start=self.W_E.new_zeros(self.cfg.d_model))
 
-    def tokens_to_residual_directions(self, tokens: str | int | Int[Tensor, "*batch"]) -> Float[Tensor, "*n d_model"]:
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Sequence[str] | Sequence[int] | Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*n d_model"]:
         """The unembedding direction of each token: what the normalised residual stream is dotted with for its logit.
 
         Axes are those of the tokens; a single token, however it is given, has one direction without.
         """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
+        elif isinstance(tokens, list | tuple):
+            tokens = [self.to_single_token(token) if isinstance(token, str) else token for token in tokens]
         ids = torch.as_tensor(tokens)
         if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
             raise ArgumentError(f"tokens {tokens!r} are no words or token ids.")

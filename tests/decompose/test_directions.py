@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from bilens.decompose import Decomposer
-from bilens.decompose.directions import head_basis, through_ov, token_basis, unembedding
-from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError, TokenizationError
+from bilens.decompose.directions import head_basis, through_ov, token_basis
+from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
 from bilens.layer import pairs
 from bilens.layer.bilinear import BilinearLayer, apply_interaction, interaction_matrix
 from bilens.layer.pairs import top_pairs
@@ -48,15 +48,10 @@ def test_unembedding_with_the_norms_scale_gives_logits(model, cache):
     ids = [model.to_single_token(token) for token in ("fox", "kite", "red")]
     logits = model(TEXT)[0, -1]
     resid, scale = cache["resid_post", 1][0, -1], cache["ln_final.hook_scale"][0, -1]
-    assert_close(unembedding(model, ["fox", "kite", "red"], scale=scale) @ resid, logits[ids], **EXACT)
-    assert_close(unembedding(model, ids, scale=scale.item()) @ resid, logits[ids], **EXACT)
-    assert_close(unembedding(model, torch.tensor(ids)) @ resid / scale, logits[ids], **EXACT)
-    # Centred, it is the logit less the mean: the same difference from any other log-probability.
-    centred = unembedding(model, ids, centred=True, scale=scale) @ resid
-    assert_close(centred, (logits - logits.mean())[ids], **EXACT)
+    assert_close(model.tokens_to_residual_directions(["fox", "kite", "red"]) @ resid / scale, logits[ids], **EXACT)
+    assert_close(model.tokens_to_residual_directions(torch.tensor(ids)) @ resid / scale, logits[ids], **EXACT)
     for one in ("fox", ids[0], np.int64(ids[0]), torch.tensor(ids[0])):
-        assert torch.equal(unembedding(model, one), model.W_U[:, ids[0]])
-    assert unembedding(model, []).shape == (0, D)
+        assert torch.equal(model.tokens_to_residual_directions(one), model.W_U[:, ids[0]])
 
 
 def test_what_a_head_reads_is_what_it_writes(model, cache):
@@ -176,7 +171,7 @@ def test_the_table_names_both_sides(plain):
     names = plain.to_str_tokens(torch.arange(plain.cfg.d_vocab))
     basis = token_basis(plain)
     found = Decomposer(plain, 0).between(
-        unembedding(plain, ["fox", "owl"]),
+        plain.tokens_to_residual_directions(["fox", "owl"]),
         basis,
         head_basis(plain, 0, 1, basis),
         n=7,
@@ -191,7 +186,11 @@ def test_the_table_names_both_sides(plain):
     assert frame.j_name[3] == names[frame.j[3]]
     assert (frame.coefficient[:7].abs().diff().dropna() <= 0).all()
     assert len(found.plot(top=5).data[0].x) == 5
-    within = Decomposer(plain, 0).between(unembedding(plain, "fox"), basis, n=3, left_names=names).to_frame()
+    within = (
+        Decomposer(plain, 0)
+        .between(plain.tokens_to_residual_directions("fox"), basis, n=3, left_names=names)
+        .to_frame()
+    )
     assert within.j_name[0] == names[within.j[0]]
 
 
@@ -200,14 +199,8 @@ def test_the_table_names_both_sides(plain):
 
 def test_what_is_refused(model):
     u = random(0, 2, D)
-    with pytest.raises(TokenizationError, match="is not a single token"):
-        unembedding(model, "redkite")
-    with pytest.raises(OutOfRangeError, match=f"0 to {model.cfg.d_vocab - 1}"):
-        unembedding(model, [0, model.cfg.d_vocab])
-    with pytest.raises(ArgumentError, match=r"unembedding: tokens is 1\.5"):
-        unembedding(model, 1.5)
     with pytest.raises(ArgumentError, match="scale is 0, expected a norm's divisor, above zero"):
-        unembedding(model, 3, scale=0)
+        through_ov(model, 0, 0, u, scale=0)
     with pytest.raises(OutOfRangeError, match="head 2 is outside layer 1's 2 heads, 0 to 1"):
         through_ov(model, -1, 2, u)
     with pytest.raises(OutOfRangeError, match="layer 5 is outside the model's 2 layers"):
