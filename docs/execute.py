@@ -51,7 +51,7 @@ def shown(value: Any) -> dict[str, str]:
         height, width = int(value.layout.height or HEIGHT), int(value.layout.width or WIDTH)
         value.update_layout(height=height, width=width)
         return {"view": value.to_html(include_plotlyjs=True, config={"displayModeBar": False})}
-    text = str(value) if hasattr(value, "_repr_pretty_") else pprint.pformat(value, width=110, compact=True)
+    text = pprint.pformat(value, width=110, compact=True) if isinstance(value, list | tuple | dict) else str(value)
     html = value._repr_html_() if hasattr(value, "_repr_html_") else ""
     return {"text": text} | ({"view" if len(html) > LARGE else "html": html} if html else {})
 

@@ -1,6 +1,6 @@
 """Pages that mkdocs makes while it builds: every notebook of tutorials/ as Markdown, and the command line's help.
 
-Notebooks are committed without outputs, so that their cells are their pages: text as it is, code as code.
+Text is text as it is, code is code, and the outputs that `docs/execute.py` stored follow their cells.
 """
 
 import json
@@ -46,7 +46,20 @@ def notebook_page(path: Path) -> str:
 
 def cell_text(cell: dict[str, Any]) -> str:
     source = "".join(cell["source"])
-    return source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+    if cell["cell_type"] == "markdown":
+        return source
+    return "\n\n".join([f"```python\n{source}\n```", *map(output_text, cell["outputs"])])
+
+
+def output_text(output: dict[str, Any]) -> str:
+    """An output's richest form: a picture, a table or text."""
+    data = output.get("data", {"text/plain": output.get("text", [])})
+    if "image/png" in data:
+        return f"![What the cell shows.](data:image/png;base64,{data['image/png']}){{ .output }}"
+    if "text/html" in data:  # blank lines would end the block that Markdown leaves alone
+        html = re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL)
+        return f'<div class="output">\n{re.sub(chr(10) + "{2,}", chr(10), html).strip()}\n</div>'
+    return f"``` {{ .text .output }}\n{''.join(data['text/plain']).rstrip()}\n```"
 
 
 def cli_page() -> str:

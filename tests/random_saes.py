@@ -1,7 +1,7 @@
 """Random SAEs of every class that bilens reads, and what each computes, in plain numpy, float64.
 
-The oracle is written from SAELens' documentation and the published code; it shares no code with bilens or SAELens: it is
-what `SAEView` and `Decomposer.attribute` are compared with.
+The oracle is written from SAELens' documentation and the published code, and shares no code with bilens or SAELens.
+`SAEView` and `Decomposer.attribute` are compared with it.
 """
 
 import itertools
