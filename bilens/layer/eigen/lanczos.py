@@ -18,8 +18,9 @@ A product of `Q` with a vector is two matrix products with the layer's factors, 
    search goes on
 4. refine, in full precision (`refine`): with the whole Krylov space known, one correction is enough
 
-Outputs that do not converge, or whose pairs wanted are within the rounding of too many others to be told from them, are
-marked, for the caller to solve otherwise.
+Outputs that do not converge in fewer than d_model steps (the remainder of the last one is nothing but rounding), or
+whose pairs wanted are within the rounding of too many others to be told from them, are marked, for the caller to solve
+otherwise.
 
 Source: Parlett, The Symmetric Eigenvalue Problem, chapters 11 to 13.
 """
@@ -86,12 +87,11 @@ def leading_eigenpairs(
         last = wanted.size(ritz.values)[:, min(k, steps) - 1]
         giant = last < GIANT * blur * ritz.values.abs().amax(1)
         hopeless = crowded(ritz, wanted, k + MAX_TIED, blur) & (passed | giant)
-        rows = passed & ~hopeless & (steps >= CONFIRM * passing_since) & (last >= (1 - blur) * proven)
+        rows = passed & ~hopeless & (steps < d) & (steps >= CONFIRM * passing_since) & (last >= (1 - blur) * proven)
         largest, reach = _probe(lanczos, rows)
         proven[rows] = largest
         done = rows.clone()
         done[rows] = reach <= (1 - share[rows]) * last[rows]
-        done |= (steps == d) & ~hopeless & (last >= (1 - blur) * proven)
         for tied in count[done].unique().tolist():
             rows = (done & (count == tied)).nonzero().flatten()
             part, parts = index[rows], (lanczos.basis[rows], ritz.take(rows))
