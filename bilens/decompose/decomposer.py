@@ -799,7 +799,7 @@ class Decomposer:
             actual=view_out.pre_activations(y)[0, feature].item(),
             active=bool(view_out.activations(y)[0, feature] != 0),
             input_names=self.input_names,
-            output_name="" if self.output_names is None else self.output_names[feature],
+            output_names=self.output_names,
             dtype=self.model.cfg.dtype,
         )
 

@@ -64,7 +64,7 @@ class FeatureCircuit(Paged):
 
     @property
     def output_label(self) -> str:
-        return self.attribution.output_name or str(self.attribution.feature)
+        return self.attribution.output_name
 
     def input_label(self, feature: int) -> str:
         names = self.attribution.input_names

@@ -52,8 +52,13 @@ class Attribution(Complete, Tabular):
     actual: float
     active: bool
     input_names: Sequence[str] | None = field(default=None, repr=False)
-    output_name: str = ""
+    output_names: Sequence[str] | None = field(default=None, repr=False)
     dtype: torch.dtype = field(default=torch.float32, repr=False)
+
+    @property
+    def output_name(self) -> str:
+        """The feature's label, or its number."""
+        return name_of(self.output_names, self.feature)
 
     @property
     def total(self) -> float:
@@ -118,9 +123,8 @@ class Attribution(Complete, Tabular):
         return plots.bars(list(shown), list(shown.values()))
 
     def __str__(self) -> str:
-        name = self.output_name or self.feature
         lines = [
-            f"output feature {name} at position {self.position} ({self.tokens[self.position]!r})",
+            f"output feature {self.output_name} at position {self.position} ({self.tokens[self.position]!r})",
             f"  pre-activation {self.actual:+.5f} ({'active' if self.active else 'not active'}),"
             f" parts {self.total:+.5f}, {self._gap}",
             *(f"  {value:+10.4f}  {group}" for group, value in self.groups.items() if value),

@@ -530,6 +530,7 @@ def test_one_line_gives_model_saes_and_names(monkeypatch):
     assert found.input_sae.cfg.metadata.hook_name == "blocks.3.ln2.hook_normalized"
     assert found.output_sae.cfg.metadata.hook_name == "blocks.3.hook_mlp_out"
     top = found.top_interactions(101, n=5)
+    assert found.attribute(texts[0], 101, -1).is_rounding
     assert not runs
     inputs, outputs = original(found.model, [found.input_sae, found.output_sae], texts)
     frame = top.to_frame()
