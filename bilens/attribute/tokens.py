@@ -60,7 +60,7 @@ class TokenAttribution(Complete, Tabular):
     bias: float
     actual: float
     heads: Float[Tensor, "layer head p"] = field(repr=False)
-    pairs: Float[Tensor, "p+1 p+1"] | None = field(default=None, repr=False)
+    pairs: Float[Tensor, "p_plus_one p_plus_one"] | None = field(default=None, repr=False)
     wordpiece: bool = field(default=False, repr=False)
     dtype: torch.dtype = field(default=torch.float32, repr=False)
 
@@ -168,7 +168,7 @@ def attribute_tokens(
     return found[0] if single else found
 
 
-def token_shares(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t p+1"]:
+def token_shares(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t p_plus_one"]:
     """Each token's contribution to each read, biases last; without the reads' constants."""
     shares = reads.vectors.new_zeros(len(reads), frozen.n_positions + 1)
 
@@ -183,7 +183,7 @@ def token_shares(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t p+1"]:
     return shares
 
 
-def token_pairs(frozen: FrozenPass, reads: Reads, fields: Fields) -> Float[Tensor, "t p+1 p+1"]:
+def token_pairs(frozen: FrozenPass, reads: Reads, fields: Fields) -> Float[Tensor, "t p_plus_one p_plus_one"]:
     """The pair matrix of each read (see the module)."""
     matrices = reads.vectors.new_zeros(len(reads), frozen.n_positions + 1, frozen.n_positions + 1)
     tokens = torch.arange(frozen.n_positions, device=matrices.device)
@@ -224,7 +224,7 @@ def _token_streams(frozen: FrozenPass, last: int) -> Iterator[tuple[int, Tensor,
         yield level, streams, added
 
 
-def _bias_ones(frozen: FrozenPass) -> Float[Tensor, "p+1"]:
+def _bias_ones(frozen: FrozenPass) -> Float[Tensor, "p_plus_one"]:
     ones = frozen.embed.new_zeros(frozen.n_positions + 1)
     ones[-1] = 1.0
     return ones
