@@ -71,7 +71,7 @@ class Target:
 
     @classmethod
     def logit(cls, token: int | str, position: int = -1, *, minus: int | str | None = None, name: str = "") -> "Target":
-        """A token's logit, or by how much it is above another's.
+        """A token's logit, or its difference from another token's.
 
         Raises:
             ArgumentError: compared with itself.

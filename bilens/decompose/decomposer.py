@@ -212,7 +212,7 @@ class Decomposer:
             side: the encoder or decoder direction of an output feature; does not matter for directions.
 
         Raises:
-            ArgumentError: an output, basis or side that is none.
+            ArgumentError: the output is neither features nor directions, or there is no such basis or side.
             MissingSAEError: features without an output SAE, or the feature basis without an input SAE.
             OutOfRangeError: no such feature.
             SAEMismatchError: directions of another width, the feature basis of an SAE on `hook_resid_mid`, or the

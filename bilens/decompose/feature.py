@@ -177,7 +177,7 @@ def _tokens_of(decomposer: Decomposer, effect: Float[Tensor, "d_vocab"], n: int)
 
 @dataclass(frozen=True)
 class RankedFeatures(Tabular):
-    """Output features by how much of a circuit they are.
+    """Output features, ranked by how clear their circuits are.
 
     Attributes:
         features: best first.

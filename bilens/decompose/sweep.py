@@ -153,7 +153,7 @@ def sweep_layers(
         overwrite: remove another sweep that is in the folder, instead of refusing.
 
     Raises:
-        ArgumentError: a `k`, side, method or memory that is none.
+        ArgumentError: `k`, side, method or memory is not one of those that there are.
         MissingSAEError: a layer without an output SAE.
         OverwriteError: the folder holds the sweep of another model, other SAEs or settings.
         WriteError: another process is at work in the folder, or the disk is full.

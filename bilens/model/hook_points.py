@@ -109,7 +109,7 @@ class CheckedHooks(HookedRootModule):
         """The hooks of `run_with_cache`: names are checked; a function, or `None` for all, picks among them.
 
         Raises:
-            ArgumentError: the filter is none of names, or the slice none of positions.
+            ArgumentError: the filter does not choose names, or the slice does not choose positions.
             HookNameError: the model has no such hook.
             OutOfRangeError: (when they run) the activation has no such position.
         """

@@ -79,7 +79,7 @@ def _sections(circuit: FeatureCircuit) -> list[tuple[Literal[2, 3], str, list[Co
         intro,
         captioned(
             ColoredTokens(circuit.tokens, circuit.output_activations, wordpiece=wordpiece),
-            f"Activation of output feature {circuit.output_label} on the text.",
+            f"The activation of output feature {circuit.output_label} on the text.",
         ),
     ]
     if circuit.output_summary is not None:
@@ -97,11 +97,11 @@ def _sections(circuit: FeatureCircuit) -> list[tuple[Literal[2, 3], str, list[Co
     pairs: list[Content] = [
         captioned(
             _pair_bars(circuit),
-            f"What adds up to the pre-activation at {where}: the largest pairs, then everything else.",
+            f"These parts add up to the pre-activation at {where}: the largest pairs come first, then everything else.",
         ),
         captioned(
             ColoredTokensMulti(circuit.tokens, circuit.input_activations, labels, wordpiece=wordpiece),
-            "Activation of the input features on the text; choose one.",
+            "The activation of the input features on the text. Choose one.",
         ),
         details("All groups of parts", table([[k, v] for k, v in a.groups.items()], ["group", "sum"])),
         details("The largest pairs as numbers", circuit.to_frame().head(25)),
@@ -120,7 +120,7 @@ def _sections(circuit: FeatureCircuit) -> list[tuple[Literal[2, 3], str, list[Co
     eigen: list[Content] = [
         captioned(
             spectrum(circuit.spectrum),
-            "Eigenvalues of the interaction matrix by absolute value: few large ones mean a simple circuit.",
+            "The eigenvalues of the interaction matrix by absolute value. Few large ones mean a simple circuit.",
         ),
         *eigencircuits(circuit, wordpiece),
     ]

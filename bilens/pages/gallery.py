@@ -14,22 +14,23 @@ from bilens.draw.page import Html, Page, View, columns, details, table
 from bilens.draw.tokens import TokenStrip
 
 HOW_TO_READ = (
-    "A bilinear layer multiplies: whether two of its input features together do something to an output feature that "
-    "neither does alone stands in its weights. Each entry is such a pair. Its truth table is given twice: from the "
-    "weights, for the pair alone at the features' typical activations, and as measured on texts, the output's mean "
-    "pre-activation with neither, one or both of them active. Only motifs that both tables show are here, "
-    "in how often the output fires, too, and only of pairs that do fire together; strength is the least of the two "
-    "gaps and of what the pair itself adds or takes away, in units of the output's typical activation."
-    "\n\n"
-    "The measured table is of all that goes with the pair being active. What the pair itself adds is its cross term, "
-    "exact on every token: the first number beside each text, and the colour of its tokens (blue adds, red takes "
-    "away); the second number is the whole pre-activation there. Each plane shows a sample of tokens by the layer's "
-    "input along the two features' directions, blue where the output's pre-activation is above zero and red below, "
-    "outlined where both features are active. Features are named by their index and the tokens they fire on most."
+    "A bilinear layer multiplies, so its weights say whether two input features together do something to an output "
+    "feature that neither does alone. Each entry is such a pair. Its truth table is given twice. The first is read "
+    "from the weights, for the pair alone at the features' typical activations. The second is measured on texts: "
+    "the output's mean pre-activation with neither, one or both of them active. An entry is here if the pair fires "
+    "together, and if both tables and the share of tokens on which the output fires show the motif. Its strength is "
+    "the least of the two gaps and of what the pair itself adds or takes away, in units of the output's typical "
+    "activation.\n\n"
+    "The measured table includes everything that comes along when the pair is active. What the pair itself adds is "
+    "its cross term, which is exact on every token. It is the first number beside each text and the colour of the "
+    "tokens (blue adds, red takes away); the second number is the whole pre-activation there. Each plane shows a "
+    "sample of tokens by the layer's input along the two features' directions. A point is blue if the output's "
+    "pre-activation is above zero and red if it is below, and it is outlined if both features are active. Features "
+    "are named by their index and the tokens they fire on most."
 )
 HEADINGS = {
-    "and": ("AND", "The output is driven by two features together, by neither alone."),
-    "xor": ("XOR", "Either feature drives the output, both together do not."),
+    "and": ("AND", "Two features together drive the output, and neither does alone."),
+    "xor": ("XOR", "Either feature drives the output, but both together do not."),
     "negation": ("AND NOT", "The first feature drives the output unless the second is there."),
     "inhibition": ("Inhibition", "Two features that do little alone hold the output down together."),
 }
@@ -73,7 +74,8 @@ def _overview(gallery: MotifGallery) -> list[Html]:
     long = table(
         [[r.layer, HEADINGS[r.kind][0], r.in_weights, r.measured, r.held, r.families] for r in counts.itertuples()],
         ["layer", "motif", "in the weights", "measured", "hold on texts", "counted once"],
-        f"In the weights: of pairs that fire together, from a strength of {FLOOR:g} on. The strongest are measured.",
+        f"The weights are searched for pairs that fire together, with a strength of at least {FLOOR:g}. The strongest "
+        "are measured.",
     )
     return [table(rows, header, caption), details("From the weights to what holds", long)]
 
@@ -87,11 +89,12 @@ def _entry(entry: GalleryEntry, wordpiece: bool) -> list[Html | str]:
             for case, mean, share, count in zip(CASES, entry.measured, entry.fires, entry.counts, strict=True)
         ],
         ["active", "weights", "measured", "fires", "tokens"],
-        f"Pre-activation of {entry.output_name}; where it fires it has {entry.typical:.3g} on the mean",
+        f"The pre-activation of {entry.output_name}. Where it fires, its mean is {entry.typical:.3g}.",
     )
     prose = (
-        f"Strength {entry.strength:.2f}. Where both are active the mean pre-activation is {entry.whole:+.2f}: the "
-        f"pair's cross term {entry.part:+.2f}, all else {entry.whole - entry.part:+.2f}. The output feature promotes "
+        f"Strength {entry.strength:.2f}. Where both are active, the mean pre-activation is {entry.whole:+.2f}: "
+        f"the pair's cross term gives {entry.part:+.2f} and all else {entry.whole - entry.part:+.2f}. "
+        "The output feature promotes "
         f"{', '.join(f'“{token}”' for token in entry.promoted)}."
     )
     scale = max((abs(value) for example in entry.examples for value in example.values), default=1.0) or 1.0

@@ -156,19 +156,19 @@ def graph_page(
 
 
 HOW_TO_READ = (
-    "Columns are the tokens of the text, rows go up through the layers: token embeddings at the bottom, then the "
-    "features of the SAEs on every MLP's input and output, the target on top. Attention moves things between columns; "
-    "an edge says how much, and through which head most of it. An MLP is bilinear: what it adds is a sum over pairs of "
-    "its input's features, so its edges join two features in a dot before they reach the third. With “halved”, each "
-    "member of a pair gets one half, its Shapley value.\n\n"
+    "Columns are the tokens of the text. Rows go up through the layers: token embeddings are at the bottom, then "
+    "come the features of the SAEs on every MLP's input and output, and the target is on top. Attention moves "
+    "things between columns; an edge says how much, and which head moves most of it. An MLP is bilinear: what it "
+    "adds is a sum over pairs of its input's features, so its edges join two features in a dot before they reach "
+    "the third. With “halved”, each member of a pair gets one half, its Shapley value.\n\n"
     "A node's size is its influence: the share of the target that passes through it, by absolute contributions. An "
-    "edge's width is its influence too, its colour the sign of its number. A feature's number is the activation, and "
-    "the parts listed when it is opened add up to it, with what was pruned kept as “other …”. Attention patterns, norm "
-    "scales and the set of active features are those of this forward pass."
+    "edge's width is its influence too, and its colour is the sign of its number. A feature's number is its "
+    "activation. The parts that are listed when you open it add up to it, and what was pruned is summed as “other "
+    "…”. Attention patterns, norm scales and the set of active features are those of this forward pass."
 )
 EIGENCIRCUITS = (
-    "What makes a feature of an MLP's output fire, whatever the text: the leading eigenvectors of its interaction "
-    "matrix, read from the weights, and what each of them does on this text."
+    "The leading eigenvectors of a feature's interaction matrix, read from the weights, say what makes it fire on "
+    "any text. Beside them stands what each of them does on this text."
 )
 
 
@@ -299,9 +299,9 @@ def _token_views(tokens: TokenAttribution) -> list[Content]:
     return [
         captioned(
             tokens.to_view(),
-            f"What each token contributed to {tokens.target} ({tokens.actual:+.4f}) through all layers, products "
-            f"halved; biases contributed {tokens.bias:+.4f}. Completeness error {tokens.completeness_error:+.1e}, "
-            f"{tokens.relative_error:.1e} of the absolute parts.",
+            f"The contribution of each token to {tokens.target} ({tokens.actual:+.4f}) through all layers; each of two "
+            f"tokens gets half of their product. Biases contributed {tokens.bias:+.4f}. The completeness error is "
+            f"{tokens.completeness_error:+.1e}, which is {tokens.relative_error:.1e} of the absolute parts.",
         ),
         details("As bars", tokens.plot()),
         details(
@@ -314,7 +314,7 @@ def _token_views(tokens: TokenAttribution) -> list[Content]:
 def _completeness(circuit: Circuit) -> list[Content]:
     frame = circuit.completeness.sort_values("relative_error", ascending=False)
     if frame.empty:
-        return ["That was not checked: this graph comes from elsewhere, and no node of it was taken apart here."]
+        return ["This was not checked: the graph comes from another tool, and bilens took none of its nodes apart."]
     kept = int((~circuit.nodes.kind.isin(["target", "bias", "other"])).sum())
     cause = f"rounding of the model's forward pass in {circuit.dtype or 'float32'}"
     verdict = cause if circuit.is_rounding else f"MORE than {cause} explains, so something is missing from this graph"
@@ -352,8 +352,8 @@ def _checks(circuit: Circuit, faithfulness: Faithfulness | None, edges: Sequence
             shown = shown.loc[largest]
         correlation = ", ".join(f"{kind} {value:.4f}" for kind, value in check.correlation.items())
         caption = (
-            f"Every edge alone, its source removed: the change its number predicts, and the one measured with "
-            f"{check.attention} attention. Correlation: {correlation}."
+            f"Each edge's source is removed alone: this is the change that the edge's number predicts, and the change "
+            f"that is measured with {check.attention} attention. Correlation: {correlation}."
         )
         if len(shown) < len(check.frame):
             caption += f" The largest {len(shown):,} of {len(check.frame):,} are shown."

@@ -80,7 +80,7 @@ class TrainConfig:
         eval_every, checkpoint_every: steps.
 
     Raises:
-        ArgumentError: a value outside its range, or an architecture that there is none of.
+        ArgumentError: a value outside its range, or an architecture that does not exist.
     """
 
     d_model: int = 256

@@ -18,7 +18,7 @@ def test_a_page_of_hostile_labels(gallery, read):
     assert "<script>alert(1)</script>" in page.text  # shown, not obeyed
     assert "None holds on these texts." in page.text  # of the kind without entries
     assert "and 4 more" in page.text
-    assert "the pair's cross term +1.50, all else +1.50" in page.text
+    assert "the pair's cross term gives +1.50 and all else +1.50" in page.text
 
 
 def test_points_stay_in_their_plane(gallery, read):
