@@ -200,12 +200,13 @@ def freeze(
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"dtype is {dtype}, expected torch.float32 or torch.float64.")
     check_model(model)
-    if not isinstance(text_or_tokens, str | Tensor):
-        if not isinstance(text_or_tokens, Sequence | np.ndarray) or isinstance(text_or_tokens, bytes):
-            raise ArgumentError(f"text_or_tokens is {text_or_tokens!r:.80}, expected a text or its tokens.")
-        are_texts = any(isinstance(each, str) for each in text_or_tokens)
-        text_or_tokens = list(text_or_tokens) if are_texts else torch.tensor(text_or_tokens, dtype=torch.long)
-    tokens = model.input_to_tokens(text_or_tokens).clone()  # type: ignore[arg-type]
+    given: Any = text_or_tokens
+    if not isinstance(given, str | Tensor):
+        if not isinstance(given, Sequence | np.ndarray) or isinstance(given, bytes):
+            raise ArgumentError(f"text_or_tokens is {given!r:.80}, expected a text or its tokens.")
+        are_texts = any(isinstance(each, str) for each in given)
+        given = list(given) if are_texts else torch.tensor(given, dtype=torch.long)
+    tokens = model.input_to_tokens(given).clone()
     if len(tokens) != 1:
         raise ArgumentError(f"{len(tokens)} texts were given; attribution takes one at a time.")
     views = check_saes(model, saes)
