@@ -107,6 +107,21 @@ def check_memory(what: str, n_bytes: float) -> None:
         raise ArgumentError(f"{what} needs {n_bytes / 1e9:,.3g} GB of memory; this machine has {there / 1e9:,.3g}.")
 
 
+def check_budget(call: str, n_bytes: int, memory: int, instead: str) -> None:
+    """Refuse a call that would need more bytes than it was given (`ArgumentError`).
+
+    Args:
+        call: the name of the call.
+        n_bytes: the bytes that it would need.
+        memory: the bytes that it may use.
+        instead: what the user can do, such as `"ask for fewer outputs at a time"`.
+    """
+    if n_bytes > memory:
+        raise ArgumentError(
+            f"{call} needs {n_bytes:,} bytes, and memory is {memory:,}: {instead}, or allow more memory."
+        )
+
+
 def _is_number(value: object) -> TypeGuard[float]:
     """A finite one, within the range of a float."""
     if not isinstance(value, int | float) or isinstance(value, bool):

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_index, check_sizes
+from bilens._core.checks import check_budget, check_index, check_sizes
 from bilens._core.typing import typed
 from bilens.decompose.fidelity import Fidelity, measure_fidelity
 from bilens.decompose.interactions import Interactions, PairNames, unequal_rows
@@ -203,23 +203,35 @@ class Decomposer:
     # --- from the weights alone ---------------------------------------------------------------------------------------
 
     @typed
-    def interaction(self, output: Output, basis: Basis = "residual", side: Side = "encoder") -> Float[Tensor, "*n d d"]:
+    def interaction(
+        self, output: Output, basis: Basis = "residual", side: Side = "encoder", *, memory: int = 2**32
+    ) -> Float[Tensor, "*n d d"]:
         """The symmetric interaction matrix of each output: `u . mlp(x) = x^T Q_u x` (plus bias terms).
 
         Args:
             output: features or directions (see the class).
             basis: `"residual"` (d = d_model) or `"features"` (d = the input SAE's d_sae: `D Q D^T` with its decoder).
             side: the encoder or decoder direction of an output feature; does not matter for directions.
+            memory: bytes for the matrices and for making them, which takes three times as many; 4 GiB by default.
 
         Raises:
-            ArgumentError: the output is neither features nor directions, or there is no such basis or side.
+            ArgumentError: the output is neither features nor directions, there is no such basis or side, or `memory` is
+                less than that.
             MissingSAEError: features without an output SAE, or the feature basis without an input SAE.
             OutOfRangeError: no such feature.
             SAEMismatchError: directions of another width, the feature basis of an SAE on `hook_resid_mid`, or the
                 encoder side of an SAE that has no encoder directions.
         """
-        matrix = interaction_matrix(self.weights, self.directions(output, side))
-        return matrix if basis == "residual" else in_basis(matrix, self.input_directions())
+        u, directions = self.directions(output, side), None if basis == "residual" else self.input_directions()
+        width, count = u.shape[-1] if directions is None else len(directions), u.shape[:-1].numel()
+        check_budget(
+            f"interaction of {count:,} outputs ({width:,} x {width:,} each)",
+            3 * count * width**2 * u.element_size(),
+            memory,
+            "ask for fewer outputs at a time",
+        )
+        matrix = interaction_matrix(self.weights, u)
+        return matrix if directions is None else in_basis(matrix, directions)
 
     @typed
     def linear(self, output: Output, side: Side = "encoder") -> Float[Tensor, "*n d_model"]:
@@ -260,12 +272,12 @@ class Decomposer:
         u, d_model = self.directions(output, side), self.model.cfg.d_model
         check_pairs(d_model, k, order)
         batch, pairs = u.shape[:-1], d_model if k is None else k
-        need = batch.numel() * pairs * (d_model + 4) * self.weights.W_out.element_size()
-        if need > memory:
-            raise ArgumentError(
-                f"{pairs} eigenpairs of {batch.numel():,} outputs take {need:,} bytes, and memory is {memory:,}: ask "
-                "for fewer pairs (`k`), for fewer outputs at a time, or allow more memory."
-            )
+        check_budget(
+            f"eigen ({pairs} pairs of {batch.numel():,} outputs)",
+            batch.numel() * pairs * (d_model + 4) * self.weights.W_out.element_size(),
+            memory,
+            "ask for fewer pairs (`k`) or for fewer outputs at a time",
+        )
         found = top_eigenpairs(self.weights, u.reshape(-1, d_model), pairs, order=order, memory=memory, progress=False)
         parts = (found.values, found.vectors, found.norms)
         values, vectors, norms = (part.view(batch + part.shape[1:]) for part in parts)
@@ -280,8 +292,11 @@ class Decomposer:
         side: Side = "encoder",
         *,
         activations: Float[Tensor, "d_sae"] | None = None,
+        memory: int = 2**32,
     ) -> Interactions:
         """The `n` largest interactions of each output between input features, self and cross together.
+
+        One output is looked at after the other, so what this needs does not grow with their number.
 
         Args:
             output: the same as for `interaction`.
@@ -291,26 +306,41 @@ class Decomposer:
                 gives: ranks by `|coefficient * f_i * f_j|`. Without, by `|coefficient|`, which is per unit of
                 activation; where the decoder rows are not of one length, that says more of the SAE's units than of the
                 layer, and the result says so.
+            memory: bytes to work in, 48 for every two input features; 4 GiB by default.
+
+        Raises:
+            ArgumentError: less memory than that; and as for `interaction`.
         """
-        matrix = self.interaction(output, basis="features", side=side)
-        batch = matrix if matrix.ndim == 3 else matrix[None]
-        d_sae = batch.shape[-1]
-        rows, columns = torch.tril_indices(d_sae, d_sae, device=batch.device)
+        directions, u = self.input_directions(), torch.atleast_2d(self.directions(output, side))
+        d_sae = len(directions)
+        check_budget(
+            f"top_interactions between {d_sae:,} input features",
+            12 * d_sae**2 * u.element_size(),
+            memory,
+            "use strongest_interactions, which never forms all pairs",
+        )
+        rows, columns = torch.tril_indices(d_sae, d_sae, device=u.device)
         if not 1 <= n <= len(rows):
             raise OutOfRangeError(f"n is {n}, expected 1 to {len(rows)}, the number of pairs of {d_sae} features.")
-        coefficients = batch[:, rows, columns] * torch.where(rows == columns, 1.0, 2.0)
         if activations is not None and activations.shape != (d_sae,):
             raise ArgumentError(
                 f"activations of shape {tuple(activations.shape)}, expected one for each of the {d_sae} input features."
             )
-        fires = None if activations is None else activations.to(batch)[rows] * activations.to(batch)[columns]
-        top = (coefficients if fires is None else coefficients * fires).abs().topk(n, dim=-1).indices
+        fires = None if activations is None else activations.to(u)[rows] * activations.to(u)[columns]
+        found = []
+        for one in u:
+            matrix = in_basis(interaction_matrix(self.weights, one), directions)
+            coefficients = matrix[rows, columns].mul_(2.0)
+            coefficients[rows == columns] *= 0.5
+            best = (coefficients if fires is None else coefficients * fires).abs().topk(n).indices
+            found.append((best, coefficients[best]))
+        top, kept = (torch.stack(parts) for parts in zip(*found, strict=True))
         return self._interactions(
             output,
-            torch.arange(len(batch)).repeat_interleave(n),
+            torch.arange(len(u)).repeat_interleave(n),
             columns[top].flatten(),
             rows[top].flatten(),
-            coefficients.gather(-1, top).flatten(),
+            kept.flatten(),
             weight=None if fires is None else fires[top].flatten(),
             note=unequal_rows(self.input_directions()) if fires is None else "",
         )
