@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bilens.attribute import Circuit, Target, freeze, from_attribution_graph, trace_circuit
@@ -314,3 +315,22 @@ def test_graphs_of_other_programs(circuit):
 def test_damaged_graphs(graph):
     with pytest.raises(CheckpointError, match="attribution graph"):
         from_attribution_graph(graph)
+
+
+def test_rounding_takes_no_cumulative_influence_past_one(circuit):
+    generator = np.random.default_rng(2)
+    for _ in range(200):
+        nodes = circuit.nodes.assign(influence=generator.random(len(circuit.nodes)))
+        ranked = nodes[nodes.kind != "target"].influence.sort_values(ascending=False)
+        if (ranked.cumsum() / ranked.sum()).max() > 1:
+            break
+    shown = [node.get("influence") for node in replace(circuit, nodes=nodes).to_attribution_graph()["nodes"]]
+    assert (ranked.cumsum() / ranked.sum()).max() > 1
+    assert max(share for share in shown if share is not None) == 1
+
+
+def test_targets_of_a_graph_of_others_start_with_influence_one_together(frozen):
+    graph = trace_circuit(frozen, [Target.logit(7), Target.logit(9)], max_nodes=20).to_attribution_graph()
+    del graph["bilens"]
+    nodes = from_attribution_graph(graph).nodes
+    assert nodes[nodes.kind == "target"].influence.sum() == pytest.approx(1)
