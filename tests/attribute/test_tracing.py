@@ -139,3 +139,12 @@ def test_a_trace_through_dense_saes_stays_in_bounds(monkeypatch):
         assert found.n_found > 50_000
 
     assert peak_of(trace) < writes / 2
+
+
+def test_a_few_reads_at_a_time_give_the_same(frozen, monkeypatch):
+    reads, one = read_targets(frozen, Target.logit(7)), torch.ones(1, dtype=torch.float64)
+    whole = propagate(frozen, reads, one, max_nodes=20)
+    monkeypatch.setattr(tracing, "FIELD_BYTES", 2**14)
+    monkeypatch.setattr(passes, "WRITES_BYTES", 2**10)
+    found = propagate(freeze(frozen.model, TOKENS, saes_of(kind="topk", k=5)), reads, one, max_nodes=20)
+    torch.testing.assert_close(found.influence, whole.influence)
