@@ -53,7 +53,10 @@ def shown(value: Any) -> dict[str, str]:
         return {"view": value.to_html(include_plotlyjs=True, config={"displayModeBar": False})}
     text = pprint.pformat(value, width=110, compact=True) if isinstance(value, list | tuple | dict) else str(value)
     html = value._repr_html_() if hasattr(value, "_repr_html_") else ""
-    return {"text": text} | ({"view" if len(html) > LARGE else "html": html} if html else {})
+    if len(html) <= LARGE:
+        return {"text": text} | ({"html": html} if html else {})
+    # A page is drawn as it is: in the frame that a notebook gives it, a screenshot would come too early.
+    return {"text": text, "view": value.to_page().to_html() if hasattr(value, "to_page") else html}
 
 
 def picture(html: str, folder: Path) -> str:
@@ -61,9 +64,10 @@ def picture(html: str, folder: Path) -> str:
     from PIL import Image, ImageChops
 
     page, shot = folder / "page.html", folder / "shot.png"
-    page.write_text(
-        f'<meta charset="utf-8"><style>body {{ margin: 0; background: white }}</style>{html}', encoding="utf-8"
+    blank = (
+        "" if html.startswith("<!") else '<meta charset="utf-8"><style>body { margin: 0; background: white }</style>'
     )
+    page.write_text(blank + html, encoding="utf-8")
     options = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking hide-scrollbars"
     options += " disable-component-update disable-sync virtual-time-budget=8000"
     where = [f"--user-data-dir={folder / 'profile'}", f"--window-size={WIDTH + 20},1400", f"--screenshot={shot}"]
