@@ -258,7 +258,6 @@ def command_cases(f: Fixtures, rng: random.Random) -> Iterator[Case]:
                         words[parameter.name] = value
                     else:
                         options += [parameter.opts[0], value]
-                    os.chdir(folder)
                     result = runner.invoke(cli.app, [command, *words.values(), *options])
                     if result.exception is not None and not isinstance(result.exception, SystemExit):
                         raise result.exception
@@ -297,6 +296,7 @@ def attempts(cases: list[Case], memory: int) -> Iterator[str]:
 
 def verdict(case: Case) -> str:
     with TemporaryDirectory() as folder:
+        os.chdir(folder)  # what a case writes under a relative name goes with it
         try:
             case.run(Path(folder))
         except BilensError:
