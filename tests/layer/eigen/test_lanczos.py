@@ -597,7 +597,7 @@ def test_eigen_of_many_features_forms_no_matrix(monkeypatch):
     assert_close(found.values.abs().double(), sorted_eigenpairs(every, 2)[0].abs(), rtol=TOLERANCE, atol=0)
     lowest = decomposer.eigen(features, k=3, order="negative")
     assert_close(lowest.values.double(), torch.linalg.eigvalsh(every)[:, :3], rtol=TOLERANCE, atol=0)
-    with pytest.raises(ArgumentError, match="needs 545,259,520 bytes, and memory is 1,000"):
+    with pytest.raises(ArgumentError, match=r"needs 545,259,520 bytes, and memory is 1,000"):
         decomposer.eigen(torch.arange(2048), memory=1000)
 
 
