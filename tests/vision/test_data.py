@@ -224,7 +224,9 @@ def test_sources_that_are_none(source: Any) -> None:
         load_images(source)
 
 
-@pytest.mark.parametrize("images", [None, "abc", [[1], [1, 2]], {"a": 1}, object()], ids=repr)
+@pytest.mark.parametrize(
+    "images", [None, "abc", [[1], [1, 2]], {"a": 1}, object()], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_array(images: Any) -> None:
     with pytest.raises(ImageDataError):
         ImageDataset.from_arrays(images, TRAIN_LABELS)
