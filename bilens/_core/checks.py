@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_SEED = 2**32 - 1  # of every generator: numpy's takes no larger one
+MEMORY = 2**30  # bytes that a call works in, if it is not told otherwise
 
 
 def check_sizes(**sizes: object) -> None:
@@ -107,7 +108,7 @@ def check_memory(what: str, n_bytes: float) -> None:
         raise ArgumentError(f"{what} needs {n_bytes / 1e9:,.3g} GB of memory; this machine has {there / 1e9:,.3g}.")
 
 
-def check_budget(call: str, n_bytes: int, memory: int, instead: str) -> None:
+def check_budget(call: str, n_bytes: float, memory: int, instead: str = "") -> None:
     """Refuse a call that would need more bytes than it was given (`ArgumentError`).
 
     Args:
@@ -116,10 +117,22 @@ def check_budget(call: str, n_bytes: int, memory: int, instead: str) -> None:
         memory: the bytes that it may use.
         instead: what the user can do, such as `"ask for fewer outputs at a time"`.
     """
+    check_sizes(memory=memory)
     if n_bytes > memory:
-        raise ArgumentError(
-            f"{call} needs {n_bytes:,} bytes, and memory is {memory:,}: {instead}, or allow more memory."
-        )
+        ways = f"{instead}, or allow more memory" if instead else "allow more memory"
+        raise ArgumentError(f"{call} needs {int(n_bytes):,} bytes, and memory is {memory:,}: {ways}.")
+
+
+def how_many_fit(call: str, each: float, memory: int, instead: str = "", *, besides: float = 0) -> int:
+    """How many rows a call can work on at a time; it is refused where not even one fits (`ArgumentError`).
+
+    Args:
+        call, memory, instead: the same as for `check_budget`.
+        each: the bytes that one row takes.
+        besides: the bytes that are needed for as long as it works, however many rows there are.
+    """
+    check_budget(call, besides + each, memory, instead)
+    return int((memory - besides) // max(each, 1))
 
 
 def _is_number(value: object) -> TypeGuard[float]:

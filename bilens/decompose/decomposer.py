@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_budget, check_index, check_sizes
+from bilens._core.checks import MEMORY, check_budget, check_index, check_sizes
 from bilens._core.typing import typed
 from bilens.decompose.fidelity import Fidelity, measure_fidelity
 from bilens.decompose.interactions import Interactions, PairNames, unequal_rows
@@ -52,6 +52,7 @@ from bilens.layer.bilinear import (
     interaction_matrix,
     linear_term,
     pair_products,
+    triple_coefficients,
 )
 from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
 from bilens.layer.eigen.circuits import Eigencircuits
@@ -212,7 +213,7 @@ class Decomposer:
             output: features or directions (see the class).
             basis: `"residual"` (d = d_model) or `"features"` (d = the input SAE's d_sae: `D Q D^T` with its decoder).
             side: the encoder or decoder direction of an output feature; does not matter for directions.
-            memory: bytes for the matrices and for making them, which takes three times as many; 4 GiB by default.
+            memory: bytes to work in, and at most as many for the result; 4 GiB by default.
 
         Raises:
             ArgumentError: the output is neither features nor directions, there is no such basis or side, or `memory` is
@@ -251,7 +252,7 @@ class Decomposer:
         side: Side = "encoder",
         *,
         order: Order = "size",
-        memory: int = 2**30,
+        memory: int = MEMORY,
     ) -> Eigencircuits:
         """Eigenpairs of the interaction matrix in the residual basis, by falling absolute eigenvalue or by sign.
 
@@ -263,7 +264,7 @@ class Decomposer:
             k: the number of eigenpairs; `None` gives all `d_model`.
             side: the same as for `interaction`.
             order: `"size"`; `"positive"`, the most positive first; `"negative"`, the most negative first.
-            memory: bytes that the result may take, and as many to work in.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
 
         Raises:
             ArgumentError: less memory than that, or directions that are not finite; and as for `interaction`.
@@ -292,11 +293,11 @@ class Decomposer:
         side: Side = "encoder",
         *,
         activations: Float[Tensor, "d_sae"] | None = None,
-        memory: int = 2**32,
+        memory: int = MEMORY,
     ) -> Interactions:
         """The `n` largest interactions of each output between input features, self and cross together.
 
-        One output is looked at after the other, so what this needs does not grow with their number.
+        The matrix of all pairs is never held whole: see `bilens.layer.pairs`.
 
         Args:
             output: the same as for `interaction`.
@@ -306,43 +307,30 @@ class Decomposer:
                 gives: ranks by `|coefficient * f_i * f_j|`. Without, by `|coefficient|`, which is per unit of
                 activation; where the decoder rows are not of one length, that says more of the SAE's units than of the
                 layer, and the result says so.
-            memory: bytes to work in, 48 for every two input features; 4 GiB by default.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
 
         Raises:
-            ArgumentError: less memory than that; and as for `interaction`.
+            ArgumentError: less memory than the smallest blocks take; and as for `interaction`.
         """
         directions, u = self.input_directions(), torch.atleast_2d(self.directions(output, side))
-        d_sae = len(directions)
-        check_budget(
-            f"top_interactions between {d_sae:,} input features",
-            12 * d_sae**2 * u.element_size(),
-            memory,
-            "use strongest_interactions, which never forms all pairs",
-        )
-        rows, columns = torch.tril_indices(d_sae, d_sae, device=u.device)
-        if not 1 <= n <= len(rows):
-            raise OutOfRangeError(f"n is {n}, expected 1 to {len(rows)}, the number of pairs of {d_sae} features.")
-        if activations is not None and activations.shape != (d_sae,):
+        if activations is not None and activations.shape != (len(directions),):
             raise ArgumentError(
-                f"activations of shape {tuple(activations.shape)}, expected one for each of the {d_sae} input features."
+                f"activations of shape {tuple(activations.shape)}, expected one for each of the {len(directions)} "
+                "input features."
             )
-        fires = None if activations is None else activations.to(u)[rows] * activations.to(u)[columns]
-        found = []
-        for one in u:
-            matrix = in_basis(interaction_matrix(self.weights, one), directions)
-            coefficients = matrix[rows, columns].mul_(2.0)
-            coefficients[rows == columns] *= 0.5
-            best = (coefficients if fires is None else coefficients * fires).abs().topk(n).indices
-            found.append((best, coefficients[best]))
-        top, kept = (torch.stack(parts) for parts in zip(*found, strict=True))
+        fires = None if activations is None else activations.to(u)
+        scaled = directions if fires is None else directions * fires[:, None]
+        found = [top_pairs(self.weights, one, scaled, None, n, memory=memory) for one in u]
+        i, j, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+        row = torch.arange(len(u), device=i.device).repeat_interleave(n)
         return self._interactions(
             output,
-            torch.arange(len(u)).repeat_interleave(n),
-            columns[top].flatten(),
-            rows[top].flatten(),
-            kept.flatten(),
-            weight=None if fires is None else fires[top].flatten(),
-            note=unequal_rows(self.input_directions()) if fires is None else "",
+            row,
+            i,
+            j,
+            scores if fires is None else triple_coefficients(self.weights, u, directions, row, i, j),
+            weight=None if fires is None else fires[i] * fires[j],
+            note=unequal_rows(directions) if fires is None else "",
         )
 
     @typed
@@ -356,6 +344,7 @@ class Decomposer:
         *,
         left_names: Sequence[str] | None = None,
         right_names: Sequence[str] | None = None,
+        memory: int = MEMORY,
     ) -> Interactions:
         """The `n` largest interactions of each output between any two sets of input directions.
 
@@ -369,9 +358,10 @@ class Decomposer:
             n: the number of pairs for each output.
             side: the same as for `interaction`.
             left_names, right_names: one each, for tables and plots.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
 
         Raises:
-            ArgumentError: there are not as many names as directions.
+            ArgumentError: there are not as many names as directions, or less memory than the smallest blocks take.
             OutOfRangeError: fewer than `n` pairs.
             SAEMismatchError: directions of another width.
         """
@@ -388,7 +378,7 @@ class Decomposer:
                 )
         layer, u = self.weights, torch.atleast_2d(self.directions(output, side))
         others = None if right is None else right.to(u)
-        found = [top_pairs(layer, direction, left.to(u), others, n) for direction in u]
+        found = [top_pairs(layer, direction, left.to(u), others, n, memory=memory) for direction in u]
         i, j, coefficients = (torch.cat(parts) for parts in zip(*found, strict=True))
         row = torch.arange(len(u)).repeat_interleave(n)
         ends = left_names, left_names if right is None else right_names
@@ -402,7 +392,7 @@ class Decomposer:
         side: Side = "encoder",
         *,
         full: bool = False,
-        memory: int = 2**30,
+        memory: int = MEMORY,
         method: Method = "auto",
         progress: bool = True,
     ) -> Spectra:
@@ -413,7 +403,7 @@ class Decomposer:
             k: leading eigenpairs of each.
             side: the same as for `interaction`.
             full: also the effective rank, from all eigenvalues: the cost of forming and solving each matrix.
-            memory: bytes to use besides the layer and the result.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
             method: the method that finds the leading pairs; see `bilens.layer.eigen.solve.top_eigenpairs`.
             progress: show a bar.
 
@@ -466,7 +456,7 @@ class Decomposer:
         *,
         inputs: Output | None = None,
         weights: Float[Tensor, "d_sae d_sae"] | None = None,
-        memory: int = 2**30,
+        memory: int = MEMORY,
         progress: bool = True,
     ) -> Interactions:
         """The `n` largest interactions over all (output, input, input) triples of the layer, exactly.
@@ -480,7 +470,7 @@ class Decomposer:
             inputs: between these input features only.
             weights: the weight of every pair of input features, as `FeatureActivations.cofiring` gives it: ranks by
                 `|coefficient * weight|`.
-            memory: bytes to use besides the weights.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
             progress: show a bar.
 
         Raises:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.checks import MEMORY
 from bilens.decompose.decomposer import Decomposer, Side
 from bilens.decompose.interactions import Interactions, merge, unequal_rows
 from bilens.decompose.outputs import Output
@@ -22,7 +23,7 @@ def strongest_interactions(
     *,
     inputs: Output | None = None,
     weights: Sequence[Float[Tensor, "d_sae d_sae"]] | None = None,
-    memory: int = 2**30,
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> Interactions:
     """The `n` largest interactions over all (layer, output, input, input), exactly: of a whole model.
@@ -37,7 +38,7 @@ def strongest_interactions(
         side: encoder or decoder directions of features.
         inputs: between these input features only.
         weights: the weight of every pair of input features, one matrix per layer.
-        memory: bytes to use besides the weights.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
         progress: show a bar per layer.
 
     Raises:

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.checks import MEMORY
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, nearest
@@ -93,7 +94,7 @@ def find_spectra(
     *,
     inputs: Float[Tensor, "d_sae d_model"] | None = None,
     full: bool = False,
-    memory: int = 2**30,
+    memory: int = MEMORY,
     method: Method = "auto",
     progress: bool = True,
 ) -> Spectra:
@@ -105,7 +106,7 @@ def find_spectra(
         k: leading eigenpairs of each.
         inputs: input directions, for the cross share between them.
         full: also the effective rank, from all eigenvalues of every output: the cost of forming and solving each `Q`.
-        memory: bytes to use besides the layer and the result.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
         method: the method that finds the leading pairs; see `top_eigenpairs`.
         progress: show a bar.
 
@@ -126,7 +127,7 @@ def cross_shares(
     layer: BilinearLayer,
     u: Float[Tensor, "n d_model"],
     directions: Float[Tensor, "d_sae d_model"],
-    memory: int = 2**30,
+    memory: int = MEMORY,
 ) -> Float[Tensor, "n"]:
     """Share of `||D Q_u D^T||_F^2` off the diagonal, in float64; 0 where there is nothing.
 
@@ -145,7 +146,7 @@ def cross_shares(
 
 
 @torch.no_grad()
-def effective_ranks(layer: BilinearLayer, u: Float[Tensor, "n d_model"], memory: int = 2**30) -> Float[Tensor, "n"]:
+def effective_ranks(layer: BilinearLayer, u: Float[Tensor, "n d_model"], memory: int = MEMORY) -> Float[Tensor, "n"]:
     """`(sum |l|)^2 / sum l^2` of every `Q_u`, from all its eigenvalues; 0 for a zero matrix."""
     parts = []
     # Branches times coefficients, the raw matrix, Q, and what the solver works in.

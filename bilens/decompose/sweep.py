@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core import parallel
-from bilens._core.checks import check_choice, check_flags, check_sizes
+from bilens._core.checks import MEMORY, check_choice, check_flags, check_sizes
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, read_json, to_path, write_atomically
 from bilens._core.fingerprint import fingerprint, model_fingerprint, sae_fingerprint
@@ -137,7 +137,7 @@ def sweep_layers(
     side: Side = "encoder",
     full: bool = False,
     method: Method = "auto",
-    memory: int = 2**30,
+    memory: int = MEMORY,
     overwrite: bool = False,
 ) -> Sweep:
     """Spectra of all output features of several layers, into a folder; run again, it goes on where it stopped.
@@ -149,7 +149,7 @@ def sweep_layers(
         side: the encoder or decoder direction.
         full: also effective ranks; see `Decomposer.spectra`.
         method: see `top_eigenpairs`.
-        memory: bytes to use besides the layer and the result.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
         overwrite: remove another sweep that is in the folder, instead of refusing.
 
     Raises:

@@ -24,6 +24,9 @@ from bilens._core.checks import check_finite
 from bilens.errors import ArgumentError, NotBilinearError
 from bilens.model.transformer import HookedBilinearTransformer
 
+# Of products in bfloat16: both factors are rounded to eight bits, so is the result; a little for sums in float32.
+BFLOAT16_FACTORS, BFLOAT16_RESULT = 2.0**-8 * 1.1, 2.0**-8
+
 
 @dataclass(frozen=True)
 class BilinearLayer:
@@ -214,14 +217,6 @@ def triple_coefficients(
     for rows in torch.arange(len(i)).split(max(1, 2**20 // c.shape[1])):
         parts.append((c[place[rows]] * products(made[first[rows]], made[second[rows]])).sum(1))
     return torch.cat(parts) * torch.where(i == j, 1.0, 2.0).to(c)
-
-
-def apply_interaction(
-    layer: BilinearLayer, u: Float[Tensor, "d_model"], x: Float[Tensor, "n d_model"]
-) -> Float[Tensor, "n d_model"]:
-    """`Q_u x` of every row, through the branches."""
-    c, made = hidden_coefficients(layer, u), branches(layer, x)
-    return 0.5 * ((c * made.left) @ layer.W_in.T + (c * made.right) @ layer.W_gate.T)
 
 
 def search_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

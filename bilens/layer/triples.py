@@ -32,12 +32,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.checks import MEMORY
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
-from bilens.layer.bilinear import BilinearLayer, branches, products, search_dtype, triple_coefficients
+from bilens.layer.bilinear import (
+    BFLOAT16_FACTORS,
+    BFLOAT16_RESULT,
+    BilinearLayer,
+    branches,
+    products,
+    search_dtype,
+    triple_coefficients,
+)
 
 TOLERANCE = 2.0**-10
-# Both factors are rounded to eight bits, so is the result; a little for the accumulation in float32.
-BFLOAT16_FACTORS, BFLOAT16_RESULT = 2.0**-8 * 1.1, 2.0**-8
 ROWS, FEATURES, OUTPUTS = 2048, 64, 512  # pairs at a time, input features whose H are held, outputs in a block
 SAMPLE = 2048  # pairs to learn the metric from
 SETTLE = 1024  # candidates that wait for their float64 values
@@ -70,7 +77,7 @@ def top_triples(
     *,
     weights: Float[Tensor, "n_in n_in"] | None = None,
     floor: float = 0.0,
-    memory: int = 2**30,
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> Triples:
     """The `n` triples of largest `|coefficient|` (times `|weight|`), exactly; see the module for how.
@@ -84,7 +91,7 @@ def top_triples(
         n: the number of triples.
         weights: symmetric, one per pair of inputs, dense.
         floor: leave out what is below this `|score|`.
-        memory: bytes to use besides the arguments.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
         progress: show a bar.
 
     Raises:

@@ -193,9 +193,12 @@ def test_the_largest_of_all_pairs(decomposer, output, n, side):
     Q = decomposer.interaction(output, basis="features", side=side)
     top, expected = decomposer.top_interactions(output, n=n, side=side), brute_force(Q)[:n]
     assert top.output.tolist() == [output] * n
-    # Coefficients are read off one matrix: equal to the bit, and no two of these random ones are equal.
-    assert list(zip(top.i.tolist(), top.j.tolist(), top.coefficient.tolist(), strict=True)) == expected
-    assert len({(i, j) for i, j, _ in expected}) == n
+    found = dict(zip(zip(top.i.tolist(), top.j.tolist(), strict=True), top.coefficient.tolist(), strict=True))
+    every = {(i, j): coefficient for i, j, coefficient in brute_force(Q)}
+    assert len(found) == n
+    # float32 sums of a few dozen terms; pairs that differ by less may change places.
+    assert found == pytest.approx({pair: every[pair] for pair in found}, abs=1e-5)
+    assert top.coefficient.abs().tolist() == pytest.approx([abs(pair[2]) for pair in expected], abs=1e-5)
     assert (top.i <= top.j).all()
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from bilens._core.checks import MEMORY
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError, nearest
@@ -135,7 +136,7 @@ def top_eigenpairs(
     *,
     order: Order = "size",
     tolerance: float = 1e-4,
-    memory: int = 2**30,
+    memory: int = MEMORY,
     method: Method = "auto",
     seed: int = 0,
     progress: bool | Callable[[int, int], object] = True,
@@ -148,7 +149,7 @@ def top_eigenpairs(
         k: small against d_model for a search to pay; all `d_model` for whole spectra.
         order: `"size"`, the largest absolute values; `"positive"`, the most positive; `"negative"`, the most negative.
         tolerance: relative error of every eigenvalue, as estimated, which is cautiously.
-        memory: bytes to use besides the layer and the result.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
         method: `"lanczos"` never forms a `Q`; `"block"` forms them in low precision, and searches with many vectors at
             once, by absolute value only; `"dense"` forms and solves all in float64; `"auto"` takes what needs the
             fewest operations: the same for the same shapes, `k`, dtype and kind of device.
@@ -269,7 +270,7 @@ class _Work:
     Attributes:
         layer, u: rescaled; `exponents`: `Q` is so many powers of two larger.
         wanted: the pairs.
-        memory: bytes to use.
+        memory: the bytes to work in.
         search_dtype: the type that searches multiply in.
     """
 
