@@ -1,6 +1,7 @@
 """Interaction tensors, eigencircuits, and the `Decomposer` over them."""
 
 from bilens.decompose.decomposer import Decomposer
+from bilens.decompose.explanation import Explanation
 from bilens.decompose.interactions import Interactions
 from bilens.decompose.layers import strongest_interactions
 from bilens.decompose.replacing import replace_mlp
@@ -13,6 +14,7 @@ __all__ = [
     "Attribution",
     "Decomposer",
     "Eigencircuits",
+    "Explanation",
     "Interactions",
     "LayerSimilarity",
     "Sweep",

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from bilens._core.bare import require_bare
 from bilens._core.checks import MEMORY, check_budget, check_index, check_sizes
 from bilens._core.typing import typed
+from bilens.decompose.explanation import explain
 from bilens.decompose.fidelity import Fidelity, measure_fidelity
 from bilens.decompose.interactions import Interactions, PairNames, unequal_rows
 from bilens.decompose.motifs import Motifs, find_motifs
@@ -56,7 +57,7 @@ from bilens.layer.bilinear import (
 )
 from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
 from bilens.layer.eigen.circuits import Eigencircuits
-from bilens.layer.eigen.pairs import Order, check_pairs
+from bilens.layer.eigen.pairs import Order, check_pairs, sorted_eigenpairs
 from bilens.layer.eigen.solve import Method, top_eigenpairs
 from bilens.layer.hosvd import HOSVD, input_gram, output_gram, singular
 from bilens.layer.inner import inner_products
@@ -766,17 +767,21 @@ class Decomposer:
         text_or_tokens: str | Sequence[int] | Int[Tensor, "p"] | Int[Tensor, "1 p"],
         feature: SupportsIndex,
         position: SupportsIndex,
+        *,
+        circuits: Eigencircuits | None = None,
     ) -> Attribution:
-        """The exact expansion of one output feature's pre-activation at one token.
+        """The exact expansion of one output feature's pre-activation at one token: by eigencircuits, and by pairs.
 
         Args:
             text_or_tokens: one text (`[BOS]` is prepended), or its tokens as they are.
             feature: a feature of the output SAE, active there or not.
             position: `[BOS]` counted; negative counts from the end.
+            circuits: the sum of squares to tell it by, such as `eigen(feature)` gives; all of it, for the parts have
+                to add up. `None` takes the eigenpairs of the interaction matrix.
 
         Raises:
             AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
-            ArgumentError: several texts, or a feature or position that is no integer.
+            ArgumentError: several texts, a feature or position that is no integer, or circuits that do not add up.
             EmptyTextError, ContextLengthError: the text does not fit.
             MissingSAEError: it needs both SAEs.
             OutOfRangeError: no such feature or position.
@@ -806,21 +811,30 @@ class Decomposer:
         contributions = pair_products(weights, u[0], branches(weights, sources, ones), ones)
         inputs, activations = read.features[0], read.values[0]
         pairs = contributions[: len(inputs), : len(inputs)]
+        common: dict[str, Any] = {
+            "layer": self.layer,
+            "feature": feature,
+            "position": position,
+            "tokens": self.token_strings(tokens[0]),
+            "inputs": inputs,
+            "activations": activations,
+            "actual": view_out.pre_activations(y)[0, feature].item(),
+            "active": bool(view_out.activations(y)[0, feature] != 0),
+            "input_names": self.input_names,
+            "output_names": self.output_names,
+            "dtype": self.model.cfg.dtype,
+        }
+        if circuits is None:
+            values, vectors = sorted_eigenpairs(interaction_matrix(weights, u[0]))
+        else:  # they are of the encoder's own direction: the SAE's scale on this token is in `u`
+            values, vectors = circuits.values.to(u) * written.scale_in[0], circuits.vectors.to(u)
+        explanation = explain(weights, u[0], sources[:-1], values, vectors, output_bias=output_bias[0].item(), **common)
         return Attribution(
-            layer=self.layer,
-            feature=feature,
-            position=position,
-            tokens=self.token_strings(tokens[0]),
-            inputs=inputs,
-            activations=activations,
             interactions=(pairs / (activations[:, None].double() * activations)).float(),
             contributions=contributions.float(),
             output_bias=output_bias[0].float().item(),
-            actual=view_out.pre_activations(y)[0, feature].item(),
-            active=bool(view_out.activations(y)[0, feature] != 0),
-            input_names=self.input_names,
-            output_names=self.output_names,
-            dtype=self.model.cfg.dtype,
+            explanation=explanation,
+            **common,
         )
 
     # --- directions ---------------------------------------------------------------------------------------------------

@@ -71,15 +71,15 @@ class FeatureCircuit(Paged):
         return str(feature) if names is None else names[feature]
 
     def to_frame(self) -> pd.DataFrame:
-        """The pairs of the attribution; see `Attribution.to_frame`."""
+        """The eigencircuits of the attribution; see `Explanation.to_frame`."""
         return self.attribution.to_frame()
 
     def plot(self) -> go.Figure:
-        """The pairs of the attribution; see `Attribution.plot`."""
+        """The eigencircuits of the attribution; see `Explanation.plot`."""
         return self.attribution.plot()
 
     def __str__(self) -> str:
-        return f"{self.attribution}\n{self.to_frame().head(10).to_string(index=False)}"
+        return str(self.attribution)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 from bilens._core.checks import name_of
 from bilens._core.completeness import Complete
 from bilens._core.display import Tabular
+from bilens.decompose.explanation import Explanation, parts_needed
 from bilens.draw import plots
 
 BIAS_SOURCES = ("b_dec", "error", "mlp bias")
@@ -20,9 +21,10 @@ BIAS_SOURCES = ("b_dec", "error", "mlp bias")
 
 @dataclass(frozen=True)
 class Attribution(Complete, Tabular):
-    """The exact expansion of one output feature's pre-activation at one token.
+    """The exact expansion of one output feature's pre-activation at one token, in two views.
 
-    The layer's input is split into sources that add up to it: each active input feature `f_i d_i`, then the input SAE's
+    The first is `explanation`: few eigencircuits, in a sentence, a table and a picture. The second is pairs: the
+    layer's input is split into sources that add up to it: each active input feature `f_i d_i`, then the input SAE's
     `b_dec`, its reconstruction `error`, and the constant 1 that MLP biases multiply. `contributions[s, t]` is what the
     pair of sources adds (a cross pair `s != t` stands at both `[s, t]` and `[t, s]`, half each); `output_bias` is what
     the output SAE itself adds (`- e . b_dec + b`). All of them together are the pre-activation.
@@ -37,6 +39,7 @@ class Attribution(Complete, Tabular):
         output_bias: the part that does not come from the layer.
         actual: the pre-activation the output SAE computes from the model's own `hook_mlp_out`, before its top-k.
         active: true if the feature is among those the output SAE lets through.
+        explanation: the same pre-activation as a sum of squares.
         dtype: the type of the model's forward pass.
     """
 
@@ -51,6 +54,7 @@ class Attribution(Complete, Tabular):
     output_bias: float
     actual: float
     active: bool
+    explanation: Explanation = field(repr=False)
     input_names: Sequence[str] | None = field(default=None, repr=False)
     output_names: Sequence[str] | None = field(default=None, repr=False)
     dtype: torch.dtype = field(default=torch.float32, repr=False)
@@ -85,7 +89,26 @@ class Attribution(Complete, Tabular):
                 groups[f"{second} x {first}"] = (rest[s, t] * (1 if s == t else 2)).item()
         return groups | {"output bias": self.output_bias}
 
+    @property
+    def sentence(self) -> str:
+        """Why the feature fires, in one sentence."""
+        return self.explanation.sentence
+
     def to_frame(self) -> pd.DataFrame:
+        """The eigencircuits; see `Explanation.to_frame`."""
+        return self.explanation.to_frame()
+
+    def plot(self) -> go.Figure:
+        """The eigencircuits; see `Explanation.plot`."""
+        return self.explanation.plot()
+
+    def pairs_needed(self, share: float = 0.8) -> int:
+        """How many pairs of sources, largest first, give this share of what the layer writes, as
+        `Explanation.needed` counts circuits."""
+        s, t = torch.tril_indices(*self.contributions.shape)
+        return parts_needed(self.contributions[s, t] * torch.where(s == t, 1, 2), share)
+
+    def pair_frame(self) -> pd.DataFrame:
         """Pairs of active input features by falling absolute contribution.
 
         Columns `i, j, kind, f_i, f_j, coefficient, contribution, i_name, j_name`; a cross pair stands once, with
@@ -112,21 +135,30 @@ class Attribution(Complete, Tabular):
         )
         return frame.sort_values("contribution", key=abs, ascending=False, ignore_index=True)
 
-    def plot(self, top: int = 15) -> go.Figure:
-        """The largest pairs, and every other group, as signed bars."""
-        pairs = self.to_frame()
-        labels = [a if a == b else f"{a} x {b}" for a, b in zip(pairs.i_name[:top], pairs.j_name[:top], strict=True)]
-        shown = dict(zip(labels, pairs.contribution[:top], strict=True))
-        if len(pairs) > top:
-            shown["other pairs"] = pairs.contribution[top:].sum()
-        shown |= {name: value for name, value in self.groups.items() if "interactions" not in name and value}
-        return plots.bars(list(shown), list(shown.values()))
+    def plot_pairs(self, top: int = 12) -> go.Figure:
+        """The largest pairs, the other pairs, biases and error, as signed bars."""
+        labels, values = self.pair_bars(top)
+        return plots.bars(labels, values, value_title="part of the pre-activation")
+
+    def pair_bars(self, top: int) -> tuple[list[str], list[float]]:
+        """What `plot_pairs` draws: labels and values, which add up to the pre-activation."""
+        pairs = self.pair_frame()
+        shown, rest = pairs[:top], pairs[top:]
+        bars = [(_pair(row.i_name, row.j_name), float(row.contribution)) for row in shown.itertuples()]
+        if len(rest):
+            bars.append((f"{len(rest)} other pairs", float(rest.contribution.sum())))
+        others = {name: value for name, value in self.groups.items() if "interactions" not in name}
+        error = sum(value for name, value in others.items() if "error" in name)
+        bars += [("with b_dec and biases", sum(others.values()) - error), ("with the SAE's error", error)]
+        return [label for label, _ in bars], [value for _, value in bars]
 
     def __str__(self) -> str:
-        lines = [
-            f"output feature {self.output_name} at position {self.position} ({self.tokens[self.position]!r})",
-            f"  pre-activation {self.actual:+.5f} ({'active' if self.active else 'not active'}),"
-            f" parts {self.total:+.5f}, {self._gap}",
+        pairs = [
+            f"  in pairs: parts {self.total:+.5f}, {self._gap}",
             *(f"  {value:+10.4f}  {group}" for group, value in self.groups.items() if value),
         ]
-        return "\n".join(lines)
+        return "\n".join([str(self.explanation), *pairs])
+
+
+def _pair(i: str, j: str) -> str:
+    return f"{i} ²" if i == j else f"{i} × {j}"

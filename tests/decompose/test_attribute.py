@@ -12,6 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from bilens.decompose import Attribution, Decomposer
+from bilens.decompose.explanation import Explanation
 from bilens.errors import ContextLengthError, EmptyTextError, OutOfRangeError, SAEMismatchError
 from bilens.sae.loading import load_sae
 from bilens.sae.view import SAEView
@@ -72,8 +73,13 @@ def check(decomposer: Decomposer, tokens: torch.Tensor, feature: int, position: 
     expected = error @ array(decomposer.interaction(feature)) @ error / outs.divisor[at]
     assert found.groups["error x error"] == pytest.approx(expected, abs=COMPLETE * absolute)
 
+    check_circuits(found.explanation, decomposer, absolute)
+    labels, values = found.pair_bars(top=3)
+    assert sum(values) == pytest.approx(found.total, abs=COMPLETE * absolute)
+    assert len(labels) == len(values) <= 6
+
     # The table: each pair once, and what it adds is coefficient times activations.
-    frame = found.to_frame()
+    frame = found.pair_frame()
     assert list(frame.columns) == COLUMNS
     assert len(frame) == m * (m + 1) // 2
     assert ((frame.i == frame.j) == (frame.kind == "self")).all()
@@ -89,6 +95,39 @@ def check(decomposer: Decomposer, tokens: torch.Tensor, feature: int, position: 
     assert frame.f_i.tolist() == [activation[i] for i in frame.i]
     assert frame.f_j.tolist() == [activation[j] for j in frame.j]
     return found
+
+
+def check_circuits(told: Explanation, decomposer: Decomposer, absolute: float) -> None:
+    """An exact sum of squares, each of them a sum over the input's parts, largest first and turned to the positive."""
+    assert told.relative_error < COMPLETE
+    assert told.total == pytest.approx(told.actual, abs=COMPLETE * absolute)
+    projections, contributions = array(told.projections), array(told.contributions)
+    assert told.parts.dtype == torch.float64
+    assert told.parts.shape == (len(told.values), len(told.inputs) + 2)
+    assert (projections >= 0).all()
+    assert (np.diff(np.abs(contributions)) <= 0).all()
+    np.testing.assert_allclose(contributions, array(told.values) * projections**2)
+    if told.written:
+        assert told.shares.sum().item() + told.layer_bias / told.written == pytest.approx(1, abs=1e-9)
+
+    # The squares are those of the interaction matrix.
+    matrix = told.vectors.T @ (told.values[:, None] * told.vectors)
+    expected = decomposer.interaction(told.feature).double()
+    ratio = (matrix * expected).sum() / (expected**2).sum()  # the SAE's own scale on this token
+    np.testing.assert_allclose(array(matrix), array(ratio * expected), atol=1e-5 * array(matrix).max())
+
+    # The tables add up as they say, and the picture does.
+    frame = told.to_frame()
+    assert frame.contribution.sum() == pytest.approx(told.total, abs=COMPLETE * absolute)
+    parts = told.part_frame(1)
+    assert parts.value.sum() == pytest.approx(projections[1])
+    assert parts.i[parts.part == "feature"].isin(told.inputs.tolist()).all()
+    for top in (2, 100):
+        labels, values = told.bars(top)
+        assert sum(values) == pytest.approx(told.total, abs=COMPLETE * absolute)
+        assert len(labels) == len(values)
+    assert 1 <= told.needed() <= len(told.values) + 1
+    assert str(told).startswith(told.sentence)
 
 
 # --- complete, on every kind of model and SAE -------------------------------------------------------------------------
@@ -154,7 +193,7 @@ def test_an_input_without_active_features(models):
     found = check(decomposer, TOKENS, 3, 4)
     assert len(found.inputs) == 0
     assert found.groups["self interactions"] == found.groups["cross interactions"] == 0.0
-    assert found.to_frame().empty
+    assert found.pair_frame().empty
 
 
 def test_active_or_not(models):
@@ -345,10 +384,10 @@ def test_names_are_carried(models):
     saes = [make_sae("topk", hook.format(1), seed=seed) for seed, hook in enumerate((IN, OUT))]
     names = [f"in {i}" for i in range(D_SAE)], [f"out {i}" for i in range(D_SAE)]
     found = Decomposer(model, 1, *saes, input_names=names[0], output_names=names[1]).attribute(TOKENS, 5, 2)
-    frame = found.to_frame()
+    frame = found.pair_frame()
     assert frame.i_name.tolist() == [f"in {i}" for i in frame.i]
     assert frame.j_name.tolist() == [f"in {j}" for j in frame.j]
-    assert str(found).startswith("output feature out 5 at position 2")
+    assert "feature out 5 at position 2" in str(found)
     for group, value in found.groups.items():
         assert (group in str(found)) == (value != 0)
 

@@ -260,7 +260,7 @@ def test_a_single_feature_has_one_interaction(models):
 def test_attribution_uses_the_same_coefficients(decomposer):
     """`contribution = coefficient * f_i * f_j`, the coefficient being that of the weights alone."""
     every = decomposer.top_interactions(6, n=D_SAE * (D_SAE + 1) // 2).to_frame().set_index(["i", "j"]).coefficient
-    frame = decomposer.attribute(torch.tensor([1, 7, 4]), 6, 2).to_frame()
+    frame = decomposer.attribute(torch.tensor([1, 7, 4]), 6, 2).pair_frame()
     assert len(frame) == 28  # 7 active features
     # One from a float32 matrix, one from float64 products of the branches.
     expected = [every[pair] for pair in zip(frame.i, frame.j, strict=True)]

@@ -163,7 +163,7 @@ def test_entries_hold_in_weights_and_data(labelled, gallery):
         assert len(entry.x) == len(entry.y) == len(entry.z) == len(entry.case)
     entry = gallery.entries[0]
     row, position = map(int, ((inputs.dense(entry.i) != 0) & (inputs.dense(entry.j) != 0)).nonzero()[0])
-    found = d.attribute(inputs.tokens[row, : position + 1], entry.output, position).to_frame()
+    found = d.attribute(inputs.tokens[row, : position + 1], entry.output, position).pair_frame()
     pair = found[(found.i == min(entry.i, entry.j)) & (found.j == max(entry.i, entry.j))].iloc[0]
     part = (
         2
