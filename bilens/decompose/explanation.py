@@ -25,7 +25,7 @@ from bilens._core.display import Tabular
 from bilens.decompose.sentences import Circuit, Family, families, tell
 from bilens.draw import plots
 from bilens.errors import ArgumentError
-from bilens.layer.bilinear import BilinearLayer, apply_interaction, constant_term, linear_term
+from bilens.layer.bilinear import BilinearLayer, branches, constant_term, hidden_coefficients, linear_term
 
 EXACT = 1e-4  # of the absolute sum: circuits in float32 add up to a hundredth of that
 ENOUGH = 0.8  # of what the layer writes: the circuits needed for it are counted
@@ -236,7 +236,8 @@ def explain(
     parts = vectors @ sources.T
     projections = parts.sum(-1)
     contributions = values * projections**2
-    quadratic = x @ apply_interaction(weights, u, x[None])[0]
+    made = branches(weights, x)
+    quadratic = hidden_coefficients(weights, u) @ (made.left * made.right)
     gap, scale = (contributions.sum() - quadratic).abs().item(), contributions.abs().sum().item()
     if not gap <= EXACT * max(scale, quadratic.abs().item()):
         raise ArgumentError(
