@@ -511,7 +511,13 @@ class Decomposer:
 
     @typed
     def sparsity(
-        self, output: Output | None = None, side: Side = "encoder", *, fence: float = 1.5, progress: bool = True
+        self,
+        output: Output | None = None,
+        side: Side = "encoder",
+        *,
+        fence: float = 1.5,
+        memory: int = MEMORY,
+        progress: bool = True,
     ) -> Sparsity:
         """Outlier counts, quartiles and excess kurtosis of each output's interactions between input features.
 
@@ -519,16 +525,27 @@ class Decomposer:
             output: the same as for `interaction`; `None` is every output feature.
             side: the same as for `interaction`.
             fence: outliers are beyond `q1 - fence iqr` or `q3 + fence iqr`.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
             progress: show a bar.
+
+        Raises:
+            ArgumentError: a negative fence, or less memory than the smallest blocks take; and as for `interaction`.
         """
         output = self._every(output)
         u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
-        found = measure_sparsity(self.weights, u, inputs, fence=fence, progress=progress)
+        found = measure_sparsity(self.weights, u, inputs, fence=fence, memory=memory, progress=progress)
         return replace(found, outputs=self._numbers(output), output_names=self._output_names_of(output))
 
     @typed
     def outliers(
-        self, output: Output, n: int | None = 1000, side: Side = "encoder", *, fence: float = 1.5, progress: bool = True
+        self,
+        output: Output,
+        n: int | None = 1000,
+        side: Side = "encoder",
+        *,
+        fence: float = 1.5,
+        memory: int = MEMORY,
+        progress: bool = True,
     ) -> Interactions:
         """The outlier interactions of each output, the largest first.
 
@@ -537,10 +554,15 @@ class Decomposer:
             n: the largest number of outliers for each output; `None` is all.
             side: the same as for `interaction`.
             fence: the same as for `sparsity`.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
             progress: show a bar.
+
+        Raises:
+            ArgumentError: the same cases as for `sparsity`, or more outliers than fit the memory.
+            OutOfRangeError: `n` below 1.
         """
         u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
-        found = find_outliers(self.weights, u, inputs, n, fence=fence, progress=progress)
+        found = find_outliers(self.weights, u, inputs, n, fence=fence, memory=memory, progress=progress)
         return self._interactions(output, *found)
 
     @typed
@@ -554,6 +576,7 @@ class Decomposer:
         activations: Float[Tensor, "d_sae"] | None = None,
         together: Float[Tensor, "d_sae d_sae"] | None = None,
         fence: float = 1.5,
+        memory: int = MEMORY,
         progress: bool = True,
     ) -> Motifs:
         """The strongest AND, XOR, negation and inhibition motifs among the outlier pairs (`bilens.decompose.motifs`).
@@ -567,7 +590,11 @@ class Decomposer:
                 `FeatureActivations.typical_activations` gives.
             together: only pairs where this is not zero, such as `FeatureActivations.cofiring` gives.
             fence: the same as for `sparsity`.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
             progress: show a bar.
+
+        Raises:
+            ArgumentError: the same cases as for `sparsity` and `bilens.decompose.motifs.find_motifs`.
         """
         output = self._every(output)
         u, inputs = torch.atleast_2d(self.directions(output, side)), self.input_directions()
@@ -580,6 +607,7 @@ class Decomposer:
             activations=activations,
             together=together,
             fence=fence,
+            memory=memory,
             progress=progress,
         )
         return replace(
@@ -592,7 +620,9 @@ class Decomposer:
     # --- between outputs ----------------------------------------------------------------------------------------------
 
     @typed
-    def inner_products(self, output: Output, basis: Basis = "residual", side: Side = "encoder") -> Float[Tensor, "n n"]:
+    def inner_products(
+        self, output: Output, basis: Basis = "residual", side: Side = "encoder", *, memory: int = MEMORY
+    ) -> Float[Tensor, "n n"]:
         """`<Q_u, Q_w>` of every two outputs, exact from the factors, in float64.
 
         Of two layers or models: `bilens.layer.inner`.
@@ -601,9 +631,13 @@ class Decomposer:
             output: the same as for `interaction`.
             basis: whose entries are multiplied: `"residual"`, or `"features"` for `D Q D^T`.
             side: the same as for `interaction`.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
+
+        Raises:
+            ArgumentError: less memory than the result or the smallest step takes; and as for `interaction`.
         """
         u = torch.atleast_2d(self.directions(output, side))
-        return inner_products(self.weights, u, metric=self._metric(basis))
+        return inner_products(self.weights, u, metric=self._metric(basis), memory=memory)
 
     @typed
     def neighbours(
@@ -613,6 +647,8 @@ class Decomposer:
         basis: Basis = "residual",
         side: Side = "encoder",
         against: Side | None = None,
+        *,
+        memory: int = MEMORY,
     ) -> Neighbours:
         """The features nearest to each output feature by interaction matrix, and those nearest by direction.
 
@@ -622,15 +658,16 @@ class Decomposer:
             basis: the basis in which interaction matrices are compared.
             side: whose interaction matrices.
             against: whose directions are compared; `None` is `side`.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
 
         Raises:
-            ArgumentError: directions instead of features.
+            ArgumentError: directions instead of features, or less memory than the cosines of all features take.
             MissingSAEError: no output SAE.
             OutOfRangeError: no such feature, or fewer than `k` others.
         """
         everything = torch.arange(self.output_view.d_sae)
         chosen = everything if output is None else self._features(output)
-        both = self._feature_cosines(everything, basis, side, against)
+        both = self._feature_cosines(everything, basis, side, against, memory)
         return Neighbours(
             outputs=chosen,
             by_interaction=nearest_others(both.interaction, chosen, k),
@@ -649,6 +686,8 @@ class Decomposer:
         side: Side = "encoder",
         against: Side | None = None,
         linkage: Linkage = "average",
+        *,
+        memory: int = MEMORY,
     ) -> FeatureClusters:
         """Output features that do alike with their inputs: clusters of their interaction matrices.
 
@@ -658,16 +697,17 @@ class Decomposer:
             basis, side, against: the same as for `neighbours`.
             linkage: the cosine of two clusters: that of their `"average"` pair, their least (`"complete"`) or most
                 (`"single"`) similar one.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
 
         Raises:
-            ArgumentError: directions instead of features.
+            ArgumentError: directions instead of features, or less memory than their cosines take.
             MissingSAEError: no output SAE.
             OutOfRangeError: no such feature, or a threshold outside -1..1.
         """
         if not -1 <= threshold <= 1:
             raise OutOfRangeError(f"threshold is {threshold}, expected a cosine, -1 to 1.")
         features = torch.arange(self.output_view.d_sae) if output is None else self._features(output)
-        both = self._feature_cosines(features, basis, side, against)
+        both = self._feature_cosines(features, basis, side, against, memory)
         return FeatureClusters(
             features, cluster(both.interaction, threshold, linkage), threshold, both, self.output_names
         )
@@ -675,27 +715,29 @@ class Decomposer:
     # --- without an output --------------------------------------------------------------------------------------------
 
     @typed
-    def hosvd(self, k: int = 16) -> HOSVD:
+    def hosvd(self, k: int = 16, *, memory: int = MEMORY) -> HOSVD:
         """The layer's output and input directions by importance, and what the first `k` read.
 
         Args:
             k: output directions whose eigencircuits are computed.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
 
         Raises:
+            ArgumentError: less memory than the smallest step takes.
             OutOfRangeError: `k` is not in 1..d_model.
         """
         d_model = self.model.cfg.d_model
         if not 1 <= k <= d_model:
             raise OutOfRangeError(f"k is {k}, expected 1 to {d_model} directions.")
-        output_values, output_directions = singular(output_gram(self.weights))
-        input_values, input_directions = singular(input_gram(self.weights))
+        output_values, output_directions = singular(output_gram(self.weights, memory))
+        input_values, input_directions = singular(input_gram(self.weights, memory))
         return HOSVD(
             output_values=output_values,
             output_directions=output_directions,
             input_values=input_values,
             input_directions=input_directions,
             layer=self.weights.copy(),
-            circuits=self.eigen(output_directions[:k].to(self.weights.W_out)),
+            circuits=self.eigen(output_directions[:k].to(self.weights.W_out), memory=memory),
             outputs=self.lexicon("output"),
             inputs=self.lexicon("input"),
         )
@@ -708,20 +750,29 @@ class Decomposer:
         *,
         max_sweeps: int = 200,
         tolerance: float | int = 1e-5,
+        memory: int = MEMORY,
         progress: bool = True,
     ) -> CPDecomposition:
         """The layer as `rank` hidden units that all outputs share; see `bilens.layer.cp.cp_decompose`."""
-        fit = cp_decompose(self.weights, rank, start, max_sweeps=max_sweeps, tolerance=tolerance, progress=progress)
+        options = {"max_sweeps": max_sweeps, "tolerance": tolerance, "memory": memory, "progress": progress}
+        fit = cp_decompose(self.weights, rank, start, **options)  # type: ignore[arg-type]
         return replace(fit, outputs=self.lexicon("output"), inputs=self.lexicon("input"))
 
     @typed
     def cp_curve(
-        self, ranks: Sequence[int], *, max_sweeps: int = 200, tolerance: float | int = 1e-5, progress: bool = True
+        self,
+        ranks: Sequence[int],
+        *,
+        max_sweeps: int = 200,
+        tolerance: float | int = 1e-5,
+        memory: int = MEMORY,
+        progress: bool = True,
     ) -> CPCurve:
         """`cp` at several ranks: how the fit grows with the number of hidden units."""
         if not ranks:
             raise ArgumentError("ranks is empty, expected numbers of hidden units.")
-        return CPCurve([self.cp(rank, max_sweeps=max_sweeps, tolerance=tolerance, progress=progress) for rank in ranks])
+        options = {"max_sweeps": max_sweeps, "tolerance": tolerance, "memory": memory, "progress": progress}
+        return CPCurve([self.cp(rank, **options) for rank in ranks])  # type: ignore[arg-type]
 
     # --- on texts -----------------------------------------------------------------------------------------------------
 
@@ -937,10 +988,10 @@ class Decomposer:
         return decoder.T @ decoder
 
     def _feature_cosines(
-        self, features: Int[Tensor, "n"], basis: Basis, side: Side, against: Side | None
+        self, features: Int[Tensor, "n"], basis: Basis, side: Side, against: Side | None, memory: int
     ) -> FeatureCosines:
         u, other = self.directions(features, side), self.directions(features, against or side)
-        return feature_cosines(self.weights, u, other, self._metric(basis))
+        return feature_cosines(self.weights, u, other, self._metric(basis), memory)
 
     @typed
     def lexicon(self, which: Literal["input", "output"]) -> Lexicon:

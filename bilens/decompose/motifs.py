@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens._core.checks import name_of
+from bilens._core.checks import MEMORY, name_of
 from bilens._core.display import Tabular
 from bilens.decompose.sparsity import Triangle, check_fence, feature_entries, outside
 from bilens.draw import plots
@@ -134,6 +134,7 @@ def find_motifs(
     activations: Float[Tensor, "d_sae"] | None = None,
     together: Float[Tensor, "d_sae d_sae"] | None = None,
     fence: float = 1.5,
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> Motifs:
     """The `n` strongest motifs of some outputs together; see the module for what they are.
@@ -148,11 +149,12 @@ def find_motifs(
         together: only pairs where this is not zero, such as `FeatureActivations.cofiring`: those that fire on one
             token somewhere.
         fence: the `f` of the outlier pairs.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
         progress: show a bar.
 
     Raises:
         ArgumentError: another kind, another number of activations than inputs, or ones that are not finite, a
-            `together` of another size, or a negative fence.
+            `together` of another size, a negative fence, or less memory than the smallest blocks take.
         OutOfRangeError: `n` below 1.
     """
     if kind is not None and kind not in MOTIFS:
@@ -174,25 +176,25 @@ def find_motifs(
     counts = torch.zeros(len(MOTIFS), dtype=torch.long)
     empty = torch.zeros(0, dtype=torch.long, device=scale.device)
     best: list[Tensor] = [empty, empty, empty, empty, scale.new_zeros(0, 3), scale.new_zeros(0)]
-    entries = feature_entries(layer, outputs, inputs, progress=progress, title="motifs")
+    entries = feature_entries(layer, outputs, inputs, memory=memory, progress=progress, title="motifs")
     for row, (cross, self_) in enumerate(entries):
-        places = outside(cross, fence)
-        i, j = triangle.pairs(places)
-        if together is not None:
-            some = together[i.to(together.device), j.to(together.device)] != 0
-            places, i, j = (part[some.to(part.device)] for part in (places, i, j))
         own = self_ * scale**2
-        both = own[i] + own[j] + 2 * cross[places] * scale[i] * scale[j]
-        kinds, strengths = classify(own[i], own[j], both)
-        counts += torch.bincount(kinds[kinds >= 0].cpu(), minlength=len(MOTIFS))
-        wanted = kinds >= 0 if kind is None else kinds == MOTIFS.index(kind)
-        least = best[-1][-1] if len(best[-1]) == n else 0
-        at = (wanted & (strengths > least)).nonzero().flatten()
-        table = torch.stack([own[i], own[j], both], 1)[at]
-        found = [torch.full_like(at, row), i[at], j[at], kinds[at], table, strengths[at]]
-        merged = [torch.cat(parts) for parts in zip(best, found, strict=True)]
-        order = merged[-1].argsort(descending=True, stable=True)[:n]
-        best = [part[order] for part in merged]
+        for places, values in outside(cross, fence):
+            i, j = triangle.pairs(places)
+            if together is not None:
+                some = together[i.to(together.device), j.to(together.device)] != 0
+                values, i, j = (part[some.to(part.device)] for part in (values, i, j))
+            both = own[i] + own[j] + 2 * values * scale[i] * scale[j]
+            kinds, strengths = classify(own[i], own[j], both)
+            counts += torch.bincount(kinds[kinds >= 0].cpu(), minlength=len(MOTIFS))
+            wanted = kinds >= 0 if kind is None else kinds == MOTIFS.index(kind)
+            least = best[-1][-1] if len(best[-1]) == n else 0
+            at = (wanted & (strengths > least)).nonzero().flatten()
+            table = torch.stack([own[i], own[j], both], 1)[at]
+            found = [torch.full_like(at, row), i[at], j[at], kinds[at], table, strengths[at]]
+            merged = [torch.cat(parts) for parts in zip(best, found, strict=True)]
+            order = merged[-1].argsort(descending=True, stable=True)[:n]
+            best = [part[order] for part in merged]
     rows, i, j, kinds, table, strengths = best
     i, j, table = negated_first(kinds, i, j, table)
     return Motifs(rows, i, j, kinds, table, strengths, dict(zip(MOTIFS, counts.tolist(), strict=True)))

@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens._core.checks import name_of
+from bilens._core.checks import MEMORY, check_budget, name_of
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import OutOfRangeError
-from bilens.layer.bilinear import BilinearLayer, double
-from bilens.layer.inner import cosines, inner_products
+from bilens.layer.bilinear import BilinearLayer, double, hidden_coefficients
+from bilens.layer.inner import coefficient_images, cosines
 
 Linkage = Literal["average", "complete", "single"]
 MOST_POINTS = 4000
@@ -182,6 +182,7 @@ def feature_cosines(
     u: Float[Tensor, "n d_model"],
     directions: Float[Tensor, "n d_model"],
     metric: Float[Tensor, "d_model d_model"] | None = None,
+    memory: int = MEMORY,
 ) -> FeatureCosines:
     """Both cosines of every two outputs.
 
@@ -190,12 +191,28 @@ def feature_cosines(
         u: output directions.
         directions: what `direction` compares: `u` itself, or the same features' other side.
         metric: `D^T D` for interaction matrices between the input features `D`; `None` for the residual basis.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
+
+    Raises:
+        ArgumentError: less memory than the result or the smallest step takes.
     """
-    inner = inner_products(layer, u, metric=metric)
-    lengths = inner.diagonal().clamp_min(0).sqrt()
-    unit = torch.nn.functional.normalize(double(directions), dim=-1)
+    call = f"the cosines of every two of {len(u):,} outputs"
+    check_budget(call, 8 * len(u) ** 2, memory, "ask for fewer outputs (clusters takes them)")
     # On the CPU, where they are sorted, clustered and shown.
-    return FeatureCosines(cosines(inner, lengths, lengths).float().cpu(), (unit @ unit.T).float().cpu())
+    by_matrix, by_direction = (torch.empty(len(u), len(u)) for _ in range(2))
+    lengths = double(u).new_zeros(len(u))
+    for rows, c, images in coefficient_images(call, layer, u, None, metric, memory):
+        lengths[rows] = (images * c).sum(-1).clamp_min(0).sqrt()
+        # Both are symmetric: up to these rows, whose lengths are known by now.
+        for start in range(0, rows.stop, images.shape[1]):
+            columns = slice(start, min(start + images.shape[1], rows.stop))
+            inner = images @ hidden_coefficients(layer, u[columns], exact=True).T
+            block = cosines(inner, lengths[rows], lengths[columns]).float().cpu()
+            by_matrix[rows, columns], by_matrix[columns, rows] = block, block.T
+            ends = (torch.nn.functional.normalize(double(directions[at]), dim=-1) for at in (rows, columns))
+            block = torch.mm(next(ends), next(ends).T).float().cpu()
+            by_direction[rows, columns], by_direction[columns, rows] = block, block.T
+    return FeatureCosines(by_matrix, by_direction)
 
 
 def nearest_others(similarity: Float[Tensor, "n n"], rows: Int[Tensor, "r"], k: int) -> Int[Tensor, "r k"]:
@@ -203,21 +220,26 @@ def nearest_others(similarity: Float[Tensor, "n n"], rows: Int[Tensor, "r"], k: 
     n = len(similarity)
     if not 1 <= k < n:
         raise OutOfRangeError(f"k is {k}, expected 1 to {n - 1}: there are {n} outputs.")
-    others = similarity[rows].clone()
-    others[torch.arange(len(rows)), rows] = -torch.inf
-    return others.topk(k, dim=-1).indices
+    found = []
+    for some in rows.split(max(1, 2**22 // n)):
+        others = similarity[some]
+        others[torch.arange(len(some)), some] = -torch.inf
+        found.append(others.topk(k, dim=-1).indices)
+    return torch.cat(found) if found else rows.new_zeros(0, k)
 
 
 def cluster(similarity: Float[Tensor, "n n"], threshold: float, linkage: Linkage = "average") -> Int[Tensor, "n"]:
     """Agglomerative clusters, cut where the cosine falls below `threshold`: 0 is the largest."""
     from scipy.cluster.hierarchy import fcluster
     from scipy.cluster.hierarchy import linkage as agglomerate
-    from scipy.spatial.distance import squareform
 
     if len(similarity) < 2:
         return torch.zeros(len(similarity), dtype=torch.long)
-    distances = (1 - similarity.double()).clamp_min(0).fill_diagonal_(0)
-    tree = agglomerate(squareform(distances.numpy(), checks=False), linkage)
+    # The upper triangle, row by row, in one vector: as scipy takes it.
+    n = len(similarity)
+    distances = similarity.new_empty(n * (n - 1) // 2, dtype=torch.float64)
+    torch.cat([similarity[row, row + 1 :] for row in range(n)], out=distances).neg_().add_(1).clamp_(min=0)
+    tree = agglomerate(distances.numpy(), linkage)
     found = torch.from_numpy(fcluster(tree, 1 - threshold, "distance")).long() - 1
     by_size = found.bincount().argsort(descending=True, stable=True)
     return by_size.argsort()[found]
@@ -225,7 +247,10 @@ def cluster(similarity: Float[Tensor, "n n"], threshold: float, linkage: Linkage
 
 def within_means(similarity: Float[Tensor, "n n"], labels: Int[Tensor, "n"]) -> Float[Tensor, "cluster"]:
     """Mean over the pairs within every cluster; NaN where there are none."""
-    similarity, sizes = similarity.double(), labels.bincount()
-    by_cluster = similarity.new_zeros(len(sizes), len(labels)).index_add_(0, labels, similarity)
-    own = by_cluster.gather(0, labels[None])[0] - similarity.diagonal()
-    return similarity.new_zeros(len(sizes)).index_add_(0, labels, own) / (sizes * (sizes - 1))
+    means = torch.full((int(labels.max()) + 1,), torch.nan, dtype=torch.float64)
+    sizes = labels.bincount()
+    for number in (sizes > 1).nonzero().flatten().tolist():
+        members, n = (labels == number).nonzero().flatten(), int(sizes[number])
+        block = similarity[members][:, members]
+        means[number] = (block.sum(dtype=torch.float64) - block.diagonal().sum(dtype=torch.float64)) / (n * (n - 1))
+    return means

@@ -4,7 +4,8 @@ The entries of an output feature are those of its symmetric interaction matrix b
 `Q_ij` (not `2 Q_ij`) of the strict lower triangle, the cross interactions, and `Q_ii` of the diagonal, the self
 interactions.
 
-1. form `Q` and `D Q`, and of `D Q D^T` the lower triangle only, in blocks; one output at a time in one buffer
+1. form `Q` and `D Q`, and of `D Q D^T` the lower triangle only, in blocks; one output at a time in one buffer. If there
+   is no memory for the triangle, its blocks are made anew each time that they are looked at: four times as much work
 2. quartiles of the strict lower triangle and of the diagonal separately (linear interpolation between order statistics,
    as numpy's; exact: a sample brackets them, what is inside the bracket is sorted)
 3. outliers: beyond `q1 - f iqr` or `q3 + f iqr` of their own group. `f = 1.5` is Tukey's; of Gaussian entries it marks
@@ -14,7 +15,7 @@ interactions.
 Directions are taken at the length they have; only ratios of entries matter to 3 and 4.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,14 +26,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens._core.checks import name_of
+from bilens._core.checks import MEMORY, check_budget, name_of
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 
 BLOCK = 256  # rows of the triangle at a time
-SORTED_WHOLE, SAMPLE, MARGIN = 2**16, 2**14, 0.02  # of the quartiles' brackets
+SORTED_WHOLE, SAMPLE, MARGIN = 2**16, 2**16, 0.008  # of the quartiles' brackets: four standard deviations
+PIECE, PIECE_ENTRY = 2**22, 64  # entries looked at together, and the bytes that each takes meanwhile
 MOMENT_CHUNK = 2**18
 
 
@@ -126,17 +128,20 @@ class Triangle:
         return [(low, min(low + BLOCK, self.n), low * (low - 1) // 2) for low in range(0, self.n, BLOCK)]
 
     def fill(
-        self, out: Float[Tensor, "pairs"], left: Float[Tensor, "n d_model"], right: Float[Tensor, "n d_model"]
+        self,
+        out: Float[Tensor, "_"],
+        block: tuple[int, int, int],
+        left: Float[Tensor, "rows d_model"],
+        right: Float[Tensor, "n d_model"],
     ) -> None:
-        """`out = left @ right.T`, below the diagonal."""
-        for low, high, start in self.blocks:
-            height = high - low
-            end = start + height * low
-            if low:
-                torch.mm(left[low:high], right[:low].T, out=out[start:end].view(height, low))
-            square = left[low:high] @ right[low:high].T
-            row, column = torch.tril_indices(height, height, -1, device=out.device)
-            out[end : end + len(row)] = square[row, column]
+        """The entries of one block: `left @ right.T`, below the diagonal, `left` being the block's rows."""
+        low, height = block[0], len(left)
+        end = height * low
+        if low:
+            torch.mm(left, right[:low].T, out=out[:end].view(height, low))
+        square = left @ right[low : low + height].T
+        row, column = torch.tril_indices(height, height, -1, device=out.device)
+        out[end : end + len(row)] = square[row, column]
 
     def pairs(self, index: Int[Tensor, "k"]) -> tuple[Int[Tensor, "k"], Int[Tensor, "k"]]:
         """`i, j` of places in the vector."""
@@ -152,44 +157,93 @@ class Triangle:
         return torch.where(inside, low + column, at % width), low + torch.where(inside, row, at // width)
 
 
+@dataclass(frozen=True)
+class Entries:
+    """The entries of one output in pieces: held, or made anew whenever they are gone through."""
+
+    n: int
+    pieces: Callable[[], Iterable[Float[Tensor, "_"]]]
+
+    def __iter__(self) -> Iterator[tuple[int, Float[Tensor, "_"]]]:
+        """Each piece, and the place of its first entry."""
+        start = 0
+        for piece in self.pieces():
+            yield start, piece
+            start += len(piece)
+
+    @classmethod
+    def of(cls, held: Float[Tensor, "n"]) -> "Entries":
+        """Entries that are held whole."""
+        return cls(len(held), lambda: held.split(PIECE))
+
+
 @torch.no_grad()
 def feature_entries(
     layer: BilinearLayer,
     outputs: Float[Tensor, "n d_model"],
     inputs: Float[Tensor, "d_sae d_model"],
     *,
+    memory: int = MEMORY,
     progress: bool = True,
     title: str = "interactions",
-) -> Iterator[tuple[Float[Tensor, "pairs"], Float[Tensor, "d_sae"]]]:
+) -> Iterator[tuple[Entries, Float[Tensor, "d_sae"]]]:
     """`Q_ij` of the strict lower triangle (as in `Triangle`) and of the diagonal, output by output.
 
-    The first is one buffer, overwritten by the next output: memory is that of half a matrix.
+    The first is one buffer, overwritten by the next output: half a matrix, or a block of it if memory is short.
     """
     outputs, inputs = outputs.to(layer.W_out), inputs.to(layer.W_out)
-    triangle = Triangle(len(inputs))
-    cross = inputs.new_empty(len(triangle))
+    triangle, size = Triangle(len(inputs)), inputs.element_size()
+    d_model, d_mlp = layer.W_gate.shape
+    largest = max((high * (high - 1) // 2 - start for _, high, start in triangle.blocks), default=0)  # of the blocks
+    bracket = 0 if len(triangle) <= SORTED_WHOLE else 3 * MARGIN * len(triangle) * (2 * size + 16)
+    besides = size * d_model * (d_mlp + 4 * d_model) + bracket + PIECE_ENTRY * (SAMPLE + len(inputs) + d_model * BLOCK)
+    held = besides + len(triangle) * size + PIECE_ENTRY * min(PIECE, len(triangle))
+    in_blocks = besides + largest * (size + PIECE_ENTRY)
+    check_budget(f"{title} of {len(inputs):,} input features", min(held, in_blocks), memory)
+    hold = held <= memory
+    buffer = inputs.new_empty(len(triangle) if hold else largest)
+
+    def made(matrix: Tensor, out: Tensor) -> Iterator[Tensor]:
+        """The blocks of one output, behind each other in a buffer that holds all, or each in the place of the last."""
+        for block in triangle.blocks:
+            low, high, start = block
+            there = out[start if hold else 0 :][: high * (high - 1) // 2 - start]
+            triangle.fill(there, block, inputs[low:high] @ matrix, inputs)
+            yield there
+
     for u in tqdm(outputs, desc=title, unit="output", disable=not progress):
-        left = inputs @ interaction_matrix(layer, u)
-        triangle.fill(cross, left, inputs)
-        yield cross, (left * inputs).sum(1)
+        matrix = interaction_matrix(layer, u)
+        diagonal = torch.cat([((rows @ matrix) * rows).sum(1) for rows in inputs.split(BLOCK)])
+        if hold:
+            for _ in made(matrix, buffer):
+                pass
+            yield Entries.of(buffer), diagonal
+        else:
+            yield Entries(len(triangle), lambda matrix=matrix: made(matrix, buffer)), diagonal  # type: ignore[misc]
 
 
-def quartiles(x: Float[Tensor, "n"]) -> Float[Tensor, "2"]:
+def quartiles(entries: Entries) -> Float[Tensor, "2"]:
     """First and third, by linear interpolation between order statistics: numpy's, exactly; NaN of nothing."""
-    n = len(x)
+    n = entries.n
     if n <= SORTED_WHOLE:
+        x = torch.cat([piece for _, piece in entries])
         return torch.quantile(x, x.new_tensor([0.25, 0.75])) if n else x.new_full((2,), torch.nan)
-    sample = x[:: n // SAMPLE].sort().values
+    step = n // SAMPLE
+    sample = torch.cat([piece[-start % step :: step] for start, piece in entries]).sort().values
+    shares = (0.25, 0.75)
+    brackets = [tuple(sample[int((share + side * MARGIN) * (len(sample) - 1))] for side in (-1, 1)) for share in shares]
+    below, inside = [0, 0], [[sample[:0]], [sample[:0]]]
+    for _, piece in entries:
+        for which, (low, high) in enumerate(brackets):
+            below[which] += int((piece < low).sum())
+            inside[which].append(piece[(piece >= low) & (piece <= high)])
     found = []
-    for share in (0.25, 0.75):
+    for share, under, parts in zip(shares, below, inside, strict=True):
         position = share * (n - 1)
-        rank = int(position)
-        low, high = (sample[int((share + side * MARGIN) * (len(sample) - 1))] for side in (-1, 1))
-        below = int((x < low).sum())
-        inside = x[(x >= low) & (x <= high)]
-        if not below <= rank < rank + 1 < below + len(inside):  # a sample that misleads
-            below, inside = 0, x
-        a, b = (inside.kthvalue(rank - below + place).values for place in (1, 2))
+        rank, x = int(position), torch.cat(parts)
+        if not under <= rank < rank + 1 < under + len(x):  # a sample that misleads
+            under, x = 0, torch.cat([piece for _, piece in entries])
+        a, b = (x.kthvalue(rank - under + place).values for place in (1, 2))
         found.append(torch.lerp(a, b, position - rank))
     return torch.stack(found)
 
@@ -200,19 +254,21 @@ def fences(quartile: Float[Tensor, "2"], fence: float) -> tuple[float, float]:
     return q1 - fence * (q3 - q1), q3 + fence * (q3 - q1)
 
 
-def outside(x: Float[Tensor, "n"], fence: float) -> Int[Tensor, "k"]:
-    """The places of the outliers of `x`."""
-    low, high = fences(quartiles(x), fence)
-    return ((x < low) | (x > high)).nonzero().flatten()
+def outside(entries: Entries, fence: float) -> Iterator[tuple[Int[Tensor, "k"], Float[Tensor, "k"]]]:
+    """The places of the outliers and their values, piece by piece."""
+    low, high = fences(quartiles(entries), fence)
+    for start, piece in entries:
+        places = ((piece < low) | (piece > high)).nonzero().flatten()
+        yield start + places, piece[places]
 
 
-def excess_kurtosis(*parts: Float[Tensor, "_"]) -> float:
-    """`m4 / m2^2 - 3` of all entries of all parts, population moments about the common mean, sums in float64."""
-    n = sum(len(part) for part in parts)
-    mean = sum(part.sum(dtype=torch.float64).item() for part in parts) / max(n, 1)
+def excess_kurtosis(*groups: Entries) -> float:
+    """`m4 / m2^2 - 3` of all entries of all groups, population moments about the common mean, sums in float64."""
+    n = sum(group.n for group in groups)
+    mean = sum(piece.sum(dtype=torch.float64).item() for group in groups for _, piece in group) / max(n, 1)
     second = fourth = 0.0
-    for part in parts:
-        for chunk in part.split(MOMENT_CHUNK):
+    for piece in (piece for group in groups for _, piece in group):
+        for chunk in piece.split(MOMENT_CHUNK):
             squares = (chunk.double() - mean).square_()
             second += squares.sum().item()
             fourth += (squares @ squares).item()
@@ -225,6 +281,7 @@ def measure_sparsity(
     inputs: Float[Tensor, "d_sae d_model"],
     *,
     fence: float = 1.5,
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> Sparsity:
     """Outlier counts, quartiles and kurtosis of every output's interactions; see the module for what they are.
@@ -234,20 +291,28 @@ def measure_sparsity(
         outputs: output directions.
         inputs: input directions.
         fence: the `f` of the outliers.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
         progress: show a bar.
 
     Raises:
-        ArgumentError: a negative fence.
+        ArgumentError: a negative fence, or less memory than the smallest blocks take.
     """
     check_fence(fence)
     rows, crosses, selves = [], [], []
-    for cross, self_ in feature_entries(layer, outputs, inputs, progress=progress, title="sparsity"):
+    options = {"memory": memory, "progress": progress}
+    for cross, diagonal in feature_entries(layer, outputs, inputs, title="sparsity", **options):  # type: ignore[arg-type]
+        self_ = Entries.of(diagonal)
         of_cross, of_self = quartiles(cross), quartiles(self_)
-        counts = []
+        counts, largest = [], []
         for entries, quartile in ((cross, of_cross), (self_, of_self)):
             low, high = fences(quartile, fence)
-            counts.append(int((entries < low).sum() + (entries > high).sum()))
-        largest = [max((-part.min()).item(), part.max().item()) if len(part) else 0.0 for part in (cross, self_)]
+            pieces = [
+                (int((piece < low).sum() + (piece > high).sum()), max((-piece.min()).item(), piece.max().item()))
+                for _, piece in entries
+                if len(piece)
+            ]
+            counts.append(sum(count for count, _ in pieces))
+            largest.append(max((most for _, most in pieces), default=0.0))
         rows.append((excess_kurtosis(cross, self_), *counts, *largest))
         crosses.append(of_cross)
         selves.append(of_self)
@@ -274,6 +339,7 @@ def find_outliers(
     n: int | None = 1000,
     *,
     fence: float = 1.5,
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> tuple[Int[Tensor, "pair"], Int[Tensor, "pair"], Int[Tensor, "pair"], Float[Tensor, "pair"]]:
     """The outlier interactions themselves: `output, i, j, coefficient` (`2 Q_ij` of a cross pair), by output.
@@ -285,10 +351,11 @@ def find_outliers(
         n: the largest number for each output, by their coefficients; `None` gives all (on a trained layer some percent
             of all pairs).
         fence: the `f` of the outliers.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
         progress: show a bar.
 
     Raises:
-        ArgumentError: a negative fence.
+        ArgumentError: a negative fence, or less memory than the smallest blocks take.
         OutOfRangeError: `n` below 1.
     """
     check_fence(fence)
@@ -297,12 +364,20 @@ def find_outliers(
     triangle = Triangle(len(inputs))
     none = torch.zeros(0, dtype=torch.long, device=inputs.device)
     found = [(none, none, none, inputs.new_zeros(0))]
-    for row, (cross, self_) in enumerate(feature_entries(layer, outputs, inputs, progress=progress, title="outliers")):
-        places, own = outside(cross, fence), outside(self_, fence)
-        coefficients = torch.cat([2 * cross[places], self_[own]])
-        i, j = (torch.cat([of_pairs, own]) for of_pairs in triangle.pairs(places))
-        order = coefficients.abs().argsort(descending=True, stable=True)[:n]
-        found.append((torch.full_like(order, row), i[order], j[order], coefficients[order]))
+    options = {"memory": memory, "progress": progress}
+    every = feature_entries(layer, outputs, inputs, title="outliers", **options)  # type: ignore[arg-type]
+    for row, (cross, diagonal) in enumerate(every):
+        best = (none, none, inputs.new_zeros(0))
+        for own, entries in ((False, cross), (True, Entries.of(diagonal))):
+            for places, values in outside(entries, fence):
+                ends = (places, places) if own else triangle.pairs(places)
+                parts = zip(best, (*ends, values if own else 2 * values), strict=True)
+                i, j, coefficients = (torch.cat(pair) for pair in parts)
+                order = coefficients.abs().argsort(descending=True, stable=True)[:n]
+                best = i[order], j[order], coefficients[order]
+                kept = sum(len(part[0]) for part in found) + len(order)
+                check_budget(f"a list of {kept:,} outliers", 64 * kept, memory, "ask for the largest alone (`n`)")
+        found.append((torch.full_like(best[0], row), *best))
     rows, i, j, coefficients = (torch.cat(parts) for parts in zip(*found, strict=True))
     return rows, i, j, coefficients
 

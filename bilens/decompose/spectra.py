@@ -135,7 +135,7 @@ def cross_shares(
     all outputs.
     """
     wide = double(directions)
-    whole = norms(layer, u, wide.T @ wide) ** 2
+    whole = norms(layer, u, wide.T @ wide, memory) ** 2
     c = double(hidden_coefficients(layer, u))
     own = torch.zeros_like(whole)
     at_once = memory // (8 * (3 * c.shape[1] + 2 * c.shape[0]))  # two products and theirs, and what outputs read

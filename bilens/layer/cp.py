@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens._core.checks import check_seeds
+from bilens._core.checks import MEMORY, check_budget, check_seeds
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError, SAEMismatchError
@@ -148,6 +148,7 @@ def cp_decompose(
     *,
     max_sweeps: int = 200,
     tolerance: float = 1e-5,
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> CPDecomposition:
     """Fit a bilinear layer of `rank` hidden units to a layer.
@@ -161,10 +162,11 @@ def cp_decompose(
             to go on from.
         max_sweeps: the largest number of sweeps over both branches and the writes.
         tolerance: the least gain in the explained share of `||T||^2`; a sweep that gains less is the last.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
         progress: show a bar.
 
     Raises:
-        ArgumentError: a layer whose tensor is zero.
+        ArgumentError: a layer whose tensor is zero, or less memory than a sweep takes.
         OutOfRangeError: a rank outside 1..d_mlp, or no sweeps.
         SAEMismatchError: a start of another shape.
     """
@@ -173,8 +175,12 @@ def cp_decompose(
         raise OutOfRangeError(f"rank is {rank}, expected 1 to {d_mlp}: with d_mlp hidden units the layer is exact.")
     if max_sweeps < 0:
         raise OutOfRangeError(f"max_sweeps is {max_sweeps}, expected 0 or more.")
+    # In float64: inner products among the hidden units and with the layer's, and the factors of both.
+    d_model, kept = len(layer.W_gate) + 1, 8 * rank**2 + 4 * rank * d_mlp
+    needed = 8 * (kept + (4 * d_mlp + 10 * rank) * d_model)
+    check_budget(f"cp of rank {rank:,}", needed, memory, "ask for a lower rank")
     target = homogeneous(layer)
-    norm = tensor_norm(target).item()
+    norm = tensor_norm(target, memory=memory).item()
     if not norm > 0:
         raise ArgumentError("the layer's interaction tensor is zero: there is nothing to fit.")
     explained: list[float] = []
@@ -195,13 +201,15 @@ def cp_decompose(
             if not explained:
                 raise
     fitted, weights = _as_layer(layer, factors)
-    fitted_norm, kept = tensor_norm(_reading(target, fitted)).item(), _reading(target, largest_units(layer, rank))
+    fitted_norm = tensor_norm(_reading(target, fitted), memory=memory).item()
+    largest = _reading(target, largest_units(layer, rank))
     return CPDecomposition(
         layer=fitted,
         weights=weights,
-        cosine=tensor_inner(_reading(target, fitted), target).item() / (norm * fitted_norm),
+        cosine=tensor_inner(_reading(target, fitted), target, memory=memory).item() / (norm * fitted_norm),
         explained=explained,
-        pruned=tensor_inner(kept, target).item() / (norm * tensor_norm(kept).item()),
+        pruned=tensor_inner(largest, target, memory=memory).item()
+        / (norm * tensor_norm(largest, memory=memory).item()),
         cancellation=weights.double().norm().item() / fitted_norm,
         converged=converged,
     )

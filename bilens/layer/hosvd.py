@@ -27,13 +27,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.checks import MEMORY, how_many_fit
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
 from bilens.draw import plots
 from bilens.errors import OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, double, hidden_coefficients
 from bilens.layer.eigen.circuits import Eigencircuits
-from bilens.layer.inner import BLOCK, branch_rows, inner_products, tensor_norm
+from bilens.layer.inner import BLOCK, BLOCK_ENTRY, branch_rows, inner_products, tensor_norm
 from bilens.layer.reading import Lexicon
 
 Mode = Literal["output", "input"]
@@ -147,18 +148,21 @@ class HOSVD(Tabular):
 # --- from the factors -------------------------------------------------------------------------------------------------
 
 
-def output_gram(layer: BilinearLayer) -> Float[Tensor, "d_model d_model"]:
+def output_gram(layer: BilinearLayer, memory: int = MEMORY) -> Float[Tensor, "d_model d_model"]:
     """`A_ab = <Q_{e_a}, Q_{e_b}>`: the output-mode unfolding times its transpose, in float64."""
-    return inner_products(layer, torch.eye(layer.W_out.shape[1], device=layer.W_out.device))
+    return inner_products(layer, torch.eye(layer.W_out.shape[1], device=layer.W_out.device), memory=memory)
 
 
-def input_gram(layer: BilinearLayer) -> Float[Tensor, "d_model d_model"]:
+def input_gram(layer: BilinearLayer, memory: int = MEMORY) -> Float[Tensor, "d_model d_model"]:
     """`B = sum_o Q_{e_o}^2`: the input-mode unfolding times its transpose, in float64."""
+    d_model, d_mlp = layer.W_gate.shape
+    fixed = 8 * d_model * (3 * d_mlp + 4 * d_model)
+    each = BLOCK_ENTRY * d_mlp + 24 * d_model
+    step = min(max(1, BLOCK // d_mlp), how_many_fit("hosvd", each, memory, besides=fixed))
     left, right = branch_rows(layer)
     out = double(layer.W_out)
-    total = left.new_zeros(left.shape[1], left.shape[1])
-    step = max(1, BLOCK // len(left))
-    for start in range(0, len(left), step):
+    total = left.new_zeros(d_model, d_model)
+    for start in range(0, d_mlp, step):
         rows = slice(start, start + step)
         written = out[rows] @ out.T
         for first, first_other in ((left, right), (right, left)):

@@ -11,8 +11,9 @@ two hidden units have the inner product
                                 <D Q D^T, D Q' D^T> = tr(G Q G Q')
 
 No `Q` and no third-order tensor is formed: the cost is that of a few products of the branches. Sums run in float64, and
-over blocks of K, so that memory stays small where d_mlp is not. Two layers, or two models, can be compared wherever
-they read and write the same space; two models trained apart share no basis, and then only norms and spectra compare.
+over blocks of K and of outputs, as many at a time as fit the memory given. Two layers, or two models, can be compared
+wherever they read and write the same space; two models trained apart share no basis, and then only norms and spectra
+compare.
 
 All of it is about the quadratic part: MLP biases do not enter.
 """
@@ -26,13 +27,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.checks import MEMORY, check_budget, how_many_fit
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, double, hidden_coefficients
 from bilens.model.transformer import HookedBilinearTransformer
 
-BLOCK = 2**23  # entries of K at a time: 64 MB
+BLOCK = 2**23  # entries of K at a time, at most: 64 MB
+BLOCK_ENTRY = 32  # bytes of an entry, while it is made
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def inner_products(
     other: BilinearLayer | None = None,
     w: Float[Tensor, "m d_model"] | None = None,
     metric: Float[Tensor, "d_model d_model"] | None = None,
+    memory: int = MEMORY,
 ) -> Float[Tensor, "n m"]:
     """`<Q_u, Q'_w>` of every pair of output directions, in float64.
 
@@ -137,29 +141,62 @@ def inner_products(
         other: the layer that `w` reads; `None` is `layer`.
         w: its output directions; `None` is `u`.
         metric: `D^T D` for the interaction matrices between the input features `D`; `None` for the residual basis.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
 
     Raises:
+        ArgumentError: less memory than the result or the smallest step takes.
         SAEMismatchError: layers of different d_model.
     """
-    c = hidden_coefficients(layer, u, exact=True)
-    c_other = (
-        c if other is None and w is None else hidden_coefficients(other or layer, u if w is None else w, exact=True)
-    )
-    total = c.new_zeros(len(c), len(c_other))
-    for rows, block in factor_gram_blocks(layer, other, metric):
-        total += (c[:, rows] @ block) @ c_other.T
-    return 0.5 * (total + total.T) if c_other is c else total
+    same = other is None and w is None
+    w, reads = u if w is None else w, layer if other is None else other
+    call = f"inner_products of {len(u):,} and {len(w):,} outputs"
+    check_budget(call, 8 * len(u) * len(w), memory, "ask for fewer outputs at a time")
+    total = double(u).new_zeros(len(u), len(w))
+    for rows, _, images in coefficient_images(call, layer, u, other, metric, memory):
+        for start in range(0, len(w), images.shape[1]):
+            columns = slice(start, start + images.shape[1])
+            total[rows, columns] = images @ hidden_coefficients(reads, w[columns], exact=True).T
+    if same:
+        for row in range(len(total)):  # symmetric to the bit, in place
+            total[row, :row] = total[:row, row] = 0.5 * (total[row, :row] + total[:row, row])
+    return total
 
 
 def norms(
-    layer: BilinearLayer, u: Float[Tensor, "n d_model"], metric: Float[Tensor, "d_model d_model"] | None = None
+    layer: BilinearLayer,
+    u: Float[Tensor, "n d_model"],
+    metric: Float[Tensor, "d_model d_model"] | None = None,
+    memory: int = MEMORY,
 ) -> Float[Tensor, "n"]:
     """Frobenius norm of every `Q_u`, in float64."""
-    c = hidden_coefficients(layer, u, exact=True)
-    squares = c.new_zeros(len(c))
-    for rows, block in factor_gram_blocks(layer, None, metric):
-        squares += ((c[:, rows] @ block) * c).sum(-1)
-    return squares.clamp_min(0).sqrt()
+    parts = coefficient_images(f"norms of {len(u):,} outputs", layer, u, None, metric, memory)
+    squares = [(images * c).sum(-1) for _, c, images in parts]
+    return torch.cat(squares).clamp_min(0).sqrt() if squares else double(u).new_zeros(0)
+
+
+def coefficient_images(
+    call: str,
+    layer: BilinearLayer,
+    u: Float[Tensor, "n d_model"],
+    other: BilinearLayer | None,
+    metric: Float[Tensor, "d_model d_model"] | None,
+    memory: int,
+) -> Iterator[tuple[slice, Float[Tensor, "rows d_mlp"], Float[Tensor, "rows other_d_mlp"]]]:
+    """`c_u` and `c_u K` of as many outputs at a time as fit the memory, in float64, with their places."""
+    (d_model, d_mlp), d_other = layer.W_gate.shape, (other or layer).W_gate.shape[1]
+    fixed = 8 * d_model * (3 * d_mlp + (0 if other is None else 3 * d_other) + (0 if metric is None else 2 * d_mlp))
+    each = 8 * (2 * d_mlp + 4 * d_other + 2 * d_model)
+    of_gram = BLOCK_ENTRY * d_other
+    how_many_fit(call, each, memory, besides=fixed + of_gram)
+    step = max(1, min(BLOCK // d_other, (memory - fixed) // 2 // of_gram))
+    n_rows = max(1, int((memory - fixed - step * of_gram) // each))
+    for start in range(0, len(u), n_rows):
+        rows = slice(start, min(start + n_rows, len(u)))
+        c = hidden_coefficients(layer, u[rows], exact=True)
+        images = c.new_zeros(len(c), d_other)
+        for units, block in factor_gram_blocks(layer, other, metric, step):
+            images.addmm_(c[:, units], block)
+        yield rows, c, images
 
 
 def traces(
@@ -182,23 +219,32 @@ def cosines(inner: Float[Tensor, "n m"], row_norms: Float[Tensor, "n"], column_n
 
 
 def tensor_inner(
-    layer: BilinearLayer, other: BilinearLayer, metric: Float[Tensor, "d_model d_model"] | None = None
+    layer: BilinearLayer,
+    other: BilinearLayer,
+    metric: Float[Tensor, "d_model d_model"] | None = None,
+    memory: int = MEMORY,
 ) -> Float[Tensor, ""]:
     """`<T, T'> = sum_o <Q_{e_o}, Q'_{e_o}>` of two layers' tensors, in float64.
 
     Raises:
+        ArgumentError: less memory than the smallest step takes.
         SAEMismatchError: layers of different d_model.
     """
     out, other_out = double(layer.W_out), double(other.W_out)
     total = out.new_zeros(())
-    for rows, block in factor_gram_blocks(layer, other, metric):
+    d_model, units, others = len(layer.W_gate), len(layer.W_out), len(other.W_out)
+    fixed = 8 * d_model * (3 + 2 * (metric is not None)) * (units + others)
+    fit = how_many_fit("the inner product of two layers", BLOCK_ENTRY * others, memory, besides=fixed)
+    for rows, block in factor_gram_blocks(layer, other, metric, min(fit, max(1, BLOCK // others))):
         total += (block * (out[rows] @ other_out.T)).sum()
     return total
 
 
-def tensor_norm(layer: BilinearLayer, metric: Float[Tensor, "d_model d_model"] | None = None) -> Float[Tensor, ""]:
+def tensor_norm(
+    layer: BilinearLayer, metric: Float[Tensor, "d_model d_model"] | None = None, memory: int = MEMORY
+) -> Float[Tensor, ""]:
     """Frobenius norm of a layer's tensor, in float64."""
-    return tensor_inner(layer, layer, metric).clamp_min(0).sqrt()
+    return tensor_inner(layer, layer, metric, memory).clamp_min(0).sqrt()
 
 
 def tensor_cosine(
@@ -228,9 +274,12 @@ def factor_gram(
 
 
 def factor_gram_blocks(
-    layer: BilinearLayer, other: BilinearLayer | None, metric: Float[Tensor, "d_model d_model"] | None
+    layer: BilinearLayer,
+    other: BilinearLayer | None,
+    metric: Float[Tensor, "d_model d_model"] | None,
+    step: int | None = None,
 ) -> Iterator[tuple[slice, Float[Tensor, "rows other_d_mlp"]]]:
-    """`K` in blocks of rows, each with the hidden units it belongs to."""
+    """`K` in blocks of `step` rows, each with the hidden units it belongs to; `None` is blocks of `BLOCK` entries."""
     left, right = branch_rows(layer)
     left_other, right_other = (left, right) if other is None else branch_rows(other)
     if left.shape[1] != left_other.shape[1]:
@@ -239,7 +288,7 @@ def factor_gram_blocks(
         )
     if metric is not None:
         left, right = left @ double(metric), right @ double(metric)
-    step = max(1, BLOCK // len(left_other))
+    step = max(1, BLOCK // len(left_other)) if step is None else step
     for start in range(0, len(left), step):
         rows = slice(start, start + step)
         block = (left[rows] @ left_other.T) * (right[rows] @ right_other.T)

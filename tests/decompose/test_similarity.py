@@ -73,6 +73,16 @@ def test_cosines_belong_to_the_tensor(seed, d, m):
     assert_close(turned.direction, expected.direction, **ROUNDING)
 
 
+@given(seeds, st.integers(14, 18))
+def test_the_memory_changes_no_cosine(seed, log_memory):
+    layer, u, metric = make_layer(seed, 6, 11), random(seed + 1, 40, 6), random(seed + 2, 6, 6)
+    expected = feature_cosines(layer, u, u, metric @ metric.T)
+    found = feature_cosines(layer, u, u, metric @ metric.T, 2**log_memory)
+    for name in ("interaction", "direction"):
+        assert_close(getattr(found, name), getattr(expected, name), **ROUNDING)
+        assert torch.equal(getattr(found, name), getattr(found, name).T)
+
+
 def test_directions_apart_may_have_one_interaction_matrix():
     """What the layer cannot write does not count: the reason to compare interaction matrices at all."""
     layer = make_layer(0, 9, 4)  # four hidden units write four of nine dimensions

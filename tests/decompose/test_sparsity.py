@@ -5,11 +5,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pandas.testing import assert_frame_equal
 from torch.testing import assert_close
 
-from bilens.decompose import Decomposer
-from bilens.decompose.sparsity import SORTED_WHOLE, Triangle, excess_kurtosis, quartiles
+from bilens.decompose import Decomposer, sparsity
+from bilens.decompose.motifs import find_motifs
+from bilens.decompose.sparsity import (
+    SAMPLE,
+    SORTED_WHOLE,
+    Entries,
+    Triangle,
+    excess_kurtosis,
+    feature_entries,
+    find_outliers,
+    measure_sparsity,
+    quartiles,
+)
 from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError
+from tests.layer.test_inner import make_layer, random
 from tests.random_saes import D_SAE, make_sae
 
 
@@ -27,7 +40,8 @@ def test_a_triangle_has_every_pair_once_where_it_says(n):
     left, right = torch.randn(n, 3, generator=generator), torch.randn(n, 3, generator=generator)
     triangle = Triangle(n)
     entries = torch.full((len(triangle),), torch.nan)
-    triangle.fill(entries, left, right)
+    for low, high, start in triangle.blocks:
+        triangle.fill(entries[start:], (low, high, start), left[low:high], right)
     i, j = triangle.pairs(torch.arange(len(triangle)))
     assert (i < j).all()
     assert len((i * n + j).unique()) == len(triangle) == n * (n - 1) // 2
@@ -38,13 +52,15 @@ def test_a_triangle_has_every_pair_once_where_it_says(n):
 @given(st.integers(1, 200), st.integers(0, 100))
 def test_quartiles_of_few_are_numpys(n, seed):
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
-    assert_close(quartiles(x), torch.from_numpy(np.quantile(x.numpy(), [0.25, 0.75])).float(), atol=1e-6, rtol=1e-5)
+    assert_close(
+        quartiles(Entries.of(x)), torch.from_numpy(np.quantile(x.numpy(), [0.25, 0.75])).float(), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["random", "heavy", "sorted", "constant", "ties", "misleading"])
-@pytest.mark.parametrize("more", [1, 2, 3, 40_001])
+@pytest.mark.parametrize("more", [1, 2, 3, 40_001, 200_000])
 def test_quartiles_of_many_are_numpys(kind, more):
-    """Whatever the sample says: every fourth entry of *misleading* is far from the others."""
+    """Whatever the sample says: the sampled entries of *misleading* are far from the others."""
     n = SORTED_WHOLE + more
     x = torch.randn(n, generator=torch.Generator().manual_seed(1))
     if kind == "heavy":
@@ -56,8 +72,8 @@ def test_quartiles_of_many_are_numpys(kind, more):
     if kind == "ties":
         x = x.round()
     if kind == "misleading":
-        x[:: n // 2**14] += 100
-    assert_close(quartiles(x), torch.from_numpy(np.quantile(x.double().numpy(), [0.25, 0.75])).float())
+        x[:: n // SAMPLE] += 100
+    assert_close(quartiles(Entries.of(x)), torch.from_numpy(np.quantile(x.double().numpy(), [0.25, 0.75])).float())
 
 
 def test_kurtosis():
@@ -65,12 +81,12 @@ def test_kurtosis():
     x = torch.randn(300_000, generator=generator) * 2 + 5
     y = x.double().numpy()
     expected = ((y - y.mean()) ** 4).mean() / ((y - y.mean()) ** 2).mean() ** 2 - 3
-    assert excess_kurtosis(x[:1000], x[1000:]) == pytest.approx(expected, rel=1e-9)
+    assert excess_kurtosis(Entries.of(x[:1000]), Entries.of(x[1000:])) == pytest.approx(expected, rel=1e-9)
     assert abs(expected) < 0.05  # a Gaussian has none; its standard error is sqrt(24 / n)
-    assert excess_kurtosis(torch.tensor([-1.0, 1.0]), torch.tensor([1.0, -1.0])) == pytest.approx(-2)
+    assert excess_kurtosis(*map(Entries.of, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))) == pytest.approx(-2)
     # far from zero, where float32 moments would have no digit left
-    assert excess_kurtosis(x.double() + 1e6) == pytest.approx(expected, rel=1e-6)
-    assert np.isnan(excess_kurtosis(torch.ones(5), torch.ones(2)))
+    assert excess_kurtosis(Entries.of(x.double() + 1e6)) == pytest.approx(expected, rel=1e-6)
+    assert np.isnan(excess_kurtosis(Entries.of(torch.ones(5)), Entries.of(torch.ones(2))))
 
 
 @pytest.mark.parametrize("fence", [0.0, 1.5, 3.0])
@@ -106,6 +122,24 @@ def test_sparsity_is_numpys_of_the_dense_matrices(decomposer, fence):
             entry = matrix[row.i, row.j] * (1 if row.kind == "self" else 2)
             assert row.coefficient == pytest.approx(entry, rel=1e-3, abs=2e-4)
         assert listed.coefficient.abs().is_monotonic_decreasing
+
+
+def test_the_memory_changes_nothing(monkeypatch):
+    """600 input features: the blocks of their pairs, and quartiles from a sample and brackets, held or made anew."""
+    layer, u, inputs = (part for part in (make_layer(0, 5, 7), random(1, 3, 5), random(2, 600, 5)))
+    for name, value in {"SORTED_WHOLE": 1000, "SAMPLE": 1000, "MARGIN": 0.05, "PIECE": 5000, "BLOCK": 32}.items():
+        monkeypatch.setattr(sparsity, name, value)
+    rich, poor = 2**25, 2_500_000
+    held = [next(feature_entries(layer, u, inputs, memory=memory, progress=False))[0] for memory in (rich, poor)]
+    assert [len(list(entries)) for entries in held] == [36, 19]
+    tables = [measure_sparsity(layer, u, inputs, memory=memory, progress=False).to_frame() for memory in (rich, poor)]
+    assert_frame_equal(*tables)
+    lists = [find_outliers(layer, u, inputs, 300, memory=memory, progress=False) for memory in (rich, poor)]
+    motifs = [find_motifs(layer, u, inputs, 50, memory=memory, progress=False) for memory in (rich, poor)]
+    assert_frame_equal(*(found.to_frame() for found in motifs))
+    assert motifs[0].counts == motifs[1].counts
+    for part, other in zip(*lists, strict=True):
+        assert_close(part, other)
 
 
 def test_results_show_themselves(decomposer):

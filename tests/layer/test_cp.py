@@ -180,6 +180,8 @@ def test_what_is_refused(models):
     for rank in (0, 9):
         with pytest.raises(OutOfRangeError, match=f"rank is {rank}, expected 1 to 8"):
             fit(layer, rank)
+    with pytest.raises(ArgumentError, match=r"cp of rank 2 needs .* bytes, and memory is 1,000: ask for a lower rank"):
+        fit(layer, 2, memory=1000)
     with pytest.raises(OutOfRangeError, match="max_sweeps is -1"):
         fit(layer, 2, max_sweeps=-1)
     with pytest.raises(SAEMismatchError, match="3 hidden units and d_model 5: expected 2 and 5"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from bilens.decompose import Decomposer, layer_similarity
-from bilens.errors import NotBilinearError, SAEMismatchError
+from bilens.errors import ArgumentError, NotBilinearError, SAEMismatchError
 from bilens.layer import inner
 from bilens.layer.bilinear import BilinearLayer, in_basis, interaction_matrix
 from bilens.layer.inner import (
@@ -103,6 +103,21 @@ def test_only_the_tensor_counts(seed, d, m):
     assert_close(tensor_cosine(turned, turned_other), tensor_cosine(layer, other), **EXACT)
     u = random(seed + 1, 3, d)
     assert_close(inner_products(turned, u @ rotate.T), inner_products(again, u), atol=1e-8, rtol=1e-8)
+
+
+def test_the_memory_changes_nothing():
+    layer, other, u, w = make_layer(0, 6, 23), make_layer(1, 6, 17), random(1, 40, 6), random(2, 30, 6)
+    metric = random(3, 6, 6) @ random(3, 6, 6).T
+    for memory in (2**14, 2**15, 2**16):
+        for found, expected in (
+            (inner_products(layer, u, memory=memory), inner_products(layer, u)),
+            (inner_products(layer, u, other, w, metric, memory), inner_products(layer, u, other, w, metric)),
+            (norms(layer, u, metric, memory), norms(layer, u, metric)),
+            (tensor_inner(layer, other, metric, memory), tensor_inner(layer, other, metric)),
+        ):
+            assert_close(found, expected, **EXACT)
+    with pytest.raises(ArgumentError, match=r"of 40 and 40 outputs needs 12,800 bytes, and memory is 5: ask for fewer"):
+        inner_products(layer, u, memory=5)
 
 
 def test_blocks_change_nothing(monkeypatch):
