@@ -421,7 +421,13 @@ class Decomposer:
 
     @torch.no_grad()
     def fidelity(
-        self, texts: Sequence[str], output: Output | None = None, k: int = 10, *, batch_size: int = 16
+        self,
+        texts: Sequence[str],
+        output: Output | None = None,
+        k: int = 10,
+        *,
+        batch_size: int = 16,
+        memory: int = MEMORY,
     ) -> Fidelity:
         """How well the `k` leading eigencircuits, and every smaller number of them, reproduce features on texts.
 
@@ -430,10 +436,12 @@ class Decomposer:
             output: output features; `None` is all of them.
             k: the largest number of eigenpairs.
             batch_size: texts at a time.
+            memory: bytes to work in besides the model's pass, and at most as many for the result; 1 GiB by default.
 
         Raises:
             AlteredModelError: SAEs are attached to the model, or there are hooks on it or on the SAE.
-            ArgumentError: a batch size that is no positive whole number; directions instead of features.
+            ArgumentError: a batch size that is no positive whole number; directions instead of features; less memory
+                than the eigenvectors and one token take.
             EmptyTextError: no texts, or one with nothing in it.
             MissingSAEError: no output SAE.
             OutOfRangeError: no such feature, or more eigenpairs than `d_model`.
@@ -442,8 +450,10 @@ class Decomposer:
         require_bare(self.model, view.sae)
         features = self._features(self._every(output))
         run = self.run_texts(texts, batch_size)
-        batches = ((x, y, view.activations(y)[:, features]) for x, y in run)
-        found = measure_fidelity(self.weights, self.directions(features), batches, k)
+        tokens = max(1, memory // (4 * view.d_sae * 24))  # a quarter of it for the activations of all features
+        parts = (part for x, y in run for part in zip(x.split(tokens), y.split(tokens), strict=True))
+        batches = ((x, y, view.activations(y)[:, features]) for x, y in parts)
+        found = measure_fidelity(self.weights, self.directions(features), batches, k, 3 * memory // 4)
         return replace(found, features=features, names=self.output_names)
 
     # --- sparse structure ---------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.checks import MEMORY, how_many_fit
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError
@@ -30,7 +31,8 @@ from bilens.layer.bilinear import BilinearLayer, constant_term, linear_term
 from bilens.layer.eigen.solve import top_eigenpairs
 
 SPREAD = 1e-6  # of the root mean square: activations that differ by less are equal but for float32 rounding
-PAIRS_AT_ONCE = 2**25  # numbers (token x feature x eigenpair) held at a time: 128 MB in float32
+PAIRS_AT_ONCE = 2**24  # numbers (token x feature x eigenpair) held at a time, at most
+ENTRY, SUMS = 64, 128  # bytes: of one of them while it is looked at, and of the sums of one feature and eigenpair
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ def measure_fidelity(
     u: Float[Tensor, "n d_model"],
     batches: Iterable[tuple[Float[Tensor, "p d_model"], Float[Tensor, "p d_model"], Float[Tensor, "p n"]]],
     k: int = 10,
+    memory: int = MEMORY,
 ) -> Fidelity:
     """How well the `k` leading eigencircuits, and every smaller number of them, reproduce output features on data.
 
@@ -170,15 +173,20 @@ def measure_fidelity(
         u: the features' directions in the layer's output.
         batches: batches of tokens: what the layer reads and writes, and the features' activations.
         k: the largest number of eigenpairs.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
 
     Raises:
+        ArgumentError: less memory than the eigenvectors and one token take.
         OutOfRangeError: more eigenpairs than `d_model`.
     """
-    eigen = top_eigenpairs(layer, u, k, progress=False)
+    besides = len(u) * k * (layer.W_out.element_size() * u.shape[1] + SUMS)
+    call, instead = f"fidelity ({k} pairs of {len(u):,} outputs)", "ask for fewer pairs (`k`) or outputs"
+    at_once = how_many_fit(call, len(u) * k * ENTRY, memory, instead, besides=besides)
+    eigen = top_eigenpairs(layer, u, k, memory=memory - besides, progress=False)
     linear, constant = linear_term(layer, u), constant_term(layer, u)
     sums = _Sums(len(u), k, u.device)
     for x, y, f in batches:
-        for part in torch.arange(len(x)).split(max(1, PAIRS_AT_ONCE // (len(u) * k))):
+        for part in torch.arange(len(x)).split(min(at_once, max(1, PAIRS_AT_ONCE // (len(u) * k)))):
             projections = (x[part] @ eigen.vectors.flatten(0, 1).T).unflatten(-1, eigen.values.shape)
             q = (eigen.values * projections**2).cumsum(-1)
             sums.add(q, f[part].to(u), y[part] @ u.T - x[part] @ linear.T - constant)

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.checks import name_of
+from bilens._core.checks import MEMORY, check_budget, name_of
 from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.motifs import MOTIFS, classify, negated_first
@@ -170,6 +170,7 @@ def motif_gallery(
     n: int = 3,
     *,
     min_tokens: int = MIN_TOKENS,
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> MotifGallery:
     """The strongest motifs of some layers; see the module for what they are.
@@ -181,12 +182,13 @@ def motif_gallery(
         inputs, outputs: what the SAEs' features fire on (`feature_activations`), over the same texts.
         n: entries of each kind and layer.
         min_tokens: the least number of tokens on which a pair fires together, and each of its features alone.
+        memory: bytes to work in, and at most as many for the result; 1 GiB by default.
         progress: show a bar.
 
     Raises:
         AlteredModelError: SAEs are attached to a model, or there are hooks on it or on an SAE.
         ArgumentError: no layers, or another number of activations than of layers; activations on different texts; `n`
-            or `min_tokens` below 1.
+            or `min_tokens` below 1; less memory than a layer takes.
         MissingSAEError: a decomposer without one of its SAEs.
         SAEMismatchError: activations of an SAE of another size, or one on another hook than the layer reads.
     """
@@ -206,19 +208,37 @@ def motif_gallery(
                 )
             if not torch.equal(given.tokens, inputs[0].tokens):
                 raise ArgumentError(f"layer {d.layer}: {which} activations on other texts than the first ones.")
+        check_budget(*_needed(d, ins), memory, "give fewer texts, or smaller SAEs")
     entries: list[GalleryEntry] = []
     counts = []
     for d, ins, outs in zip(decomposers, inputs, outputs, strict=True):
-        found, counted = _layer_entries(d, ins, outs, n, min_tokens, progress)
+        found, counted = _layer_entries(d, ins, outs, n, min_tokens, memory, progress)
         entries += found
         counts += counted
     entries.sort(key=lambda entry: (MOTIFS.index(entry.kind), -entry.strength))
     return MotifGallery(entries, pd.DataFrame(counts), int(inputs[0].mask.sum()), decomposers[0].model.is_wordpiece)
 
 
+def _needed(d: Decomposer, inputs: FeatureActivations) -> tuple[str, int]:
+    """What a layer's part of the gallery is called in words, and the bytes that it takes: the most of its steps."""
+    n_in, n_out, n_tokens = d.input_view.d_sae, d.output_view.d_sae, int(inputs.mask.sum())
+    d_model, d_mlp = d.weights.W_gate.shape
+    together = 8 * n_in**2 + 48 * len(inputs.values) + 4 * n_in  # of two features: counts and cosines
+    by_weights = 4 * n_in * (4 * d_mlp + n_out + d_model) + PAIRS * (128 * n_out + 24 * d_mlp)
+    on_texts = 4 * n_tokens * (n_in + 3 * n_out + 2 * d_model)
+    families = 16 * n_in**2
+    return f"the gallery of layer {d.layer} on {n_tokens:,} tokens", max(together, by_weights, on_texts + families)
+
+
 @torch.no_grad()
 def _layer_entries(
-    d: Decomposer, inputs: FeatureActivations, outputs: FeatureActivations, n: int, min_tokens: int, progress: bool
+    d: Decomposer,
+    inputs: FeatureActivations,
+    outputs: FeatureActivations,
+    n: int,
+    min_tokens: int,
+    memory: int,
+    progress: bool,
 ) -> tuple[list[GalleryEntry], list[dict[str, object]]]:
     """The `n` first families of each kind of one layer, and how many of everything there are."""
     directions = d.input_directions()
@@ -228,7 +248,7 @@ def _layer_entries(
         d.weights,
         d.directions(often),
         directions,
-        *pairs_together(inputs, min_tokens),
+        *pairs_together(inputs, min_tokens, memory),
         inputs.typical_activations().to(directions),
         typical[often],
         CANDIDATES,
@@ -256,7 +276,7 @@ def _layer_entries(
         )
     ]
     held = sorted((place for place, s in enumerate(strengths) if s > 0), key=lambda place: -strengths[place])
-    families = _families(d, candidates, held)
+    families = _families(d, candidates, held, memory)
     kinds = candidates.kinds.tolist()
     entries, shown = [], dict.fromkeys(range(len(MOTIFS)), 0)
     for members in _by_output(families):
@@ -317,17 +337,20 @@ class Candidates:
         return list(zip(self.outputs.tolist(), self.i.tolist(), self.j.tolist(), strict=True))
 
 
-def pairs_together(inputs: FeatureActivations, min_tokens: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+def pairs_together(
+    inputs: FeatureActivations, min_tokens: int, memory: int = MEMORY
+) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
     """Pairs `i < j` that fire on one token at least so often, each as often without the other, and on other tokens."""
-    both = inputs.cofiring_counts()
-    alone = both.diagonal()[:, None] - both
-    different = inputs.token_cosines() <= SAME_TOKENS
-    i, j = (
-        (different & (both >= min_tokens) & (alone >= min_tokens) & (alone.mT >= min_tokens))
-        .triu(1)
-        .nonzero(as_tuple=True)
-    )
-    return i, j
+    both, cosines = inputs.cofiring_counts(memory=memory), inputs.token_cosines(memory=memory)
+    fires, found = both.diagonal(), []
+    for i in torch.arange(len(both)).split(max(1, 2**22 // max(len(both), 1))):
+        together = both[i]
+        some = (together >= min_tokens) & (cosines[i] <= SAME_TOKENS)
+        some &= (fires[i][:, None] - together >= min_tokens) & (fires - together >= min_tokens)
+        row, j = (some & (i[:, None] < torch.arange(len(both)))).nonzero(as_tuple=True)
+        found.append(torch.stack([i[row], j]))
+    first, second = torch.cat(found, 1)
+    return first, second
 
 
 def pair_motifs(
@@ -356,7 +379,9 @@ def pair_motifs(
     """
     made = branches(layer, inputs * activations[:, None])
     write = layer.W_out @ outputs.T
-    alone = products(made, made) @ write
+    alone = torch.cat(
+        [products(some, some) @ write for some in map(made.__getitem__, torch.arange(len(inputs)).split(PAIRS))]
+    )
     i, j = i.to(outputs.device), j.to(outputs.device)
     counts, none = i.new_zeros(len(MOTIFS)), i.new_zeros(0)
     best = [[none, none, none, alone.new_zeros(0, 3), alone.new_zeros(0)] for _ in MOTIFS]
@@ -516,12 +541,14 @@ def _some(places: Int[Tensor, "n"], generator: torch.Generator) -> Int[Tensor, "
 Family = tuple[int, int, tuple[int, ...]]
 
 
-def _families(d: Decomposer, candidates: Candidates, held: Sequence[int]) -> dict[Family, int]:
+def _families(d: Decomposer, candidates: Candidates, held: Sequence[int], memory: int) -> dict[Family, int]:
     """The strongest of those that hold between the same families of features: `(kind, output's, inputs')`."""
     unit = torch.nn.functional.normalize(d.input_directions(), dim=-1).cpu()
     family_in = cluster(unit @ unit.T, INPUT_COSINE).tolist()
     outputs = sorted({candidates.triples[place][0] for place in held})
-    labels = d.clusters(outputs, OUTPUT_COSINE).labels.tolist() if len(outputs) > 1 else [0] * len(outputs)
+    labels = (
+        d.clusters(outputs, OUTPUT_COSINE, memory=memory).labels.tolist() if len(outputs) > 1 else [0] * len(outputs)
+    )
     family_out = dict(zip(outputs, labels, strict=True))
     found: dict[Family, int] = {}
     for place in held:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from bilens.decompose import Decomposer
+from bilens.decompose import Decomposer, fidelity
 from bilens.errors import ArgumentError, EmptyTextError, MissingSAEError, OutOfRangeError
 from tests.random_saes import D_SAE, make_sae
 
@@ -58,6 +58,18 @@ def test_the_running_sums_are_the_statistics(models, bias, kind, batch_size):
             if t[active, o].std() > 1e-2:
                 left = ((t[active, o] - q[active, o, r]) ** 2).sum() / ((t[active, o] - t[active, o].mean()) ** 2).sum()
                 assert found.explained_variance[o, r].item() == pytest.approx(1 - left, rel=1e-2, abs=1e-2)
+
+
+def test_the_memory_changes_nothing(models, monkeypatch):
+    decomposer = make(models(True, True))
+    expected = decomposer.fidelity(TEXTS, k=3)
+    monkeypatch.setattr(fidelity, "ENTRY", 2**18)  # a token takes 30 MB
+    found = decomposer.fidelity(TEXTS, k=3, memory=2**27)
+    for name in ("correlation", "correlation_all", "explained_variance"):
+        # float32 products in another order; the variance of a read that is nearly constant has few digits
+        assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-4, equal_nan=True)
+    with pytest.raises(ArgumentError, match=r"fidelity .3 pairs of 40 outputs. needs .* bytes, and memory is .*fewer"):
+        decomposer.fidelity(TEXTS, k=3, memory=1000)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -13,13 +13,16 @@ from sae_lens import SAE
 from torch import Tensor
 
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_finite, check_index, check_sizes
+from bilens._core.checks import MEMORY, check_budget, check_finite, check_index, check_sizes, how_many_fit
 from bilens.errors import ArgumentError
 from bilens.model.attached import encode, splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.texts import example_texts, text_starts
 
 NAMING_SHARE = 0.05  # tokens that carry less of a feature's activation would only blur its name
+
+# Bytes: of one activation of a feature while it is looked at, and of one that is kept.
+ENTRY, RESULT_ENTRY = 48, 28
 
 
 @dataclass(frozen=True)
@@ -156,21 +159,40 @@ class FeatureActivations:
         total = torch.zeros(self.d_sae).index_add_(0, self.features, self.values)
         return total / self.offsets.diff().clamp_min(1)
 
-    def cofiring(self) -> Float[Tensor, "d_sae d_sae"]:
+    def cofiring(self, *, memory: int = MEMORY) -> Float[Tensor, "d_sae d_sae"]:
         """`w_ij`, the mean of `f_i f_j` over all tokens: weights for pairs of features.
 
         With them `coefficient * weight` is what a pair adds to an output's pre-activation on the average token.
+
+        Args:
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
+
+        Raises:
+            ArgumentError: less memory than a number for every two features takes, and one token's activations.
         """
-        return self._products(self.values) / max(int(self.mask.sum()), 1)
+        return self._products("cofiring", self._tokens, self.values, memory).div_(max(int(self.mask.sum()), 1))
 
-    def cofiring_counts(self) -> Float[Tensor, "d_sae d_sae"]:
-        """On how many tokens every two features fire together; on the diagonal, on how many each fires."""
-        return self._products(torch.ones_like(self.values))
+    def cofiring_counts(self, *, memory: int = MEMORY) -> Float[Tensor, "d_sae d_sae"]:
+        """On how many tokens every two features fire together; on the diagonal, on how many each fires.
 
-    def token_cosines(self) -> Float[Tensor, "d_sae d_sae"]:
-        """Of every two features' activation summed by token of the vocabulary: 1 if they fire on the same words."""
-        mass = torch.nn.functional.normalize(self._mass(), dim=-1)
-        return mass @ mass.T
+        Args and errors are those of `cofiring`.
+        """
+        return self._products("cofiring_counts", self._tokens, torch.ones_like(self.values), memory)
+
+    def token_cosines(self, *, memory: int = MEMORY) -> Float[Tensor, "d_sae d_sae"]:
+        """Of every two features' activation summed by token of the vocabulary: 1 if they fire on the same words.
+
+        Args and errors are those of `cofiring`.
+        """
+        words = self.tokens[self.rows, self.positions]
+        found = self._products("token_cosines", words, self.values.abs(), memory)
+        lengths = found.diagonal().sqrt().clamp_min(1e-12)
+        return found.div_(lengths[:, None]).div_(lengths)
+
+    @property
+    def _tokens(self) -> Int[Tensor, "entry"]:
+        """The place of every entry's token among all."""
+        return self.rows * self.tokens.shape[1] + self.positions
 
     @property
     def features(self) -> Int[Tensor, "entry"]:
@@ -189,20 +211,23 @@ class FeatureActivations:
         words = self.tokens[self.rows, self.positions]
         return mass.index_put_((self.features, words), self.values.abs(), accumulate=True)
 
-    def _products(self, values: Float[Tensor, "entry"]) -> Float[Tensor, "d_sae d_sae"]:
-        """The sum over tokens of products of every two features' values, a few tokens at a time."""
-        tokens, features = self.rows * self.tokens.shape[1] + self.positions, self.features
-        order = tokens.argsort(stable=True)
-        tokens, features, values = tokens[order], features[order], values[order]
-        places = tokens.unique_consecutive(return_inverse=True)[1]
+    def _products(
+        self, call: str, places: Int[Tensor, "entry"], values: Float[Tensor, "entry"], memory: int
+    ) -> Float[Tensor, "d_sae d_sae"]:
+        """The sum over places of products of every two features' values there, a few places at a time."""
+        besides = 4 * self.d_sae**2 + 48 * len(values)
+        most = how_many_fit(f"{call} of {self.d_sae:,} features", 4 * self.d_sae, memory, besides=besides)
+        order = places.argsort(stable=True)
+        features, values = self.features[order], values[order]
+        places = places[order].unique_consecutive(return_inverse=True)[1]
         total = torch.zeros(self.d_sae, self.d_sae)
-        step = max(1, 2**24 // self.d_sae)
         n = int(places[-1]) + 1 if len(places) else 0
+        step = min(most, max(1, 2**24 // self.d_sae), max(n, 1))
         edges = torch.searchsorted(places, torch.arange(0, n + step, step)).tolist()
         for chunk, (low, high) in enumerate(pairwise(edges)):
             dense = torch.zeros(step, self.d_sae)
-            dense[places[low:high] - chunk * step, features[low:high]] = values[low:high]
-            total.addmm_(dense.T, dense)
+            at = places[low:high] - chunk * step, features[low:high]
+            total.addmm_(dense.index_put_(at, values[low:high], accumulate=True).T, dense)
         return total
 
 
@@ -265,7 +290,12 @@ def label(feature: int, tokens: Sequence[tuple[str, float]]) -> str:
 
 @torch.no_grad()
 def feature_activations(
-    model: HookedBilinearTransformer, saes: Sequence[SAE[Any]], texts: Sequence[str], *, batch_size: int = 32
+    model: HookedBilinearTransformer,
+    saes: Sequence[SAE[Any]],
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    memory: int = MEMORY,
 ) -> list[FeatureActivations]:
     """Run texts once and keep where every feature of every SAE fires.
 
@@ -274,10 +304,12 @@ def feature_activations(
         saes: each knows its hook (`metadata.hook_name`); transcoders too.
         texts: each is run from its `[BOS]`, cut to the context.
         batch_size: texts at a time.
+        memory: bytes to work in besides the model's pass, and at most as many for the result; 1 GiB by default.
 
     Raises:
         AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
-        ArgumentError: the batch size is no positive whole number.
+        ArgumentError: the batch size is no positive whole number; less memory than a batch's activations at one
+            position take, or, by what the texts run so far give, than the result will take.
         CheckpointError: activations that are not finite.
         HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.model.attached`).
         EmptyTextError: no texts, or one with nothing in it.
@@ -287,21 +319,27 @@ def feature_activations(
     require_bare(model, *saes)
     tokens, mask = text_starts(model, texts)
     mask[:, : model.n_bos] = 0
-    stop = stop_after(hooks)
+    stop, what = stop_after(hooks), "keeping the features' activations"
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in saes]
     for at in range(0, len(tokens), batch_size):
         rows = tokens[at : at + batch_size].to(model.cfg.device)
         _, cache = model.run_with_cache(rows, names_filter=list(set(hooks)), stop_at_layer=stop)
         for entries, sae, hook in zip(found, saes, hooks, strict=True):
-            acts = encode(sae, cache[hook]).float().cpu() * mask[at : at + batch_size, :, None]
-            check_finite("the features' activations", acts, f"the SAE on {hook}")
-            row, position, feature = acts.nonzero(as_tuple=True)
-            entries.append((row + at, position, feature, acts[row, position, feature]))
+            step = how_many_fit(what, ENTRY * len(rows) * sae.cfg.d_sae, memory, "take a smaller batch_size")
+            for start in range(0, tokens.shape[1], step):
+                some = slice(start, start + step)
+                acts = encode(sae, cache[hook][:, some]).float().cpu() * mask[at : at + batch_size, some, None]
+                check_finite("the features' activations", acts, f"the SAE on {hook}")
+                row, position, feature = acts.nonzero(as_tuple=True)
+                entries.append((row + at, position + start, feature, acts[row, position, feature]))
+        n_entries = sum(len(part[0]) for entries in found for part in entries) * len(tokens) // (at + len(rows))
+        check_budget(f"{what}, about {n_entries:,} of them,", 2 * RESULT_ENTRY * n_entries, memory, "give fewer texts")
     strings = model.tokenizer.convert_ids_to_tokens(list(range(model.cfg.d_vocab)))
     results = []
     for entries, sae in zip(found, saes, strict=True):
         row, position, feature, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
-        order = feature.argsort(stable=True)
+        entries.clear()
+        order = ((feature * len(tokens) + row) * tokens.shape[1] + position).argsort()
         counts = torch.bincount(feature, minlength=sae.cfg.d_sae)
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
         results.append(FeatureActivations(tokens, mask, strings, row[order], position[order], value[order], offsets))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from bilens.errors import ArgumentError, EmptyTextError, HookNameError, OutOfRangeError, SAEMismatchError
 from bilens.sae.features.examples import FeatureActivations, FeatureSummary, feature_activations
@@ -249,3 +250,22 @@ def test_every_label_is_the_summarys(found):
         assert len(labels) == D_SAE
         for feature in range(0, D_SAE, 7):
             assert labels[feature] == activations.summary(feature).label
+
+
+def test_the_memory_changes_nothing(text_model, sample, found):
+    """Some positions of a batch at a time, one token at a time."""
+    saes, expected = found
+    cheap = feature_activations(text_model, saes, sample, batch_size=17, memory=600_000)
+    for one, other in zip(cheap, expected, strict=True):
+        for name in ("rows", "positions", "values", "offsets"):
+            assert_close(getattr(one, name), getattr(other, name))
+        memory = 4 * D_SAE**2 + 48 * len(other.values) + 4 * D_SAE
+        for call in ("cofiring", "cofiring_counts", "token_cosines"):
+            # float32 sums of a few hundred terms in another order
+            assert_close(getattr(one, call)(memory=memory), getattr(other, call)(), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ArgumentError, match=r"cofiring of 40 features needs .* bytes, and memory is 5: allow more"):
+        expected[0].cofiring(memory=5)
+    with pytest.raises(ArgumentError, match=r"activations needs 9,600 bytes, and memory is 5: take a smaller batch"):
+        feature_activations(text_model, saes, sample, batch_size=5, memory=5)
+    with pytest.raises(ArgumentError, match=r"activations, about .* of them, needs .* give fewer texts"):
+        feature_activations(text_model, saes, sample, batch_size=5, memory=9600)
