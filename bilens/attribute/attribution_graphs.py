@@ -1,9 +1,9 @@
 """Circuits as the attribution-graph JSON of circuit-tracer and Neuronpedia.
 
 `metadata`, `qParams`, `nodes`, `links` as circuit-tracer's viewer and Neuronpedia read them. That format has one
-feature per (layer, index) and edges between two nodes, so the MLP input of layer `l` is its layer `2l`, the output
-`2l + 1`, and hyper-edges are folded half to each member. What it has no place for stands in an object `bilens` beside,
-from which `bilens.attribute.imported_graphs` restores the circuit.
+feature per (layer, index) and edges between two nodes, so the MLP input of layer `l` is its layer `3l`, the
+eigencircuits `3l + 1`, the output `3l + 2`, and hyper-edges are folded half to each member. What it has no place for
+stands in an object `bilens` beside, from which `bilens.attribute.imported_graphs` restores the circuit.
 
 What the two viewers take for granted, and the format's classes and schema do not say:
 
@@ -31,8 +31,11 @@ from bilens.attribute.circuit_tables import FRAMES, CircuitTables, scalars
 from bilens.errors import ArgumentError
 
 FEATURE, ERROR = "cross layer transcoder", "mlp reconstruction error"
+RANKS = 2**14  # more than there are eigencircuits of one feature
 NAMELESS = {"error": -1, "mlp": -1, "bias": -2}  # the indices of nodes that have none
-NAMELESS |= {f"other {kind}": -3 - place for place, kind in enumerate(("tokens", "features", "errors", "mlps"))}
+NAMELESS |= {
+    f"other {kind}": -3 - place for place, kind in enumerate(("tokens", "features", "errors", "mlps", "eigencircuits"))
+}
 
 
 def to_attribution_graph(circuit: CircuitTables, slug: str = "bilens") -> dict[str, Any]:
@@ -71,9 +74,9 @@ def to_attribution_graph(circuit: CircuitTables, slug: str = "bilens") -> dict[s
             "schema_version": 1,
             "info": {
                 "description": (
-                    f"{circuit.target}: exact attribution of a bilinear transformer. Layer 2l is the MLP input of "
-                    "layer l, 2l+1 its output; pairs are folded half to each member. The p of a difference of logits "
-                    "is its first token's; the p of a target that is no logit is its weight, 1."
+                    f"{circuit.target}: exact attribution of a bilinear transformer. Layer 3l is the MLP input of "
+                    "layer l, 3l+1 its eigencircuits, 3l+2 its output; pairs are folded half to each member. The p of "
+                    "a difference of logits is its first token's; the p of a target that is no logit is its weight, 1."
                 ),
                 "generator": {"name": "bilens"},
             },
@@ -106,8 +109,8 @@ def _prompt(tokens: list[str]) -> str:
 
 def exported_nodes(circuit: CircuitTables) -> dict[str, dict[str, Any]]:
     """The circuit's nodes in the foreign format, by their ids."""
-    layers = [_place(row.layer, row.point) for row in circuit.nodes.itertuples()]
-    logit_layer = str((max(layers) | 1) + 2)  # two past the last, whose outputs have an odd number
+    layers = [_place(row.kind, row.layer, row.point) for row in circuit.nodes.itertuples()]
+    logit_layer = str(3 * (max(layers) // 3) + 4)  # two past the last, which are outputs
     ranked = circuit.nodes[circuit.nodes.kind != "target"].sort_values("influence", ascending=False)
     # Cumulative: the share of all that a node and the more influential ones have, which rounding may not take past 1.
     shares = ranked.influence.cumsum() / max(ranked.influence.sum(), 1e-300)
@@ -127,10 +130,13 @@ def exported_nodes(circuit: CircuitTables) -> dict[str, dict[str, Any]]:
         elif row.kind == "embedding":
             # The format's `feature` of an embedding is its position, the index in its id the token.
             kind, feature, js_id = "embedding", position, f"E_{feature}-{position}"
-        elif row.kind == "feature":
+        elif row.kind in ("feature", "eigencircuit"):
+            identity = row.id.split("@")[0]
+            if row.kind == "eigencircuit":
+                rank = identity.rsplit(".", 1)[1]
+                index = (feature + 1) * RANKS + (RANKS - 1 if rank == "rest" else int(rank))
             # Readers take the index back out of the pair by Cantor's function.
             kind, feature, js_id = FEATURE, (place + index) * (place + index + 1) // 2 + index, f"{layer}_{index}-0"
-            identity = row.id.split("@")[0]
             label = row.name if row.name == identity else f"{identity}: {row.name}"
         else:
             kind = {"bias": "bias", "other": "unknown"}.get(row.kind, ERROR)
@@ -153,9 +159,9 @@ def exported_nodes(circuit: CircuitTables) -> dict[str, dict[str, Any]]:
     return nodes
 
 
-def _place(layer: int, point: str) -> int:
-    """The foreign layer of a node: two for each of ours, the input's and the output's; -1 for none."""
-    return int(2 * layer + (point == "mlp-out")) if layer >= 0 and point else int(layer)
+def _place(kind: str, layer: int, point: str) -> int:
+    """The foreign layer of a node: three for each of ours, of the input, the eigencircuits, the output; -1 for none."""
+    return 3 * int(layer) + (1 if kind == "eigencircuit" else 2 if point == "mlp-out" else 0) if layer >= 0 else -1
 
 
 def _logit_label(name: str, p: float) -> str:

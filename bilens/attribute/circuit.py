@@ -4,8 +4,9 @@
    the exact contribution of everything to it
 2. nodes are kept by cumulative influence, edges likewise; what is pruned is summed, by kind, into `other features`,
    `other errors`, ..., so that whatever goes into a node still adds up to its value
-3. edges are of two kinds: linear ones (written into the stream, read further up, through all attention), and
-   hyper-edges `(i, j) -> o`, what two sources of an MLP's input made of an output feature together
+3. an edge is linear: written into the stream and read further up, through all attention; or, inside an MLP, what a
+   source of its input gives to an eigencircuit of an output feature, and the eigencircuit, its square, to the feature.
+   With `mlps="pairs"` there are hyper-edges `(i, j) -> o` instead: what two sources made of the feature together
 
 A feature's value is its activation; what goes into it adds up to its pre-activation, which for an active feature is the
 same number. Features of an SAE without linear reads (a bilinear encoder, matching pursuit), output features of a layer
@@ -14,7 +15,7 @@ without an SAE on its MLP's input, and MLPs without one on their output, are whe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -36,8 +37,10 @@ from bilens.attribute.circuit_tables import (
     CircuitTables,
 )
 from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
+from bilens.attribute.paths import Paths, narrow
+from bilens.attribute.squares import Squares
 from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
-from bilens.attribute.tracing import KINDS, Numbering, Propagation, head_sums, linear_rows, propagate
+from bilens.attribute.tracing import KINDS, MLPs, Numbering, Propagation, head_sums, linear_rows, propagate
 from bilens.draw import plots
 from bilens.errors import ArgumentError, MissingSAEError
 from bilens.model.hook_points import hook_of
@@ -67,6 +70,8 @@ class Circuit(CircuitTables, Paged, Tabular):
         max_nodes: int = 200,
         node_threshold: float = 0.8,
         edge_threshold: float = 0.98,
+        mlps: MLPs = "eigencircuits",
+        eigen_share: float = 0.8,
         names: Names | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> "Circuit":
@@ -81,8 +86,13 @@ class Circuit(CircuitTables, Paged, Tabular):
             target: the target to explain; `None` takes the logits of the likeliest next tokens.
             max_n_logits, desired_logit_prob: the largest number of those, and the probability that is enough of them.
             max_nodes: the largest number of nodes to keep, and to expand per stage (the features of one SAE).
-            node_threshold: the fewest nodes are kept whose influences are this part of all.
+            node_threshold: nodes are kept, the most influential first and each with its strongest path to the target,
+                until their influences are this part of all.
             edge_threshold: the same share for the edges between them.
+            mlps: `"eigencircuits"` makes an MLP's output features of their eigencircuits, which are squares of linear
+                reads of its input; `"pairs"` of pairs of its input's features.
+            eigen_share: the fewest eigencircuits are nodes that give this share of a feature's squares at its token (at
+                most eight); all others are one node.
             names: labels of features, by hook or SAE name (`2-mlp-in`, or its folder's name), or a `FeatureStore`.
             dtype: the type of the algebra.
 
@@ -93,7 +103,7 @@ class Circuit(CircuitTables, Paged, Tabular):
             NotBilinearError: a gated or one-branch model.
             others: the same as for `freeze` and `read_targets`.
         """
-        _check_limits(max_nodes, node_threshold, edge_threshold)
+        _check_limits(max_nodes, node_threshold, edge_threshold, mlps, eigen_share)
         if target is not None:
             as_targets(target)
         frozen = freeze(model, text_or_tokens, saes, dtype=dtype)
@@ -105,6 +115,8 @@ class Circuit(CircuitTables, Paged, Tabular):
             max_nodes=max_nodes,
             node_threshold=node_threshold,
             edge_threshold=edge_threshold,
+            mlps=mlps,
+            eigen_share=eigen_share,
             names=names,
         )
 
@@ -176,6 +188,23 @@ class Circuit(CircuitTables, Paged, Tabular):
             ],
         )
 
+    def strongest(self, n: int = 20) -> "Circuit":
+        """The part of the graph to look at first: paths, best first, from the target down to the tokens; what all other
+        nodes gave is pruned, too, so that whatever goes into a node still adds up to its value.
+
+        Args:
+            n: the number of nodes, targets, biases and pruned parts not counted.
+
+        Raises:
+            ArgumentError: no room for a node.
+        """
+        check_sizes(n=n)
+        chosen = self.nodes.id.iloc[Paths.of(self).choose(n)]
+        inner = self.nodes[~self.nodes.kind.isin(["target", "bias", "other"])]
+        part = inner[inner.id.isin(chosen)].influence.sum() / max(inner.influence.sum(), 1e-300)
+        found = replace(self, **narrow(self, set(chosen)), kept_share=float(self.kept_share * part))
+        return replace(found, shares=_ends(found))
+
     def to_frame(self) -> pd.DataFrame:
         """The nodes, most influential first."""
         return self.nodes.sort_values("influence", ascending=False, ignore_index=True)
@@ -218,10 +247,12 @@ def trace_circuit(
     max_nodes: int = 200,
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
+    mlps: MLPs = "eigencircuits",
+    eigen_share: float = 0.8,
     names: Names | None = None,
 ) -> Circuit:
     """`Circuit.trace` on a forward pass that is there already; the arguments are the same."""
-    _check_limits(max_nodes, node_threshold, edge_threshold)
+    _check_limits(max_nodes, node_threshold, edge_threshold, mlps, eigen_share)
     targets = as_targets(target)
     points = {sae.point for sae in frozen.saes.values()}
     if not points & {"mlp-in", "resid-mid", "mlp-out"}:
@@ -232,8 +263,9 @@ def trace_circuit(
     labels = names_by_hook(frozen.model, frozen.saes, names)
     reads = read_targets(frozen, targets)
     probabilities = [probability(frozen, each) for each in targets]
-    found = propagate(frozen, reads, _weights(reads, probabilities), max_nodes)
+    found = propagate(frozen, reads, _weights(reads, probabilities), max_nodes, mlps, eigen_share)
     kept, kept_share, n_found = _prune(found, max_nodes, node_threshold)
+    kept = _gather(found, kept)
     edges, hyperedges = _edges(frozen, found, kept, edge_threshold)
     nodes = _node_frame(frozen, found, kept, labels, reads.names)
     nodes.loc[nodes.kind == "target", "feature"] = [logit_token(frozen, each) for each in targets]
@@ -264,10 +296,13 @@ def trace_circuit(
     return replace(circuit, shares=_ends(circuit))
 
 
-def _check_limits(max_nodes: int, node_threshold: float, edge_threshold: float) -> None:
-    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
+def _check_limits(max_nodes: int, node_threshold: float, edge_threshold: float, mlps: str, eigen_share: float) -> None:
+    shares = {"node_threshold": node_threshold, "edge_threshold": edge_threshold, "eigen_share": eigen_share}
+    for name, value in shares.items():
         if not 0 < value <= 1:
             raise ArgumentError(f"{name} is {value}, expected more than 0 and at most 1.")
+    if mlps not in get_args(MLPs):
+        raise ArgumentError(f"mlps is {mlps!r}, expected {' or '.join(map(repr, get_args(MLPs)))}.")
     check_sizes(max_nodes=max_nodes)
 
 
@@ -292,16 +327,53 @@ def _weights(reads: Reads, probabilities: Sequence[float | None]) -> Float[Tenso
 
 
 def _prune(found: Propagation, max_nodes: int, threshold: float) -> tuple[Int[Tensor, "n"], float, int]:
-    """The nodes to keep (without the target and biases), their part of all influence, and how many have any."""
+    """The nodes to keep (without the target and biases), their part of all influence, and how many have any.
+
+    The most influential ones, each with its strongest path to a target, as long as there is room for the whole path.
+    """
     influence = found.influence.clone()
     influence[found.nodes.targets] = 0.0
     influence[found.nodes.kind == BIAS] = 0.0
-    order = influence.argsort(descending=True)
-    cumulative = influence[order].cumsum(0)
-    total = cumulative[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    total = influence.sum().clamp_min(torch.finfo(torch.float64).tiny).item()
     n_found = int((influence > 0).sum())
-    n = min(_needed(cumulative, threshold), max_nodes, n_found)
-    return order[:n].sort().values, (cumulative[n - 1] / total).item() if n else 0.0, n_found
+    up, reached = found.up.tolist(), 0.0
+    kept = set(found.nodes.targets)
+    for number in influence.argsort(descending=True)[:n_found].tolist():
+        if len(kept) - len(found.nodes.targets) >= max_nodes or (threshold < 1 and reached >= threshold * total):
+            break
+        path = []
+        while number not in kept and number >= 0:
+            path.append(number)
+            number = up[number]
+        if number >= 0 and len(kept) + len(path) - len(found.nodes.targets) <= max_nodes:
+            kept.update(path)
+            reached += influence[path].sum().item()
+    return torch.tensor(sorted(kept - set(found.nodes.targets)), dtype=torch.long), reached / total, n_found
+
+
+def _gather(found: Propagation, kept: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+    """The nodes to keep, with the rest of each one's eigencircuits, to which those that are not kept now belong.
+
+    Where none but the rest would be there, a node has its input's sources directly.
+    """
+    inside = set(kept.tolist()) | set(found.nodes.targets)
+    for owner, (squares, circuits) in found.squares.items():
+        if owner not in inside or not len(circuits):
+            continue
+        gone = torch.tensor([number not in inside for number in circuits.tolist()])
+        gone[-1] = False
+        if gone[:-1].all():
+            found.influence[circuits] = 0.0
+            direct = squares.direct + squares.weights.sum(0)
+            found.squares[owner] = Squares(squares.index[:0], squares.weights[:0], direct), circuits[:0]
+            found.up[torch.isin(found.up, circuits)] = owner
+            inside -= set(circuits.tolist())
+            continue
+        for column in (found.nodes.value, found.influence):
+            column[circuits[-1]] += column[circuits[gone]].sum()
+            column[circuits[gone]] = 0.0
+        inside.add(int(circuits[-1]))
+    return torch.tensor(sorted(inside - set(found.nodes.targets)), dtype=torch.long)
 
 
 def _edges(
@@ -314,21 +386,46 @@ def _edges(
     inside[kept] = True
     inside[nodes.targets] = True
     rest = n + nodes.kind  # what stands for a node that was pruned
+    for owner, (_, circuits) in found.squares.items():
+        if inside[owner] and len(circuits):
+            rest[circuits] = circuits[-1]
     linear, pairs = [], []
     # Pruned sources are summed here already: of dense SAEs there are millions of edges and pairs.
-    sources, at = torch.where(inside[nodes.linear], nodes.linear, rest[nodes.linear]).unique(return_inverse=True)
+    stand_in = torch.where(inside, torch.arange(n), rest)
+
+    def add(sources: Int[Tensor, "source"], targets: Int[Tensor, "t"], weights: Tensor, influences: Tensor) -> None:
+        """Edges from all sources to all targets, where there are any; `[t, source]`."""
+        (sources, at), (targets, to) = (stand_in[these].unique(return_inverse=True) for these in (sources, targets))
+        summed, strengths = (
+            torch.zeros(len(targets), len(sources), dtype=torch.float64).index_put_(
+                (to[:, None], at[None]), part, accumulate=True
+            )
+            for part in (weights, influences)
+        )
+        t, s = (strengths > 0).nonzero(as_tuple=True)
+        linear.append(_table(source=sources[s], target=targets[t], weight=summed[t, s], influence=strengths[t, s]))
+
     for number, read in found.reads.items():
         if not inside[number] or number in found.sources:
             continue
         row = linear_rows(frozen, read)[0].double().cpu()
-        weight, size = (row.new_zeros(len(sources)).index_add(0, at, part) for part in (row, row.abs()))
-        here = size.nonzero().flatten()
-        shares = found.influence[number] * size[here] / max(found.sums[number][1], 1e-300)
-        linear.append(_table(source=sources[here], target=number, weight=weight[here], influence=shares))
-    for number, ids in found.sources.items():
+        share = found.influence[number] / max(found.sums[number][1], 1e-300)
+        add(nodes.linear, torch.tensor([number]), row[None], share * row.abs()[None])
+    for number, (squares, circuits) in found.squares.items():
         if not inside[number]:
             continue
-        ids, at = torch.where(inside[ids], ids, rest[ids]).unique(return_inverse=True)
+        ids, values = found.sources[number], squares.weights.sum(1)
+        parts = torch.cat([values, squares.direct])
+        shares = found.influence[number] * parts.abs() / parts.abs().sum().clamp_min(1e-300)
+        add(torch.cat([circuits, ids]), torch.tensor([number]), parts[None], shares[None])
+        if len(circuits):
+            sizes = squares.weights.abs()
+            handed = shares[: len(circuits), None] * sizes / sizes.sum(1, keepdim=True).clamp_min(1e-300)
+            add(ids, circuits, squares.weights, handed)
+    for number, ids in found.sources.items():
+        if not inside[number] or number in found.squares:
+            continue
+        ids, at = stand_in[ids].unique(return_inverse=True)
         member = torch.nn.functional.one_hot(at).double()
         products = found.products(frozen, number)
         once = 2.0 - torch.eye(len(ids))
@@ -345,7 +442,8 @@ def _edges(
             )
     edges = pd.concat([_table(source=kept[:0], target=0, weight=kept[:0] * 0.0, influence=0.0), *linear])
     hyper = pd.concat([_table(i=kept[:0], j=kept[:0], target=0, weight=kept[:0] * 0.0, influence=0.0), *pairs])
-    # An edge is kept if its ends are and it is among the strongest; edges of biases always are.
+    # An edge is kept if its ends are and it is among the strongest, or the strongest way of its source to the target;
+    # edges of biases always are.
     pruned = torch.arange(n, n + len(KINDS))
     inner = torch.cat([inside, pruned < 0]).numpy()
     biases, rest_of = torch.cat([nodes.kind == BIAS, pruned < 0]).numpy(), torch.cat([rest, pruned]).numpy()
@@ -355,6 +453,7 @@ def _edges(
     cumulative = strength[order].mul(ends_in[order]).cumsum(0)
     strong = torch.zeros_like(ends_in)
     strong[order[: _needed(cumulative, threshold)]] = True
+    strong[torch.from_numpy(_ways_up(found.up.numpy(), edges, hyper))] = True
     stay = (ends_in & strong).numpy()
     edges["source"] = edges.source.where(stay[: len(edges)] | biases[edges.source], rest_of[edges.source])
     for side, other in (("i", "j"), ("j", "i")):
@@ -367,6 +466,17 @@ def _edges(
         edges.groupby(["source", "target"], as_index=False, sort=False).agg(sums),
         hyper.groupby(["i", "j", "target"], as_index=False, sort=False).agg(sums),
     )
+
+
+def _ways_up(up: np.ndarray, edges: pd.DataFrame, hyper: pd.DataFrame) -> np.ndarray:
+    """Of all edges and hyper-edges, the place of each node's strongest one to the next node on its path."""
+    ends = [edges[["source", "target", "influence"]]]
+    ends += [hyper.rename(columns={side: "source"})[["source", "target", "influence"]] for side in ("i", "j")]
+    places = np.arange(len(edges) + len(hyper))
+    frame = pd.concat(ends).assign(place=np.concatenate([places, places[len(edges) :]]))
+    known = frame[frame.source < len(up)]
+    known = known[up[known.source] == known.target]
+    return known.sort_values("influence", ascending=False).drop_duplicates("source").place.to_numpy(copy=True)
 
 
 def _needed(cumulative: Float[Tensor, "n"], threshold: float) -> int:
@@ -386,10 +496,17 @@ def _node_frame(
     nodes = found.nodes
     biases = (nodes.kind == BIAS).nonzero().flatten()
     rows: list[dict[str, Any]] = []
+    owners = {
+        number: (owner, row)
+        for owner, (_, circuits) in found.squares.items()
+        for row, number in enumerate(circuits.tolist())
+    }
     for number in [*nodes.targets, *kept.tolist(), *biases.tolist()]:
-        row = _describe(frozen, nodes, number, labels, targets)
-        expanded = number in found.actual
-        error = _relative_error(found, number) if expanded else 0.0
+        expanded = number in found.actual or number in owners
+        error = _relative_error(found, number) if number in found.actual else 0.0
+        row = _describe(frozen, nodes, number if number not in owners else owners[number][0], labels, targets)
+        if number in owners:
+            row |= _describe_circuit(frozen, found, *owners[number], labels, targets)
         influence = found.influence[number].item()
         rows.append(row | {"number": number, "influence": influence, "expanded": expanded, "relative_error": error})
     gone = found.influence.clone()
@@ -450,6 +567,32 @@ def _describe(
     }
 
 
+def _describe_circuit(
+    frozen: FrozenPass, found: Propagation, owner: int, row: int, labels: dict[str, Sequence[str]], targets: list[str]
+) -> dict[str, Any]:
+    """An eigencircuit, named by the two features that it reads most, and what distinguishes it from its owner."""
+    nodes, (squares, circuits) = found.nodes, found.squares[owner]
+    of = _describe(frozen, nodes, owner, labels, targets)
+    index, weights, value = int(squares.index[row]), squares.weights[row], nodes.value[circuits[row]].item()
+    if index < 0:
+        name = f"other eigencircuits of {of['name']}"
+    else:
+        shares = weights / weights.sum()
+        shares[nodes.kind[found.sources[owner]] != KINDS.index("feature")] = 0.0
+        largest = shares.abs().argsort(descending=True)[:2].tolist()
+        largest = [place for place in largest if shares[place].abs() > 0.25 * shares.abs().max()]
+        sources = found.sources[owner].tolist()
+        parts = [
+            (shares[place].item(), _describe(frozen, nodes, sources[place], labels, targets)["name"])
+            for place in sorted(largest, key=lambda place: -shares[place].item())
+        ]
+        name = "".join(f"{' + ' if share > 0 else ' − '}{part}" for share, part in parts).removeprefix(" + ").strip()
+    at = f"@{of['position']}"
+    identity = f"{of['id'].removesuffix(at)}.{index if index >= 0 else 'rest'}{at}"
+    return {"id": identity, "kind": "eigencircuit", "point": "", "hook": "", "name": name, "value": value,
+            "layer": int(nodes.layer[circuits[row]])}  # fmt: skip
+
+
 def _relative_error(found: Propagation, number: int) -> float:
     """Of a node's parts, all of them, summed in float32."""
     total, absolute = found.sums[number]
@@ -459,7 +602,9 @@ def _relative_error(found: Propagation, number: int) -> float:
 def _head_frame(frozen: FrozenPass, found: Propagation, edges: pd.DataFrame, ids: dict[int, str]) -> pd.DataFrame:
     """Of every edge between two kept nodes, its parts by the last head."""
     nodes = found.nodes
-    linear = edges[edges.source < len(nodes)]
+    # Those that come through the residual stream: not what an MLP's input gives its output.
+    inside_mlp = [number for number in edges.target if number in found.sources or number not in found.reads]
+    linear = edges[(edges.source < len(nodes)) & ~edges.target.isin(inside_mlp)]
     linear = linear[nodes.position.numpy()[linear.source] >= 0]
     if linear.empty:
         return pd.DataFrame(columns=list(HEAD_COLUMNS))
@@ -500,24 +645,10 @@ def _with_via(edges: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ends(circuit: Circuit) -> dict[str, float]:
-    """Where the target's influence ends: hand it down the kept graph, everything that is not expanded keeps it."""
-    folded = circuit.folded_edges().assign(weight=lambda frame: frame.influence)
-    total = folded.groupby("target").weight.sum()
-    level = circuit.nodes.set_index("id")
-    starts = circuit.nodes[circuit.nodes.kind == "target"]
-    arrived = dict.fromkeys(circuit.nodes.id, 0.0) | dict(zip(starts.id, starts.influence, strict=True))
-    into = dict(list(folded.groupby("target")))
-    depth = {
-        row.id: 10**9 if row.kind == "target" else 2 * row.layer + (2 if row.point == "mlp-out" else 1)
-        for row in level.reset_index().itertuples()
-    }
-    for node in sorted(into, key=lambda name: -depth[name]):
-        handed, arrived[node] = arrived[node], 0.0
-        for source, weight in zip(into[node].source, into[node].weight, strict=True):
-            arrived[source] += handed * weight / max(total[node], 1e-300)
+    """Where the target's influence ends: hand it down the graph, everything that is not expanded keeps it."""
+    paths = Paths.of(circuit)
     ends: dict[str, float] = {}
-    for name, share in arrived.items():
-        kind = level.kind[name]
+    for name, kind, share in zip(circuit.nodes.id, circuit.nodes.kind, paths.ends(paths.start >= 0), strict=True):
         key = name if kind == "other" else kind
-        ends[key] = ends.get(key, 0.0) + share
-    return {key: float(share) for key, share in ends.items() if share}
+        ends[key] = ends.get(key, 0.0) + float(share)
+    return {key: share for key, share in ends.items() if share}

@@ -82,8 +82,8 @@ class EdgeCheck(Tabular):
 
     Attributes:
         attention: `"frozen"` if patterns and norms stayed as they were, else `"real"`.
-        frame: `source, target, kind` (linear, or pair: all pairs of an MLP input's feature with one output feature),
-            `predicted, measured`.
+        frame: `source, target, kind` (linear, or mlp: all that an MLP input's feature takes part in of one output
+            feature, its eigencircuits or pairs), `predicted, measured`.
     """
 
     attention: str
@@ -209,7 +209,7 @@ def check_edges(
     if len(missing):
         raise ArgumentError(f"the circuit was traced for {', '.join(missing.name)} too; give all of its targets.")
     nodes = circuit.nodes.set_index("id")
-    linear = circuit.edges[circuit.edges.source.map(nodes.position) >= 0]
+    linear = circuit.edges[circuit.edges["via"] != ""]  # what comes through the residual stream
     tables = [pd.DataFrame(columns=["source", "target", "kind", "predicted", "measured"])]
     if len(linear):
         sources, targets = list(linear.source.unique()), list(linear.target.unique())
@@ -234,7 +234,7 @@ def check_edges(
                 }
             )
         )
-    tables += _pair_changes(frozen, circuit, nodes, roots)
+    tables += _mlp_changes(frozen, circuit, nodes, roots)
     filled = [table for table in tables if len(table)]
     return EdgeCheck(attention, pd.concat(filled, ignore_index=True) if filled else tables[0])
 
@@ -468,13 +468,20 @@ def _write(frozen: FrozenPass, node: Any) -> Float[Tensor, "d_model"]:
     return sae.writes(node.position, slot).sum(0)
 
 
-def _pair_changes(
+def _mlp_changes(
     frozen: FrozenPass, circuit: Circuit, nodes: pd.DataFrame, roots: Mapping[str, Reads]
 ) -> list[pd.DataFrame]:
-    """Each input feature of every output feature removed: predicted from the pairs, measured on the MLP itself."""
+    """Each input feature of every output feature removed: predicted from its pairs, measured on the MLP itself."""
     tables = []
+    kind = nodes.kind
+    owner = circuit.edges[circuit.edges.source.map(kind) == "eigencircuit"].set_index("source").target
+    inner = circuit.edges[circuit.edges["via"] == ""]
     members = pd.concat(
-        [circuit.hyperedges[["i", "target"]].rename(columns={"i": "j"}), circuit.hyperedges[["j", "target"]]]
+        [
+            circuit.hyperedges[["i", "target"]].rename(columns={"i": "j"}),
+            circuit.hyperedges[["j", "target"]],
+            pd.DataFrame({"j": inner.source, "target": inner.target.map(owner).fillna(inner.target)}),
+        ]
     )
     members = members[members.j.map(nodes.kind) == "feature"].drop_duplicates()
     for name, rows in members.groupby("target"):
@@ -495,7 +502,7 @@ def _pair_changes(
                 {
                     "source": rows.j.to_numpy(),
                     "target": name,
-                    "kind": "pair",
+                    "kind": "mlp",
                     "predicted": predicted.tolist(),
                     "measured": (values[1:] - values[0]).tolist(),
                 }

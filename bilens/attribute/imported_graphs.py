@@ -59,7 +59,7 @@ def _edited(circuit: Circuit, foreign: Mapping[str, Mapping[str, Any]], graph: M
             if key in edits and node["feature_type"] == FEATURE:
                 labels[name] = edits[key]
     nodes = circuit.nodes.copy()
-    changeable = nodes.kind.isin(["feature", "error", "mlp", "bias", "other"])
+    changeable = ~nodes.kind.isin(["target", "embedding"])
     renamed = nodes.id.map(labels).where(changeable)
     bare = [
         str(label).removeprefix(f"{name.split('@')[0]}: ") if isinstance(label, str) else old

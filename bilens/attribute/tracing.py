@@ -4,18 +4,20 @@
    MLP's output and of the one on its input; per SAE one node for its `b_dec`; one for all constants (biases of
    encoders, of attention and of MLPs)
 2. the target has influence 1, or several have it together. Stage by stage downwards (MLP-out features of a layer, then
-   its MLP-in features) the nodes of largest influence are expanded: an MLP-out feature over pairs of MLP-in nodes, an
-   MLP-in feature (and any other read of the stream) over everything written below it, through all attention
+   its MLP-in features) the nodes of largest influence are expanded: an MLP-out feature over its eigencircuits, and
+   these over the MLP-in nodes that they read (`bilens.attribute.squares`), or over pairs of MLP-in nodes; an MLP-in
+   feature (and any other read of the stream) over everything written below it, through all attention
 3. a node hands its influence on in the proportion of the absolute contributions to it, a pair's half to each member.
-   All of a stage's influence comes from above it, so one pass gives the influence of every node
-4. the fewest nodes whose influences add up to the threshold are kept
+   All of a stage's influence comes from above it, so one pass gives the influence of every node, and its strongest path
+   to the target: the one whose shares have the largest product
 
 Influence is thus a share of the target: the absolute weight of all paths from the node, every node's inputs normalised.
 Circuit-tracer's score is the same idea (there by a matrix inverse, over linear edges alone).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,11 +26,14 @@ from torch import Tensor
 from bilens.attribute.algebra import attention_forward, head_values
 from bilens.attribute.frozen import FrozenPass
 from bilens.attribute.splitting import backward_fields
+from bilens.attribute.squares import Squares, find_squares
 from bilens.attribute.targets import MLP, STREAM, Reads, feature_reads
 from bilens.layer.bilinear import branches, pair_products
 from bilens.sae.passes import SAEPass
 
-KINDS = ("target", "embedding", "feature", "error", "mlp", "bias")
+KINDS = ("target", "embedding", "feature", "error", "mlp", "bias", "eigencircuit")
+MLPs = Literal["eigencircuits", "pairs"]
+SOLVED_INFLUENCE = 1e-3  # of features with less, no eigencircuits are found: they read their inputs all together
 FIELD_BYTES = 2**28  # of the fields held at a time
 PAIRS_AT_ONCE = 64
 
@@ -69,25 +74,54 @@ class Propagation:
     """What the pass found: influences, and the contributions to every expanded node.
 
     Attributes:
-        nodes: the numbering.
+        nodes: the numbering; eigencircuits come last, as they are found.
         influence: the influence of every node.
+        strength: the product of the shares along every node's strongest path to a target.
+        up: the next node on that path; -1 for targets and for what has no influence.
         actual: the value of each expanded node as the model and its SAE computed it.
         reads: the reads of the expanded nodes.
-        sources: for nodes expanded over pairs, the numbers of the sources; the last is the constant. The others are
+        sources: for nodes expanded inside an MLP, the numbers of the sources; the last is the constant. The others are
             expanded over everything that writes into the stream. The contributions themselves are made anew by
             `products` (half of each pair) and `linear_rows` when they are asked for: of a thousand nodes with a
             thousand active sources each they would fill gigabytes.
-        constants: the rest that the constant node gives each of those.
+        squares: the parts of nodes expanded over eigencircuits, and the numbers of these.
+        constants: of nodes expanded over pairs, the rest that the constant node gives each.
         sums: the sums of every expanded node's parts, in float32, and of their absolute values.
     """
 
     nodes: Numbering
     influence: Float[Tensor, "node"]
-    actual: dict[int, float]
-    reads: dict[int, Reads]
-    sources: dict[int, Int[Tensor, "source"]]
-    constants: dict[int, float]
-    sums: dict[int, tuple[float, float]]
+    strength: Float[Tensor, "node"]
+    up: Int[Tensor, "node"]
+    actual: dict[int, float] = field(default_factory=dict)
+    reads: dict[int, Reads] = field(default_factory=dict)
+    sources: dict[int, Int[Tensor, "source"]] = field(default_factory=dict)
+    squares: dict[int, tuple[Squares, Int[Tensor, "circuit"]]] = field(default_factory=dict)
+    constants: dict[int, float] = field(default_factory=dict)
+    sums: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def hand_on(
+        self, numbers: Int[Tensor, "t"], sources: Int[Tensor, "source"], sizes: Float[Tensor, "t source"]
+    ) -> None:
+        """Hand the influence of some nodes on to their sources, in the proportion of sizes."""
+        shares = sizes / sizes.sum(1, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
+        self.influence.index_add_(0, sources, self.influence[numbers] @ shares)
+        strength, row = (self.strength[numbers, None] * shares).max(0)
+        better = strength > self.strength[sources]
+        self.strength[sources[better]], self.up[sources[better]] = strength[better], numbers[row[better]]
+
+    def add_eigencircuits(self, owner: int, values: Float[Tensor, "circuit"]) -> Int[Tensor, "circuit"]:
+        """Number the eigencircuits of a node."""
+        nodes, n = self.nodes, len(values)
+        columns: dict[str, Any] = {name: getattr(nodes, name)[owner].expand(n) for name in ("position", "feature")}
+        kind, layer = torch.full((n,), KINDS.index("eigencircuit")), int(self.reads[owner].levels[0]) // 2 - 1
+        columns |= {"kind": kind, "layer": kind * 0 + layer, "is_input": kind * 0, "value": values}
+        columns = {name: torch.cat([getattr(nodes, name), column]) for name, column in columns.items()}
+        self.nodes = replace(nodes, **columns)
+        zeros = values.new_zeros(n)
+        self.influence, self.strength = torch.cat([self.influence, zeros]), torch.cat([self.strength, zeros])
+        self.up = torch.cat([self.up, kind * 0 - 1])
+        return len(nodes) + torch.arange(n)
 
     def products(self, frozen: FrozenPass, number: int) -> Float[Tensor, "source source"]:
         """`C[s, t]` of a node expanded over pairs."""
@@ -195,7 +229,14 @@ def _linear_rows(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t column"]:
     return torch.cat([*columns, fields.constants[:, None]], 1)
 
 
-def propagate(frozen: FrozenPass, targets: Reads, weights: Float[Tensor, "t"], max_nodes: int) -> Propagation:
+def propagate(
+    frozen: FrozenPass,
+    targets: Reads,
+    weights: Float[Tensor, "t"],
+    max_nodes: int,
+    mlps: MLPs = "eigencircuits",
+    eigen_share: float = 0.8,
+) -> Propagation:
     """Influences and contributions from the targets down, `max_nodes` nodes expanded per stage.
 
     Args:
@@ -203,14 +244,25 @@ def propagate(frozen: FrozenPass, targets: Reads, weights: Float[Tensor, "t"], m
         targets: the targets at which it starts.
         weights: the influence that each target starts with.
         max_nodes: the most influential ones of each stage.
+        mlps: what the features of an MLP's output are made of: its eigencircuits, or pairs of its input's features.
+        eigen_share: the share of a feature's squares that its eigencircuits have together; see `split_squares`.
     """
     nodes = number_nodes(frozen, targets)
-    found = Propagation(nodes, torch.zeros(len(nodes), dtype=torch.float64), {}, {}, {}, {}, {})
+    zeros = torch.zeros(len(nodes), dtype=torch.float64)
+    found = Propagation(nodes, zeros, zeros.clone(), torch.full((len(nodes),), -1))
     found.influence[nodes.targets] = weights
+    found.strength[nodes.targets] = weights
+
+    def expand_mlp(layer: int, numbers: Int[Tensor, "t"], reads: Reads) -> None:
+        if mlps == "pairs":
+            _expand_pairs(frozen, found, layer, numbers, reads)
+        else:
+            _expand_squares(frozen, found, layer, numbers, reads, eigen_share)
+
     for row, number in enumerate(nodes.targets):
         target, layer = targets[row : row + 1], int(targets.levels[row]) // 2 - 1
         if target.sees[0] == MLP and nodes.in_features[layer] is not None:
-            _expand_pairs(frozen, found, layer, torch.tensor([number]), target)
+            expand_mlp(layer, torch.tensor([number]), target)
         else:
             _expand_linear(frozen, found, torch.tensor([number]), target)
     for layer in reversed(range(frozen.n_layers)):
@@ -222,7 +274,7 @@ def propagate(frozen: FrozenPass, targets: Reads, weights: Float[Tensor, "t"], m
             chosen = _choose(found.influence, first, sae_out, max_nodes)
             if len(chosen):
                 reads = feature_reads(frozen, sae_out.hook, nodes.position[chosen], nodes.feature[chosen])
-                _expand_pairs(frozen, found, layer, chosen, reads)
+                expand_mlp(layer, chosen, reads)
         first = nodes.in_features[layer]
         if sae_in.has_reads and first is not None:
             chosen = _choose(found.influence, first, sae_in, max_nodes)
@@ -239,13 +291,10 @@ def _choose(influence: Tensor, first: int, sae: SAEPass, at_most: int) -> Int[Te
 
 
 def _expand_linear(frozen: FrozenPass, found: Propagation, numbers: Int[Tensor, "t"], reads: Reads) -> None:
-    before = found.influence[numbers]
     for chunk, rows in rows_in_chunks(frozen, reads):
         sizes = rows.abs().double().cpu()
-        totals = sizes.sum(1)
-        shares = before[chunk] / totals.clamp_min(torch.finfo(rows.dtype).tiny)
-        found.influence.index_add_(0, found.nodes.linear, shares @ sizes)
-        sums = zip(rows.float().sum(1).tolist(), totals.tolist(), strict=True)
+        found.hand_on(numbers[chunk], found.nodes.linear, sizes)
+        sums = zip(rows.float().sum(1).tolist(), sizes.sum(1).tolist(), strict=True)
         found.sums |= dict(zip(numbers[chunk].tolist(), sums, strict=True))
     for row, number in enumerate(numbers.tolist()):
         found.actual[number] = reads.actual[row].item()
@@ -253,30 +302,57 @@ def _expand_linear(frozen: FrozenPass, found: Propagation, numbers: Int[Tensor, 
 
 
 def _expand_pairs(frozen: FrozenPass, found: Propagation, layer: int, numbers: Int[Tensor, "t"], reads: Reads) -> None:
-    nodes, sae = found.nodes, frozen.input_sae(layer)
-    assert sae is not None
-    first, slots = nodes.in_features[layer], sae.features.shape[1]
-    assert first is not None
-    for position in reads.positions.unique().tolist():
-        n_active = int(sae.real[position].sum())  # the other slots of the widest position are empty here
-        own = torch.arange(n_active) + first + position * slots
-        ids = torch.cat([own, torch.tensor([nodes.in_b_dec[layer], nodes.in_error[layer] + position, nodes.constant])])
-        rows = (reads.positions == position).nonzero().flatten()
+    for rows, ids in _by_position(frozen, found.nodes, layer, reads):
         for chunk in rows.split(max(1, min(PAIRS_AT_ONCE, FIELD_BYTES // (32 * len(ids) ** 2)))):
-            products = pairs_at(frozen, layer, position, reads.vectors[chunk])
-            weights = products.abs().sum(2)
+            products = pairs_at(frozen, layer, int(reads.positions[chunk[0]]), reads.vectors[chunk])
             constants = reads.constants[chunk].double().cpu()
-            weights[:, -1] += constants.abs()
-            totals = weights.sum(1, keepdim=True)
-            shares = weights / totals.clamp_min(torch.finfo(weights.dtype).tiny)
+            sizes = products.abs().sum(2)
+            sizes[:, -1] += constants.abs()
+            found.hand_on(numbers[chunk], ids, sizes)
             sums = (products.flatten(1).float().sum(1) + constants).tolist()
             for row, t in enumerate(chunk.tolist()):
                 number = int(numbers[t])
-                found.influence.index_add_(0, ids, found.influence[number] * shares[row])
                 found.actual[number] = reads.actual[t].item()
                 found.reads[number], found.sources[number] = reads[t : t + 1], ids
-                found.sums[number] = sums[row], totals[row].item()
+                found.sums[number] = sums[row], sizes[row].sum().item()
                 found.constants[number] = constants[row].item()
+
+
+def _expand_squares(
+    frozen: FrozenPass, found: Propagation, layer: int, numbers: Int[Tensor, "t"], reads: Reads, share: float
+) -> None:
+    solved = (found.influence[numbers] >= SOLVED_INFLUENCE).to(reads.vectors.device)
+    for rows, ids in _by_position(frozen, found.nodes, layer, reads):
+        sources, ones = frozen.input_sources(layer, int(reads.positions[rows[0]]))
+        squares = find_squares(frozen.mlp(layer), reads.vectors[rows], sources, ones, solved[rows], share)
+        for t, each in zip(rows.tolist(), squares, strict=True):
+            number, direct, weights = numbers[t : t + 1], each.direct.double().cpu(), each.weights.double().cpu()
+            owner = int(number)
+            direct[-1] += reads.constants[t].item()
+            found.actual[owner] = reads.actual[t].item()
+            found.reads[owner], found.sources[owner] = reads[t : t + 1], ids
+            total = (weights.float().sum() + direct.float().sum()).item()
+            found.sums[owner] = total, (weights.abs().sum() + direct.abs().sum()).item()
+            values = weights.sum(1)
+            circuits = found.add_eigencircuits(owner, values)
+            found.squares[owner] = Squares(each.index, weights, direct), circuits
+            found.hand_on(number, torch.cat([circuits, ids]), torch.cat([values, direct]).abs()[None])
+            if len(circuits):
+                found.hand_on(circuits, ids, weights.abs())
+
+
+def _by_position(
+    frozen: FrozenPass, nodes: Numbering, layer: int, reads: Reads
+) -> Iterator[tuple[Int[Tensor, "n"], Int[Tensor, "source"]]]:
+    """The reads of an MLP's output at each position, and the numbers of what its input is made of there."""
+    sae, first = frozen.input_sae(layer), nodes.in_features[layer]
+    assert sae is not None
+    assert first is not None
+    for position in reads.positions.unique().tolist():
+        n_active = int(sae.real[position].sum())  # the other slots of the widest position are empty here
+        own = torch.arange(n_active) + first + position * sae.features.shape[1]
+        ids = torch.cat([own, torch.tensor([nodes.in_b_dec[layer], nodes.in_error[layer] + position, nodes.constant])])
+        yield (reads.positions == position).nonzero().flatten(), ids
 
 
 def pairs_at(

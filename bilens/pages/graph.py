@@ -37,6 +37,7 @@ KIND_ENDS = {
     "bias": "A constant of the model or an SAE: the graph ends here.",
     "other": "What was pruned, summed, so that the parts of every node still add up.",
     "mlp": "The output of an MLP without an SAE: the graph ends here.",
+    "eigencircuit": "",
     "feature": "Not expanded: its influence is too small, or its SAE has no linear reads.",
     "target": "",
 }
@@ -192,13 +193,13 @@ def _depth(node: Any) -> float:
         return math.inf
     if node.layer < 0:
         return -1
-    return 2 * node.layer + (0 if node.point in INPUTS else 1)
+    return 3 * node.layer + (1 if node.kind == "eigencircuit" else 0 if node.point in INPUTS else 2)
 
 
 def _row_name(depth: float) -> str:
     if depth == math.inf:
         return "target"
-    return "tokens" if depth < 0 else f"L{depth // 2} MLP {'out' if depth % 2 else 'in'}"
+    return "tokens" if depth < 0 else f"L{depth // 3} {('MLP in', 'eigencircuits', 'MLP out')[int(depth) % 3]}"
 
 
 def _node(node: Any, row: int, n_tokens: int) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def _node(node: Any, row: int, n_tokens: int) -> dict[str, Any]:
     at = f"@{node.position} {token}" if 0 <= node.position < n_tokens else ""
     place = {"error": "SAE error", "mlp": "whole output"}.get(node.kind, f"feature {node.feature}")
     where = f"layer {node.layer}, {node.point}, {place}" if node.layer >= 0 and node.kind != "bias" else ""
-    where = {"target": "target", "embedding": "embedding"}.get(node.kind, where)
+    where = {"target": "target", "embedding": "embedding", "eigencircuit": _circuit_place(node)}.get(node.kind, where)
     if at:
         where += f", at token {node.position} “{token}”"
     return {
@@ -225,6 +226,11 @@ def _node(node: Any, row: int, n_tokens: int) -> dict[str, Any]:
         "key": _key(node),
         "end": KIND_ENDS[node.kind],
     }
+
+
+def _circuit_place(node: Any) -> str:
+    owner, rank = node.id.split("@")[0].rsplit(".", 1) if node.kind == "eigencircuit" else ("", "")
+    return f"{'other eigencircuits' if rank == 'rest' else f'eigencircuit {rank}'} of {owner}"
 
 
 def _short(value: float, digits: int = 10) -> float:

@@ -31,9 +31,9 @@ def frozen():
     return freeze(model_of(True, True), TOKENS, saes_of(**SMALL))
 
 
-@pytest.fixture(scope="module")
-def circuit(frozen):
-    return trace_circuit(frozen, TARGETS["difference"], max_nodes=25)
+@pytest.fixture(scope="module", params=["eigencircuits", "pairs"])
+def circuit(frozen, request):
+    return trace_circuit(frozen, TARGETS["difference"], max_nodes=25, mlps=request.param)
 
 
 def exported(circuit: Circuit) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def test_attribution_graphs_of_others(circuit):
     assert len(read.edges) == len(circuit.folded_edges())
     assert read.edges.weight.sum() == pytest.approx(circuit.folded_edges().weight.sum())
     assert read.tokens == circuit.tokens
-    assert set(read.nodes.kind) == {"target", "embedding", "feature", "error", "bias", "other"}
+    assert {*read.nodes.kind, "error"} == {"target", "embedding", "feature", "error", "bias", "other"}
     with pytest.raises(CheckpointError, match="it has no metadata, links"):
         from_attribution_graph({"nodes": []})
 
@@ -162,11 +162,13 @@ def test_graphs_open_in_the_viewers(frozen, target):
         layer, index, position = node["node_id"].split("_")
         assert (layer, int(position)) == (node["layer"], node["ctx_idx"]) == (layer, max(row.position, 0))
         shown = seen[node["node_id"]]
-        if row.kind == "feature":
+        if row.kind == "eigencircuit":
+            assert int(layer) == unpaired(node["feature"])[0] == 3 * row.layer + 1
+        elif row.kind == "feature":
             assert (
                 (int(layer), int(index))
                 == unpaired(node["feature"])
-                == (2 * row.layer + (row.point == "mlp-out"), row.feature)
+                == (3 * row.layer + 2 * (row.point == "mlp-out"), row.feature)
             )
         elif row.kind in ("bias", "other"):
             assert shown["name"] == row.name

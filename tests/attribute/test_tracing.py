@@ -41,14 +41,20 @@ def test_what_has_no_influence_is_not_expanded(frozen):
     )
     assert (found.influence[list(found.actual)] > 0).all()
     assert found.actual.keys() == found.sums.keys() == found.reads.keys()
+    assert found.squares.keys() == found.sources.keys()
 
 
-def test_sums_are_those_of_all_parts(frozen):
+@pytest.mark.parametrize("mlps", ["eigencircuits", "pairs"])
+def test_sums_are_those_of_all_parts(frozen, mlps):
     """Of a node's contributions and of their absolute values, the constants of the encoder and the MLP counted."""
-    found = propagate(frozen, read_targets(frozen, Target.logit(7)), torch.ones(1, dtype=torch.float64), max_nodes=20)
-    assert any(found.constants.values())
+    reads, one = read_targets(frozen, Target.logit(7)), torch.ones(1, dtype=torch.float64)
+    found = propagate(frozen, reads, one, max_nodes=20, mlps=mlps)
+    assert any(found.constants.values()) or mlps == "eigencircuits"
     for number, (total, size) in found.sums.items():
-        if number in found.sources:
+        if number in found.squares:
+            squares, _ = found.squares[number]
+            parts = torch.cat([squares.weights.flatten(), squares.direct])
+        elif number in found.sources:
             parts = found.products(frozen, number).flatten()
             parts = torch.cat([parts, torch.tensor([found.constants[number]])])
         else:
@@ -58,22 +64,31 @@ def test_sums_are_those_of_all_parts(frozen):
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.8])
-def test_the_fewest_nodes_that_reach_the_threshold_are_kept(frozen, threshold):
-    target = Target.logit(7)
-    every = trace_circuit(frozen, target, max_nodes=10_000, node_threshold=1.0).nodes
-    kept = trace_circuit(frozen, target, max_nodes=10_000, node_threshold=threshold)
+def test_the_most_influential_nodes_with_their_paths_are_kept(frozen, threshold):
+    """Up to the first with which the threshold is reached; every other one is on the path of one of these."""
+    target, options = Target.logit(7), {"max_nodes": 10_000, "mlps": "pairs"}
+    every = trace_circuit(frozen, target, node_threshold=1.0, **options).nodes
+    kept = trace_circuit(frozen, target, node_threshold=threshold, **options)
     influence = every[~every.kind.isin(["target", "bias", "other"])].set_index("id").influence
     influence = influence.sort_values(ascending=False)
-    nodes = kept.nodes[~kept.nodes.kind.isin(["target", "bias", "other"])]
-    assert set(nodes.id) == set(influence.index[: len(nodes)])
-    shares = influence.cumsum() / influence.sum()
-    assert shares.iloc[len(nodes) - 1] >= threshold > shares.iloc[len(nodes) - 2]
-    assert kept.kept_share == pytest.approx(shares.iloc[len(nodes) - 1])
+    nodes = set(kept.nodes[~kept.nodes.kind.isin(["target", "bias", "other"])].id)
+    share = influence[list(nodes)].sum() / influence.sum()
+    assert share >= threshold
+    assert kept.kept_share == pytest.approx(share)
+    needed = next(n for n in range(len(influence)) if not set(influence.index[: n + 1]) <= nodes)
+    ranked = set(influence.index[:needed])
+    folded = kept.folded_edges()
+    leads_on = set(folded.source) & nodes
+    assert nodes - ranked <= leads_on
+    last = influence.index[needed - 1]
+    assert influence[list(nodes - {last})].sum() / influence.sum() < threshold or last in leads_on
 
 
-def test_the_fewest_edges_that_reach_the_threshold_are_kept(frozen):
-    """Of the edges and pairs between kept nodes; what has a bias at one end stays, what is weaker goes to the rest."""
-    options = {"max_nodes": 30, "node_threshold": 1.0}
+@pytest.mark.parametrize("mlps", ["eigencircuits", "pairs"])
+def test_the_strongest_edges_are_kept(frozen, mlps):
+    """The fewest that reach the threshold between kept nodes, and each node's way up; what has a bias at one end stays,
+    what is weaker goes to the rest."""
+    options = {"max_nodes": 30, "node_threshold": 1.0, "mlps": mlps}
     every = trace_circuit(frozen, Target.logit(7), edge_threshold=1.0, **options)
     some = trace_circuit(frozen, Target.logit(7), edge_threshold=0.5, **options)
     kind = every.nodes.set_index("id").kind
@@ -96,12 +111,14 @@ def test_the_fewest_edges_that_reach_the_threshold_are_kept(frozen):
         needed.add(ends)
         left -= strength / total
     found = {ends for ends in among(some) if not any(kind[end] == "bias" for end in ends)}
-    assert found == {ends for ends in needed if not any(kind[end] == "bias" for end in ends)}
-    assert len(found) < len(among(every)) / 2
+    needed = {ends for ends in needed if not any(kind[end] == "bias" for end in ends)}
+    assert needed <= found
+    assert len(found - needed) <= 30
+    assert len(found) < len(among(every)) / 2 + 30
 
 
 def test_a_merged_pair_stands_once(frozen):
-    merged = trace_circuit(frozen, Target.logit(7), max_nodes=60).merged()
+    merged = trace_circuit(frozen, Target.logit(7), max_nodes=60, mlps="pairs").merged()
     assert len(merged.hyperedges) > 10
     assert (merged.hyperedges.i <= merged.hyperedges.j).all()
     assert not merged.hyperedges.duplicated(["i", "j", "target"]).any()

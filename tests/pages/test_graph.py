@@ -36,7 +36,7 @@ def traced():
     saes = [make_sae(hook=f"blocks.{layer}.{point}", seed=n) for n, (layer, point) in enumerate(points)]
     frozen = freeze(model, TOKENS, saes)
     target = Target.logit(7)
-    return frozen, target, trace_circuit(frozen, target, max_nodes=40, node_threshold=0.9)
+    return frozen, target, trace_circuit(frozen, target, max_nodes=40, node_threshold=0.9, mlps="pairs")
 
 
 @pytest.fixture(scope="module")
