@@ -66,7 +66,8 @@ from bilens.layer.reading import Lexicon
 from bilens.layer.triples import top_triples
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
-from bilens.sae.features.examples import FeatureNames, names_from_texts
+from bilens.sae.features.examples import names_from_texts
+from bilens.sae.features.names import FeatureNames
 from bilens.sae.loading import HUB_OPTIONS, load_saes, sae_source
 from bilens.sae.passes import SAEPass
 from bilens.sae.texts import text_starts

@@ -277,13 +277,12 @@ def _features_of(features: Features | None, node: Any) -> Any:
 def _dashboard(features: Any, feature: int, wordpiece: bool) -> dict[str, Any]:
     record: FeatureRecord | None = features.feature(feature) if hasattr(features, "feature") else None
     summary = record.summary if record is not None else features.summary(feature, n_examples=EXAMPLES_SHOWN)
-    tokens = ", ".join(visible(token) for token in summary.tokens)
     effects = []
     if record is not None and record.promoted is not None and record.suppressed is not None:
         for title, found in (("Promotes", record.promoted), ("Suppresses", record.suppressed)):
             effects.append([title, [[visible(token), value] for token, value in found[:EFFECTS_SHOWN]]])
     return {
-        "summary": f"{summary.density:.2%} of tokens" + (f", most on {tokens}" if tokens else ""),
+        "summary": f"{summary.density:.2%} of tokens",
         "examples": [
             {
                 "tokens": [gap + text for gap, text in spaced(example.tokens, wordpiece)],

@@ -7,6 +7,7 @@ from bilens.sae.features.examples import (
     FeatureSummary,
     feature_activations,
 )
+from bilens.sae.features.names import FeatureNames
 from bilens.sae.features.store import FeatureRecord, FeatureStore, FeatureStoreConfig, build_feature_store
 from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae, load_saes, scope_loader
 from bilens.sae.pushing import push_saes
@@ -21,6 +22,7 @@ __all__ = [
     "DescribedFeatures",
     "Example",
     "FeatureActivations",
+    "FeatureNames",
     "FeatureRecord",
     "FeatureStore",
     "FeatureStoreConfig",

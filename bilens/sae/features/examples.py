@@ -1,12 +1,13 @@
 """What features fire on: top-activating examples and the tokens they prefer, over a set of texts."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
@@ -17,9 +18,8 @@ from bilens._core.checks import MEMORY, check_budget, check_finite, check_index,
 from bilens.errors import ArgumentError
 from bilens.model.attached import encode, splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
+from bilens.sae.features.names import STRONGEST, FeatureNames, TokenUse, find_names, grams
 from bilens.sae.texts import example_texts, text_starts
-
-NAMING_SHARE = 0.05  # tokens that carry less of a feature's activation would only blur its name
 
 # Bytes: of one activation of a feature while it is looked at, and of one that is kept.
 ENTRY, RESULT_ENTRY = 48, 28
@@ -40,17 +40,12 @@ class Example:
 
 @dataclass(frozen=True)
 class FeatureSummary:
-    """A feature in words: how often it fires, on which tokens most, and where most strongly."""
+    """A feature in words: its name (`137 did not → know`), how often it fires, and where most strongly."""
 
     feature: int
     density: float
-    tokens: tuple[str, ...]
+    label: str
     examples: tuple[Example, ...] = field(repr=False)
-
-    @property
-    def label(self) -> str:
-        """`137 not/n't/never`: the index and the tokens it fires on most."""
-        return f"{self.feature} {'/'.join(self.tokens[:3])}" if self.tokens else f"{self.feature} (silent)"
 
 
 class DescribedFeatures(Protocol):
@@ -69,8 +64,8 @@ class DescribedFeatures(Protocol):
     def typical_activations(self) -> Float[Tensor, "d_sae"]:
         """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""
 
-    def labels(self) -> list[str]:
-        """A short name for every feature."""
+    def labels(self) -> FeatureNames:
+        """The names of the features; see `bilens.sae.features.names`."""
 
     def summary(self, feature: int) -> FeatureSummary:
         """A feature in words and examples."""
@@ -115,7 +110,7 @@ class FeatureActivations:
         return out
 
     def summary(self, feature: int, n_examples: int = 8, before: int = 12, after: int = 6) -> FeatureSummary:
-        """A feature's strongest examples (one per text, in a window) and the tokens that carry most activation.
+        """A feature's name and its strongest examples (one per text, in a window).
 
         Args:
             feature: its index.
@@ -146,13 +141,28 @@ class FeatureActivations:
             examples.append(
                 Example([self.strings[t] for t in window], dense[row, low : high + 1].tolist(), position - low)
             )
-        mass = torch.zeros(len(self.strings)).index_add_(0, self.tokens[rows, positions], values.abs())
-        words = naming(self._shares(mass, 5))
-        return FeatureSummary(feature, self.density()[feature].item(), words, tuple(examples))
+        return FeatureSummary(feature, self.density()[feature].item(), self.labels()[feature], tuple(examples))
 
-    def labels(self) -> list[str]:
-        """A short name for every feature: see `FeatureSummary.label`."""
-        return [label(feature, self._shares(mass, 3)) for feature, mass in enumerate(self._mass())]
+    def labels(self) -> FeatureNames:
+        """The names of the features, found when the first is asked for; see `bilens.sae.features.names`."""
+        return self._names
+
+    @cached_property
+    def _names(self) -> FeatureNames:
+        def find() -> tuple[Sequence[str], frozenset[int]]:
+            tokens, mask = self.tokens.numpy(), self.mask.numpy()
+            firings = self._strongest()
+            strongest = grams(tokens, mask, self.rows[firings].numpy(), self.positions[firings].numpy())
+            return find_names(
+                self.d_sae,
+                self._token_use(),
+                (self.features[firings].numpy(), strongest),
+                grams(tokens, mask, *mask.nonzero()),
+                self.density().numpy(),
+                self.strings,
+            )
+
+        return FeatureNames(self.d_sae, find)
 
     def typical_activations(self) -> Float[Tensor, "d_sae"]:
         """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""
@@ -199,11 +209,25 @@ class FeatureActivations:
         """The feature of every entry."""
         return torch.repeat_interleave(torch.arange(self.d_sae), self.offsets.diff())
 
-    def _shares(self, mass: Float[Tensor, "d_vocab"], n: int) -> list[tuple[str, float]]:
-        """The `n` tokens that carry most of a feature's activation, and the share of each; none for a silent one."""
-        top = mass.topk(min(n, len(mass)))
-        shares = (top.values / mass.sum().clamp_min(1e-12)).tolist()
-        return [(self.strings[i], s) for i, s in zip(top.indices.tolist(), shares, strict=True) if s > 0]
+    def _strongest(self) -> Int[Tensor, "n"]:
+        """The entries that names are made of: each text's strongest, and of those each feature's."""
+        features, values = self.features.numpy(), self.values.abs().numpy()
+        order = np.lexsort((self.positions.numpy(), self.rows.numpy(), -values, features))
+        key = features[order] * len(self.tokens) + self.rows.numpy()[order]
+        order = order[np.sort(np.unique(key, return_index=True)[1])]
+        rank = np.arange(len(order)) - np.searchsorted(features[order], features[order])
+        return torch.from_numpy(order[rank < STRONGEST])
+
+    def _token_use(self) -> TokenUse:
+        d_vocab, features = len(self.strings), self.features.numpy()
+        words, values = self.tokens[self.rows, self.positions].numpy(), self.values.abs().double().numpy()
+        pairs, group, count = np.unique(features * d_vocab + words, return_inverse=True, return_counts=True)
+        feature, token = np.divmod(pairs, d_vocab)
+        seen = np.bincount(self.tokens[self.mask > 0].numpy(), minlength=d_vocab)
+        total = np.bincount(features, values, self.d_sae)
+        expected = self.offsets.diff().numpy()[feature] * (seen[token] / seen.sum())
+        share = np.bincount(group, values, len(pairs)) / np.maximum(total[feature], 1e-300)
+        return TokenUse(feature, token, count, share, np.log(count / expected))
 
     def _mass(self) -> Float[Tensor, "d_sae d_vocab"]:
         """Every feature's absolute activation, summed by token of the vocabulary."""
@@ -231,39 +255,10 @@ class FeatureActivations:
         return total
 
 
-class FeatureNames(Sequence[str]):
-    """Labels of an SAE's features that are found when the first of them is asked for."""
-
-    def __init__(self, n: int, find: Callable[[], Sequence[str]]):
-        self._n, self._find = n, find
-
-    @cached_property
-    def _names(self) -> Sequence[str]:
-        return self._find()
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        return self._names[index]
-
-    def __len__(self) -> int:
-        return self._n
-
-    def __reduce__(self) -> Any:
-        return list, (list(self),)
-
-    def __repr__(self) -> str:
-        return f"FeatureNames({self._n} features)"
-
-
 def names_from_texts(
     model: HookedBilinearTransformer, saes: Sequence[SAE[Any]], texts: Sequence[str] | None = None
 ) -> list[FeatureNames]:
-    """Labels of the features of some SAEs, after the tokens they fire on; the texts run when a label is asked for.
+    """Names of the features of some SAEs, after what they fire on; the texts run when a name is asked for.
 
     Args:
         model, saes: the same as for `feature_activations`.
@@ -271,21 +266,11 @@ def names_from_texts(
     """
 
     @cache
-    def labels() -> list[list[str]]:
+    def names() -> list[FeatureNames]:
         there = example_texts(model) if texts is None else texts
         return [found.labels() for found in feature_activations(model, saes, there)]
 
-    return [FeatureNames(sae.cfg.d_sae, lambda place=place: labels()[place]) for place, sae in enumerate(saes)]  # type: ignore[misc]
-
-
-def naming(tokens: Sequence[tuple[str, float]]) -> tuple[str, ...]:
-    """The tokens that name a feature: those that carry a good part of its activation, or the one that carries most."""
-    return tuple(token for token, share in tokens if share > NAMING_SHARE) or tuple(token for token, _ in tokens[:1])
-
-
-def label(feature: int, tokens: Sequence[tuple[str, float]]) -> str:
-    """See `FeatureSummary.label`."""
-    return FeatureSummary(feature, 0.0, naming(tokens), ()).label
+    return [FeatureNames(sae.cfg.d_sae, lambda place=place: names()[place].found) for place, sae in enumerate(saes)]  # type: ignore[misc]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from torch import Tensor
 from bilens._core.files import regular_file, write_atomically
 from bilens.errors import BilensError, CheckpointError
 from bilens.model.attached import splice_hooks
+from bilens.sae.features.names import BEFORE, STRONGEST, TokenUse, find_names
 from bilens.sae.features.statistics import LAST, Array, BestPlaces, FeatureStatistics, blocks, first_of_groups
 
 if TYPE_CHECKING:
@@ -130,6 +131,24 @@ class FeatureFiles:
             group = self._last[1]
             return group.filter(pc.equal(group["feature"], feature)).to_pylist()
 
+    def windows(self, at_most: int = 2**18) -> dict[str, Array]:
+        """Contexts of all features, no more than so many, evenly spread: everything but the activations.
+
+        Returns:
+            `feature, band, text, position, focus`, one each, and their `tokens` one after another: those of context `i`
+            are `offsets[i] : offsets[i + 1]`.
+        """
+        columns = ["feature", "band", "text", "position", "focus", "tokens"]
+        with self._damage():
+            table = self._contexts.read(columns)
+            table = table.take(np.arange(0, len(table), max(1, -(-len(table) // at_most)))).combine_chunks()
+            lists = table["tokens"].combine_chunks()
+            offsets = np.append(0, np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False)))
+            return {name: table[name].to_numpy() for name in columns[:-1]} | {
+                "tokens": lists.flatten().to_numpy(),
+                "offsets": offsets.astype(np.int64),
+            }
+
     @contextmanager
     def _damage(self) -> Iterator[None]:
         """What reading raises, in our words."""
@@ -192,6 +211,52 @@ def logit_effects(model: Any, sae: Any, n: int) -> dict[str, Array]:
             parts[tokens].append(top.indices.int().cpu().numpy())
             parts[values].append(top.values.cpu().numpy())
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def stored_names(
+    files: FeatureFiles, n_tokens: int, before: int, strings: Sequence[str]
+) -> tuple[Sequence[str], frozenset[int]]:
+    """The names of a store's features, and which are dense: `find_names` on what is stored.
+
+    The contexts of all features together stand for the corpus.
+
+    Args:
+        files: the files of the SAE.
+        n_tokens: the number of tokens of the corpus.
+        before: the number of tokens that were stored before each firing.
+        strings: the tokens' strings.
+    """
+    tokens = files.column("tokens")
+    feature, place = np.nonzero(tokens >= 0)
+    use = TokenUse(
+        feature,
+        tokens[feature, place],
+        *(files.column(name)[feature, place] for name in ("token_counts", "token_share", "token_pmi")),
+    )
+    held = files.windows()
+    top = np.flatnonzero(held["band"] == TOP)
+    rank = np.arange(len(top)) - np.searchsorted(held["feature"][top], held["feature"][top])
+    top = top[rank < STRONGEST]
+    context = np.repeat(np.arange(len(held["text"])), np.diff(held["offsets"]))
+    at = np.arange(len(held["tokens"])) - held["offsets"][context]
+    # What stands before the first tokens of a window was not stored, unless the context begins there.
+    whole = np.flatnonzero((at >= BEFORE) | (held["focus"][context] < before))
+    places = np.stack([held["text"][context], (held["position"] - held["focus"])[context] + at], axis=1)[whole]
+    whole = whole[np.unique(places, axis=0, return_index=True)[1]]
+    return find_names(
+        len(tokens),
+        use,
+        (held["feature"][top], _window_grams(held, top, held["focus"][top])),
+        _window_grams(held, context[whole], at[whole]),
+        files.column("fired") / max(n_tokens, 1),
+        strings,
+    )
+
+
+def _window_grams(held: dict[str, Array], context: Array, at: Array) -> Array:
+    """`grams` at places in stored windows."""
+    places = at[:, None].astype(np.int64) - np.arange(BEFORE + 1)
+    return np.where(places >= 0, held["tokens"][held["offsets"][context][:, None] + np.maximum(places, 0)], -1)
 
 
 # --- the contexts -----------------------------------------------------------------------------------------------------

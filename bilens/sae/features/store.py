@@ -38,15 +38,17 @@ from bilens.model.attached import splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.collecting import FeaturePass, PassState
 from bilens.sae.features.corpus import open_corpus
-from bilens.sae.features.examples import Example, FeatureSummary, label, naming
+from bilens.sae.features.examples import Example, FeatureSummary
 from bilens.sae.features.files import (
     CONTEXTS_FILE,
     STATISTICS_FILE,
     TOP,
     FeatureFiles,
+    stored_names,
     vocabulary_strings,
     write_features,
 )
+from bilens.sae.features.names import FeatureNames
 from bilens.sae.features.statistics import OVERSAMPLED, FeatureStatistics, Window, histogram_edges
 from bilens.sae.train.evaluation import DENSE
 
@@ -305,8 +307,7 @@ class FeatureRecord(Tabular):
     @property
     def summary(self) -> FeatureSummary:
         """As the report takes it."""
-        words = naming([(t.token, t.share) for t in self.tokens])
-        return FeatureSummary(self.feature, self.frequency, words, self.top)
+        return FeatureSummary(self.feature, self.frequency, self.label, self.top)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per context: the strongest (band `top`), then the random ones of each band."""
@@ -383,7 +384,7 @@ class StoredFeatures(Tabular):
             sae=self.name,
             hook_name=self.reads,
             feature=feature,
-            label=label(feature, [(t.token, t.share) for t in tokens]),
+            label=self.labels()[feature],
             n_tokens=store.n_tokens,
             fired=fired,
             mean=total / store.n_tokens,
@@ -403,14 +404,16 @@ class StoredFeatures(Tabular):
     def __iter__(self) -> Iterator[FeatureRecord]:
         return map(self.feature, range(self.d_sae))
 
-    def labels(self) -> list[str]:
-        """A short name for every feature, for `Decomposer(input_names=..., output_names=...)`."""
-        tokens, share = self._files.column("tokens").tolist(), self._files.column("token_share").tolist()
-        strings = self.store.vocabulary
-        return [
-            label(feature, [(_string(strings, t), s) for t, s in zip(*row, strict=True) if t >= 0])
-            for feature, row in enumerate(zip(tokens, share, strict=True))
-        ]
+    def labels(self) -> FeatureNames:
+        """The names of the features, for `Decomposer(input_names=..., output_names=...)`."""
+        return self._names
+
+    @cached_property
+    def _names(self) -> FeatureNames:
+        def find() -> tuple[Sequence[str], frozenset[int]]:
+            return stored_names(self._files, self.store.n_tokens, self.store.config.before, self.store.vocabulary)
+
+        return FeatureNames(self.d_sae, find)
 
     def summary(self, feature: int) -> FeatureSummary:
         """A feature in words, with its strongest contexts."""
@@ -434,7 +437,7 @@ class StoredFeatures(Tabular):
         return pd.DataFrame(
             {
                 "feature": np.arange(self.d_sae),
-                "label": self.labels(),
+                "label": list(self.labels()),
                 "frequency": frequency,
                 "mean": total / self.store.n_tokens,
                 "mean_active": mean_active,
@@ -541,8 +544,8 @@ class FeatureStore(Tabular):
             raise ArgumentError(f"the store has no SAE {name!r}; it has {list(self.saes)}." + nearest(name, self.saes))
         return StoredFeatures(name, store=self, **self.saes[name])
 
-    def labels(self, name: str) -> list[str]:
-        """A short name for every feature of an SAE; see `StoredFeatures.labels`."""
+    def labels(self, name: str) -> FeatureNames:
+        """The names of an SAE's features; see `StoredFeatures.labels`."""
         return self[name].labels()
 
     def to_frame(self) -> pd.DataFrame:

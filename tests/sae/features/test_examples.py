@@ -182,7 +182,7 @@ def test_how_many_examples(found):
     feature = int(activations.offsets.diff().argmax())
     assert activations.summary(feature, n_examples=0).examples == ()
     assert len(activations.summary(feature, n_examples=1).examples) == 1
-    assert activations.summary(feature, n_examples=0).tokens == activations.summary(feature).tokens
+    assert activations.summary(feature, n_examples=0).label == activations.summary(feature).label
     for bad in ({"n_examples": -1}, {"before": -1}, {"after": -2}):
         with pytest.raises(ArgumentError, match="must be at least 0"):
             activations.summary(feature, **bad)
@@ -220,27 +220,9 @@ def test_padding_is_not_shown():
     assert activations.summary(0).examples[0].tokens == ["t1", "t2"]
 
 
-def test_tokens_by_the_activation_they_carry():
-    """Token 3 fires twice, weakly; together more than token 1. Token 2 carries under a twentieth and is not named."""
-    activations = by_hand([[0.0, 5.0, 0.3, 3.0], [0.0, 0.0, 0.0, 3.0]])
-    summary = activations.summary(0)
-    assert summary.tokens == ("t3", "t1")
-    assert summary.label == "0 t3/t1"
-    assert activations.labels() == ["0 t3/t1"]
-    assert summary.density == pytest.approx(4 / 6)
-
-
-def test_a_feature_spread_thin_is_named_by_its_best_token():
-    rows = [[0.0] + [1.0 + 0.01 * i for i in range(40)]]
-    activations = by_hand(rows)
-    assert activations.summary(0).tokens == ("t40",)
-    assert activations.labels() == ["0 t40"]
-
-
 def test_a_silent_feature(found):
     activations = by_hand([[0.0, 0.0, 0.0]])
-    assert activations.summary(0) == FeatureSummary(0, 0.0, (), ())
-    assert activations.summary(0).label == "0 (silent)"
+    assert activations.summary(0) == FeatureSummary(0, 0.0, "0 (silent)", ())
     assert activations.labels() == ["0 (silent)"]
 
 

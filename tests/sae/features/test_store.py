@@ -169,12 +169,17 @@ def test_it_is_what_a_plain_loop_finds(text_model, saes, sample, tmp_path, monke
     assert counted > D_SAE
 
 
-def test_labels_are_those_of_the_report(text_model, saes, texts, tmp_path):
-    """Texts that fit the context: then both look at the same tokens."""
+def test_labels_are_those_of_the_report(text_model, texts, tmp_path):
+    """Texts that fit the context, and room for every firing and token: then both look at the same."""
     sample = texts[::17]
-    store = build_feature_store(text_model, saes, sample, tmp_path, config=SMALL)
+    saes = {str(seed): make_sae("topk", MLP_OUT, seed=seed, d_sae=120, k=4) for seed in range(2)}
+    everything = FeatureStoreConfig(per_band=60, n_tokens=200)
+    store = build_feature_store(text_model, saes, sample, tmp_path, config=everything)
     for name, found in zip(saes, feature_activations(text_model, list(saes.values()), sample), strict=True):
-        assert store.labels(name) == found.labels()
+        assert any("→" in label for label in found.labels())
+        assert list(store.labels(name)) == list(found.labels())
+        assert 0 < len(found.labels().dense) < 120
+        assert store.labels(name).dense == found.labels().dense
         assert [record.label for record in store[name]] == found.labels()
         assert [record.summary.label for record in store[name]] == found.labels()
 
