@@ -324,6 +324,19 @@ def train_lm(
     gate: Annotated[
         str | None, typer.Option(help="Put relu, silu or gelu on the left branch. The model is then not bilinear.")
     ] = None,
+    attention: Annotated[
+        str,
+        typer.Option(
+            help="What a head mixes tokens by: softmax of its scores, or a polynomial of them, bilinear or quadratic."
+        ),
+    ] = "softmax",
+    normalization: Annotated[
+        bool,
+        typer.Option(
+            help="Normalise what attention, the MLPs and the unembedding read. Without, and with bilinear or "
+            "quadratic attention, the model is a polynomial."
+        ),
+    ] = True,
     epochs: Annotated[float, _rate("The number of passes over the texts.")] = 10.0,
     batch_size: Annotated[int, _size("The number of contexts in a step.")] = 16,
     lr: LearningRate = 2e-3,
@@ -348,6 +361,8 @@ def train_lm(
         n_ctx=n_ctx,
         bias=bias,
         gate=gate,
+        attention=attention,
+        normalization=normalization,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,

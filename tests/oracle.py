@@ -33,9 +33,13 @@ def oracle(published: dict[str, Any], tensors: dict[str, Array], tokens: list[in
     """Every named activation (without the batch axis), `logits` and `loss` of one token sequence."""
     weights = {name: np.asarray(tensor, dtype=np.float64) for name, tensor in tensors.items()}
     n_head, n_layer, d_hidden = published["n_head"], published["n_layer"], published["d_hidden"]
-    d_head = published["d_model"] // n_head
+    d_head = published.get("d_head") or published["d_model"] // n_head
+    attention = published.get("attention") or ("bilinear" if published.get("attention2") else "softmax")
+    letters = ["q1", "k1", "q2", "k2", "v"] if attention == "bilinear" else ["q", "k", "v"]
+    scale = d_head if published.get("attention_scale") != "d_head^2" else d_head**2
     activation = ACTIVATIONS[published.get("gate")]
     s = 1 / math.sqrt(2 * n_layer) if published.get("scale_attn", True) else 1.0
+    s = published.get("residual_scale", s)
     seen: dict[str, Array] = {}
 
     def norm(x: Array, name: str) -> Array:
@@ -53,28 +57,42 @@ def oracle(published: dict[str, Any], tensors: dict[str, Array], tokens: list[in
         seen[f"{block}.hook_resid_pre"] = x
         read = norm(x, f"{block}.ln1")
         qkv = read @ weights[f"{at}.attn.qkv.weight"].T + weights.get(f"{at}.attn.qkv.bias", 0.0)
-        heads: dict[str, list[Array]] = {key: [] for key in ("q", "k", "v", "rot_q", "rot_k", "z", "result")}
-        scores, patterns = [], []
+        turned = [f"rot_{letter}" for letter in letters[:-1]]
+        heads: dict[str, list[Array]] = {key: [] for key in (*letters, *turned, "z", "result")}
+        scores: list[list[Array]] = []
+        patterns = []
         for head in range(n_head):
             columns = slice(head * d_head, (head + 1) * d_head)
-            q, k, v = (qkv[:, part * n_head * d_head :][:, columns] for part in range(3))
-            rot_q, rot_k = _rotate(q), _rotate(k)
-            score = np.full((n, n), -np.inf)
+            read_by = [qkv[:, part * n_head * d_head :][:, columns] for part in range(len(letters))]
+            rotated = [_rotate(x) if published.get("rotary", True) else x for x in read_by[:-1]]
+            factors = []
+            for rot_q, rot_k in zip(rotated[::2], rotated[1::2], strict=True):
+                score = np.full((n, n), -np.inf if attention == "softmax" else 0.0)
+                for query in range(n):
+                    for key in range(query + 1):
+                        score[query, key] = (
+                            rot_q[query] @ rot_k[key] / math.sqrt(d_head if attention == "softmax" else scale)
+                        )
+                factors.append(score)
             pattern = np.zeros((n, n))
             for query in range(n):
                 for key in range(query + 1):
-                    score[query, key] = rot_q[query] @ rot_k[key] / math.sqrt(d_head)
-                grown = np.exp(score[query, : query + 1] - score[query, : query + 1].max())
-                pattern[query, : query + 1] = grown / grown.sum()
-            z = pattern @ v
+                    if attention == "softmax":
+                        row = factors[0][query, : query + 1]
+                        pattern[query, key] = math.exp(row[key] - row.max()) / np.exp(row - row.max()).sum()
+                    else:
+                        pattern[query, key] = factors[0][query, key] * factors[-1][query, key]
+            z = pattern @ read_by[-1]
             result = s * z @ weights[f"{at}.attn.o.weight"][:, columns].T
-            for name, value in zip(heads, (q, k, v, rot_q, rot_k, z, result), strict=True):
+            for name, value in zip(heads, (*read_by, *rotated, z, result), strict=True):
                 heads[name].append(value)
-            scores.append(score)
+            scores.append(factors)
             patterns.append(pattern)
         for name, values in heads.items():
             seen[f"{block}.attn.hook_{name}"] = np.stack(values, axis=1)
-        seen[f"{block}.attn.hook_attn_scores"] = np.stack(scores)
+        for factor in range(len(scores[0])):
+            name = "attn_scores" if len(scores[0]) == 1 else f"attn_scores_{factor + 1}"
+            seen[f"{block}.attn.hook_{name}"] = np.stack([each[factor] for each in scores])
         seen[f"{block}.attn.hook_pattern"] = np.stack(patterns)
         seen[f"{block}.hook_attn_out"] = sum(heads["result"], start=np.zeros_like(x))
         x = x + seen[f"{block}.hook_attn_out"]

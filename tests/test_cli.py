@@ -83,6 +83,7 @@ WRONG = {
     "train-lm texts.jsonl OUT --vocab-size 3": "vocab_size is 3",
     "train-lm texts.jsonl OUT --n-head 3": "not divisible by n_head",
     "train-lm texts.jsonl OUT --gate swish": "gate",
+    "train-lm texts.jsonl OUT --attention linear": "attention is 'linear', expected one of softmax",
     "train-lm texts.jsonl OUT --dtype int8": "dtype",
     "train-lm texts.jsonl OUT --device foo": "device",
     "train-lm texts.jsonl OUT --tokenizer file": "no tokenizer",

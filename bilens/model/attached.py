@@ -30,7 +30,7 @@ from bilens.errors import ArgumentError, HookNameError, SAEMismatchError, Tokeni
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k")
+HEAD_HOOKS = ("hook_v", "hook_z", *(f"hook_{rot}{x}{i}" for rot in ("", "rot_") for x in "qk" for i in ("", "1", "2")))
 COPY_HOOKS = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_result")  # d_model for every head
 NEURON_HOOKS = ("hook_pre", "hook_pre_linear", "hook_post")
 
@@ -443,7 +443,7 @@ def hook_width(cfg: Any, name: str) -> int:
     last = name.rsplit(".", 1)[-1]
     if last == "hook_tokens":
         raise SAEMismatchError("'hook_tokens' shows token ids: an SAE cannot be on it.")
-    if last in ("hook_attn_scores", "hook_pattern"):
+    if last in ("hook_attn_scores", "hook_attn_scores_1", "hook_attn_scores_2", "hook_pattern"):
         raise SAEMismatchError(f"{name!r} is as wide as the text is long: an SAE cannot be on it.")
     if last in HEAD_HOOKS:
         return cfg.n_heads * cfg.d_head

@@ -33,6 +33,7 @@ from transformer_lens.model_bridge.generalized_components import BlockBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from bilens.errors import TokenizationError
+from bilens.model.attached import HEAD_HOOKS
 from bilens.model.config import HF_ARCHITECTURE
 from bilens.model.files import load_tokenizer
 
@@ -57,7 +58,7 @@ class HookedComponent(GeneralizedComponent):
         for name, child in original_component.named_children():
             if isinstance(child, HookPoint) and name not in NOT_SHARED:
                 setattr(self, name, child)
-                if name.startswith("hook_rot_"):
+                if name in HEAD_HOOKS:
                     child.hook_conversion = HeadsAfterPositions()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -112,7 +113,6 @@ class BilinearArchitectureAdapter(ArchitectureAdapter):
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)
-        cfg.positional_embedding_type = "rotary"
         self.weight_processing_conversions = {}
         self.component_mapping = {
             "embed": HookedComponent("hooked.embed"),
@@ -145,7 +145,17 @@ class BilinearArchitectureAdapter(ArchitectureAdapter):
         """Take from the model what TransformerLens does not read from a Hugging Face configuration."""
         hf_model.config.output_attentions = False
         cfg = hf_model.hooked.cfg
-        for name in ("act_fn", "d_vocab", "d_vocab_out", "eps", "gated_mlp", "normalization_type", "uses_rms_norm"):
+        names = (
+            "act_fn",
+            "d_head",
+            "d_vocab",
+            "d_vocab_out",
+            "eps",
+            "gated_mlp",
+            "normalization_type",
+            "uses_rms_norm",
+        )
+        for name in (*names, "positional_embedding_type"):
             setattr(self.cfg, name, getattr(cfg, name))
 
     def preprocess_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ TransformerLens reads a `TransformerLensConfig`; the published checkpoints carry
 is kept whole in `cfg.published`, so that saving gives back every key that loading saw.
 """
 
+import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,17 +17,29 @@ from transformers import PretrainedConfig
 from bilens.errors import CheckpointError, nearest
 
 NEEDED_KEYS = ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden")
-SWITCHES = {"bilinear": True, "bias": False, "attention_bias": False, "scale_attn": True, "normalization": True}
+SWITCHES = {
+    "bilinear": True,
+    "bias": False,
+    "attention_bias": False,
+    "scale_attn": True,
+    "rotary": True,
+    "normalization": True,
+}
+# What polynomial attention's product of scores is divided by, as the power of d_head that each of its two factors is.
+ATTENTION_SCALES = {"d_head": -0.5, "d_head^2": -1.0}
+ATTENTION_KINDS = ("softmax", "bilinear", "quadratic")
 # Beyond this, float32 cannot tell the angles of neighbouring positions apart.
 MAX_POSITIONS = 2**24
 # Keys of the authors' and of neighbouring code that change the forward pass, with the value under which they do not.
 NOT_IMPLEMENTED: dict[str, Any] = {
-    "attention2": False,
     "norm_bias": False,
+    "post_norm": False,
+    "qk_norm": False,
     "mlp_bias": False,
     "mlp": "blp",
     "rms": True,
     "rope_theta": 10_000,
+    "rope_base": 10_000,
     "rope_scaling": None,
     "rope_parameters": None,
     "tie_word_embeddings": False,
@@ -52,7 +65,13 @@ class BilinearTransformerConfig(TransformerLensConfig):
         gate: activation on the left branch (`None` is the identity: the bilinear model), or of the one branch.
         bias: biases in the MLP.
         attention_bias: biases of queries, keys and values.
+        attention: what makes the mixing matrix of a head: `"softmax"` of its scores, or a polynomial of them that is
+            zero where nobody looks: `"bilinear"`, `(q1 . k1)(q2 . k2)` over a scale, or `"quadratic"`, `(q . k)^2` over
+            one.
+        attention_scale: that scale, `"d_head"` or `"d_head^2"`.
+        rotary: positions turn queries and keys; without, attention knows no positions but what is behind.
         scale_attn: attention's output is scaled by `1 / sqrt(2 n_layers)`.
+        residual_scale: that factor itself, where it is another; `W_O` is exposed with it folded in.
         tokenizer_name: the published name of the tokenizer (`ts-4096`, `mistral`, `gpt2`) or a hub id.
         model_name: the name or path that the model came from; SAELens writes it into the SAEs it trains.
         init_range: standard deviation of new weights.
@@ -64,7 +83,11 @@ class BilinearTransformerConfig(TransformerLensConfig):
     gate: str | None = None
     bias: bool = False
     attention_bias: bool = False
+    attention: str = "softmax"
+    attention_scale: str = "d_head"
+    rotary: bool = True
     scale_attn: bool = True
+    residual_scale: float | None = None
     tokenizer_name: str | None = None
     model_name: str = "bilinear"
     init_range: float = 0.02
@@ -80,13 +103,19 @@ class BilinearTransformerConfig(TransformerLensConfig):
                 f"config: gate {self.gate!r} is not one of null, relu, silu, gelu."
                 + nearest(str(self.gate), [g for g in GATES if g])
             )
-        if self.d_model != self.n_heads * self.d_head:
-            raise CheckpointError(f"config: d_model {self.d_model} is not divisible by n_head {self.n_heads}.")
-        if self.d_head % 2:
+        for name, choices in (("attention", ATTENTION_KINDS), ("attention_scale", tuple(ATTENTION_SCALES))):
+            if (value := getattr(self, name)) not in choices:
+                raise CheckpointError(
+                    f"config: {name} is {value!r:.100}, expected one of {', '.join(choices)}."
+                    + nearest(str(value), choices)
+                )
+        if self.rotary and self.d_head % 2:
             raise CheckpointError(f"config: d_head {self.d_head} is odd; rotary positions need an even one.")
+        if self.residual_scale is None:
+            self.residual_scale = self.implied_residual_scale
         self.gated_mlp = self.bilinear
         self.act_fn = self.gate or "identity"
-        self.positional_embedding_type = "rotary"
+        self.positional_embedding_type = "rotary" if self.rotary else "none"
         self.eps = 1e-8
         self.attn_only = False
         self.uses_rms_norm = self.normalization_type is not None
@@ -97,9 +126,24 @@ class BilinearTransformerConfig(TransformerLensConfig):
         return self.bilinear and self.gate is None
 
     @property
-    def residual_scale(self) -> float:
-        """The factor on attention's output, folded into `W_O`: `1 / sqrt(2 n_layers)`, or 1 without `scale_attn`."""
+    def implied_residual_scale(self) -> float:
+        """The factor on attention's output that `scale_attn` stands for: `1 / sqrt(2 n_layers)`, or 1."""
         return (2 * self.n_layers) ** -0.5 if self.scale_attn else 1.0
+
+    @property
+    def attention_parts(self) -> tuple[str, ...]:
+        """What the fused `qkv` holds, in order; bilinear attention has queries and keys for each factor."""
+        return ("q1", "k1", "q2", "k2", "v") if self.attention == "bilinear" else ("q", "k", "v")
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """The hook points of a head's scores: those of each factor where there are two."""
+        return ("attn_scores_1", "attn_scores_2") if self.attention == "bilinear" else ("attn_scores",)
+
+    @property
+    def score_scale(self) -> float:
+        """What a query times a key is multiplied by: the scores of each factor, where there are two."""
+        return self.d_head ** (-0.5 if self.attention == "softmax" else ATTENTION_SCALES[self.attention_scale])
 
 
 def config_from_published(
@@ -128,11 +172,16 @@ def config_from_published(
     if published["n_ctx"] > MAX_POSITIONS:
         raise CheckpointError(f"config.json: n_ctx is {published['n_ctx']}, expected at most {MAX_POSITIONS}.")
     n_heads, d_model = published["n_head"], published["d_model"]
-    if d_model % n_heads:
-        raise CheckpointError(f"config.json: d_model {d_model} is not divisible by n_head {n_heads}.")
+    if published.get("d_head") is not None:
+        check_positive_integers(published, ("d_head",))
+    elif d_model % n_heads:
+        raise CheckpointError(
+            f"config.json: d_model {d_model} is not divisible by n_head {n_heads}, and there is no d_head."
+        )
+    attention = _attention_kind(published)
     return BilinearTransformerConfig(
         d_model=d_model,
-        d_head=d_model // n_heads,
+        d_head=published.get("d_head") or d_model // n_heads,
         n_layers=published["n_layer"],
         n_ctx=published["n_ctx"],
         n_heads=n_heads,
@@ -142,11 +191,40 @@ def config_from_published(
         dtype=dtype,
         normalization_type="RMSPre" if published.get("normalization", SWITCHES["normalization"]) else None,
         gate=published.get("gate"),
+        attention=attention,
+        attention_scale=published.get("attention_scale") or "d_head",
+        residual_scale=published.get("residual_scale"),
         **{key: published.get(key, default) for key, default in SWITCHES.items() if key != "normalization"},
         tokenizer_name=published.get("tokenizer"),
         model_name=model_name,
         published=dict(published),
     )
+
+
+def _attention_kind(published: dict[str, Any]) -> str:
+    """The kind of attention, which the authors' later code calls `attention2` where it is bilinear.
+
+    Raises:
+        CheckpointError: the keys contradict each other, or a scale is none.
+    """
+    check_switches(published, ("attention2",))
+    attention = published.get("attention") or ("bilinear" if published.get("attention2") else "softmax")
+    if "attention2" in published and published["attention2"] != (attention == "bilinear"):
+        raise CheckpointError(
+            f"config.json: attention is {attention!r:.100} and attention2 is {json.dumps(published['attention2'])}, "
+            "which is the authors' word for bilinear attention; leave one of them out."
+        )
+    if attention == "softmax" and published.get("attention_scale") is not None:
+        raise CheckpointError(
+            f"config.json: attention_scale is {published['attention_scale']!r:.100}, which only bilinear and quadratic "
+            "attention have; the scores of softmax attention are divided by sqrt(d_head)."
+        )
+    scale = published.get("residual_scale")
+    if scale is not None and (
+        not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < float("inf")
+    ):
+        raise CheckpointError(f"config.json: residual_scale is {scale!r:.100}, expected a number above 0.")
+    return attention
 
 
 def any_attention_bias(names: Iterable[str]) -> bool:
@@ -184,7 +262,8 @@ def _check_other_keys(published: dict[str, Any]) -> None:
                 f"config.json: {key} is {published[key]!r:.100}, which bilens does not implement; it reads models "
                 f"where {key} is {neutral!r} or absent."
             )
-    known = {*NEEDED_KEYS, *SWITCHES, *NOT_IMPLEMENTED, *HARMLESS, "gate", *PretrainedConfig().to_dict()}
+    implemented = {*NEEDED_KEYS, *SWITCHES, "gate", "attention", "attention2", "attention_scale", "d_head"}
+    known = {*implemented, *NOT_IMPLEMENTED, *HARMLESS, "residual_scale", *PretrainedConfig().to_dict()}
     if unknown := sorted(published.keys() - known):
         warnings.warn(f"config.json: bilens does not know the keys {unknown} and does not use them.", stacklevel=3)
 
@@ -207,7 +286,17 @@ def config_to_published(cfg: BilinearTransformerConfig) -> dict[str, Any]:
         "bias": cfg.bias,
         "normalization": cfg.normalization_type is not None,
         "tokenizer": cfg.tokenizer_name,
-        # Older code of the authors does not know these two: they are written only where they say something.
+        # Code of the authors does not know these, or the older does not: they are written where they say something.
         **({"attention_bias": True} if cfg.attention_bias else {}),
         **({} if cfg.scale_attn else {"scale_attn": False}),
+        **({} if cfg.residual_scale == cfg.implied_residual_scale else {"residual_scale": cfg.residual_scale}),
+        **({} if cfg.rotary else {"rotary": False}),
+        **({} if cfg.n_heads * cfg.d_head == cfg.d_model else {"d_head": cfg.d_head}),
+        **({} if cfg.attention == "softmax" else _attention_to_published(cfg)),
     }
+
+
+def _attention_to_published(cfg: BilinearTransformerConfig) -> dict[str, Any]:
+    """The keys of polynomial attention; the authors' own code reads the second."""
+    bilinear = {"attention2": True} if cfg.attention == "bilinear" else {}
+    return {"attention": cfg.attention, "attention_scale": cfg.attention_scale, **bilinear}

@@ -64,6 +64,7 @@ class HubTokenizer:
 
 PUBLISHED_TOKENIZERS = {
     "ts-4096": HubTokenizer("tdooms/ts-tokenizer-4096", "[EOS]"),
+    "ss-4096": HubTokenizer("tdooms/ss-tokenizer-4096", "[EOS]"),
     "mistral": HubTokenizer("mistral-community/Mixtral-8x22B-v0.1", "</s>"),
     "gpt2": HubTokenizer("openai-community/gpt2", "<|endoftext|>"),
 }
@@ -106,16 +107,17 @@ def refuse_other_model(folder: Path, config: Mapping[str, Any], tensors: Mapping
 def published_shapes(cfg: BilinearTransformerConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of `model.published_tensors()` of a model of this config, the rotary buffers left out."""
     assert cfg.d_mlp is not None
-    wide = (2 if cfg.bilinear else 1) * cfg.d_mlp
+    wide, heads = (2 if cfg.bilinear else 1) * cfg.d_mlp, cfg.n_heads * cfg.d_head
+    qkv = len(cfg.attention_parts) * heads
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys((EMBEDDING, "lm_head.weight"), (cfg.d_vocab, cfg.d_model))
     for layer in range(cfg.n_layers):
         at = f"transformer.h.{layer}"
-        shapes[f"{at}.attn.qkv.weight"] = (3 * cfg.d_model, cfg.d_model)
-        shapes[f"{at}.attn.o.weight"] = (cfg.d_model, cfg.d_model)
+        shapes[f"{at}.attn.qkv.weight"] = (qkv, cfg.d_model)
+        shapes[f"{at}.attn.o.weight"] = (cfg.d_model, heads)
         shapes[f"{at}.mlp.w.weight"] = (wide, cfg.d_model)
         shapes[f"{at}.mlp.p.weight"] = (cfg.d_model, cfg.d_mlp)
         if cfg.attention_bias:
-            shapes[f"{at}.attn.qkv.bias"] = (3 * cfg.d_model,)
+            shapes[f"{at}.attn.qkv.bias"] = (qkv,)
         if cfg.bias:
             shapes |= {f"{at}.mlp.w.bias": (wide,), f"{at}.mlp.p.bias": (cfg.d_model,)}
     return shapes
@@ -301,6 +303,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if info.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name} is of dtype {info.dtype}, expected one of {', '.join(FLOATS)}.")
     return header
+
+
+def header_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """What a header would say of these tensors."""
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    return {name: TensorInfo(tuple(tensor.shape), names[tensor.dtype]) for name, tensor in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -41,8 +41,10 @@ from bilens.model.config import (
 )
 from bilens.model.files import EMBEDDING, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_tokenizer, read_index
 from bilens.model.hf_tokenizer import register_tokenizer
+from bilens.model.loading import load_model
 from bilens.model.tokenization import Mask, attended
 from bilens.model.transformer import Embed, HookedBilinearTransformer, Rotary
+from bilens.model.vpd import FORMAT_KEYS
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -54,12 +56,15 @@ class BilinearConfig(PretrainedConfig):
         n_head, n_layer, n_ctx, d_model, d_hidden: the published sizes.
         vocab_size: rows of the embedding; reading a checkpoint counts them, whatever its config says.
         bilinear, gate, bias, attention_bias, scale_attn, normalization: the published variants.
+        attention, attention_scale, d_head, rotary, residual_scale: those of `BilinearTransformerConfig`; `None` is what
+            the published models have.
         tokenizer: the published name of the tokenizer.
         repo: the repository that the model came from.
     """
 
     model_type = MODEL_TYPE
     attribute_map = {  # noqa: RUF012  transformers declares it so
+        "head_dim": "d_head",
         "hidden_size": "d_model",
         "intermediate_size": "d_hidden",
         "max_position_embeddings": "n_ctx",
@@ -81,6 +86,11 @@ class BilinearConfig(PretrainedConfig):
         attention_bias: bool = False,
         scale_attn: bool = True,
         normalization: bool = True,
+        attention: str | None = None,
+        attention_scale: str | None = None,
+        d_head: int | None = None,
+        rotary: bool = True,
+        residual_scale: float | None = None,
         tokenizer: str | None = None,
         repo: str | None = None,
         **kwargs: Any,
@@ -89,6 +99,8 @@ class BilinearConfig(PretrainedConfig):
         self.d_model, self.d_hidden, self.vocab_size = d_model, d_hidden, vocab_size
         self.bilinear, self.gate, self.bias, self.normalization = bilinear, gate, bias, normalization
         self.attention_bias, self.scale_attn = attention_bias, scale_attn
+        self.attention, self.attention_scale, self.d_head = attention, attention_scale, d_head
+        self.rotary, self.residual_scale = rotary, residual_scale
         self.tokenizer, self.repo = tokenizer, repo
         # The published configs name the authors' class; TransformerLens looks for the one that has an adapter.
         named = kwargs.get("architectures") or []
@@ -184,6 +196,10 @@ class BilinearForCausalLM(PreTrainedModel, GenerationMixin):
         if source is not None:
             config = copy.deepcopy(config)
             names, rows = stored(source, **hub)
+            if names and EMBEDDING not in names and config.to_dict().keys() >= FORMAT_KEYS:
+                known = {key: hub[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in hub}
+                dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32
+                return cls.from_hooked(load_model(source, device="cpu", dtype=dtype, **known))
             if names and config.num_hidden_layers > len(names):
                 raise CheckpointError(
                     f"{source} holds {len(names)} tensors; its config asks for {config.num_hidden_layers} layers."

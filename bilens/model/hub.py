@@ -192,18 +192,18 @@ def model_card(cfg: BilinearTransformerConfig, repo_id: str) -> str:
     kind = "bilinear" if cfg.is_bilinear else "gated" if cfg.bilinear else "one-branch"
     b_gate, b_in, b_out = (" + b_gate", " + b_in", " + b_out") if cfg.bias else ("", "", "")
     first = f"{cfg.gate or ''}(W_gate n{b_gate})" if cfg.bilinear else f"{cfg.gate or ''}(W_in n{b_in})"
-    scale = (
-        "Attention's output is scaled by `1/sqrt(2 n_layer)`, which is not in `attn.o`."
-        if cfg.scale_attn
-        else "Attention's output is not scaled."
-    )
+    scale = f"Attention's output is scaled by {cfg.residual_scale:.6g}, which is not in `attn.o`."
+    if cfg.residual_scale == 1:
+        scale = "Attention's output is not scaled."
+    parts, positions = ", ".join(cfg.attention_parts), "rotary positions" if cfg.rotary else "no positions"
     mlp = f"W_out ({first} * (W_in n{b_in})){b_out}" if cfg.bilinear else f"W_out {first}{b_out}"
-    keys = ["n_layer", "n_head", "d_model", "d_hidden", "n_ctx", "bilinear", "gate", "bias", "normalization"]
-    facts = "\n".join(f"| `{key}` | {json.dumps(published[key])} |" for key in [*keys, "tokenizer"])
+    keys = ["n_layer", "n_head", "d_head", "d_model", "d_hidden", "n_ctx", "bilinear", "gate", "bias", "normalization"]
+    keys += ["attention", "attention_scale", "tokenizer"]
+    facts = "\n".join(f"| `{key}` | {json.dumps(published[key])} |" for key in keys if key in published)
     return f"""{card_header(pipeline_tag="text-generation", tags=["bilinear", "interpretability"])}
 # {repo_id.split("/")[-1]}
 
-A {kind} transformer language model, written by bilens: pre-norm, rotary positions,
+A {kind} transformer language model, written by bilens: pre-norm, {cfg.attention} attention, {positions},
 untied embeddings. Its MLPs compute
 
     mlp(n) = {mlp}
@@ -213,7 +213,7 @@ untied embeddings. Its MLPs compute
 {facts}
 | vocabulary | {cfg.d_vocab} |
 
-`model.safetensors` holds `transformer.wte`, `transformer.h.L.attn.qkv` (q, k, v), `.attn.o`, `.mlp.w` (left rows, then
+`model.safetensors` holds `transformer.wte`, `transformer.h.L.attn.qkv` ({parts}), `.attn.o`, `.mlp.w` (left rows, then
 right rows), `.mlp.p` and `lm_head`. {scale}
 
 ```python

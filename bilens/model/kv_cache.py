@@ -1,9 +1,13 @@
 """Keys and values of positions already run, in TransformerLens' own cache: what the forward pass asks of it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
 from bilens.errors import ArgumentError, ContextLengthError
 
@@ -54,6 +58,18 @@ def extended_mask(
     if not cache.frozen:
         cache.previous_attention_mask = mask
     return mask
+
+
+def append(
+    entry: Any, keys: Sequence[Float[Tensor, "batch pos head d_head"]], values: Float[Tensor, "batch pos head d_head"]
+) -> tuple[list[Float[Tensor, "batch all head d_head"]], Float[Tensor, "batch all head d_head"]]:
+    """Keys and values of a layer, those in the cache first. The keys of both factors of bilinear attention are kept as
+    those of twice as many heads."""
+    kept = torch.cat(list(keys), dim=2)
+    if isinstance(entry, TransformerLensKeyValueCacheEntry) and entry.past_keys.shape[1] == 0:
+        entry.past_keys = kept[:, :0]  # made for one factor
+    kept, values = entry.append(kept, values)
+    return list(kept.chunk(len(keys), dim=2)), values
 
 
 def check_room(past: int, n_new: int, n_ctx: int) -> None:

@@ -27,6 +27,7 @@ from bilens.model.files import (
     check_layers,
     check_shapes,
     find_model,
+    header_of,
     load_tokenizer,
     published_shapes,
     read_header,
@@ -38,6 +39,7 @@ from bilens.model.files import (
 )
 from bilens.model.hf_tokenizer import save_tokenizer
 from bilens.model.hub import HubOptions, model_card, push_to_hub
+from bilens.model.vpd import is_vpd, read_vpd
 
 
 class PublishedMixin:
@@ -67,7 +69,10 @@ class PublishedMixin:
         folder, name = find_model(source, hub)
         published = read_json(folder / CONFIG_FILE)
         weights = weights_file(folder)
-        header = read_header(weights)
+        tensors = None
+        if is_vpd(published):
+            published, tensors = read_vpd(published, weights)
+        header = read_header(weights) if tensors is None else header_of(tensors)
         embedding = header.get(EMBEDDING)
         if embedding is None or len(embedding.shape) != 2:
             raise CheckpointError(
@@ -90,7 +95,7 @@ class PublishedMixin:
             tokenizer = load_tokenizer(folder, cfg.tokenizer_name, hub)
         build: Any = cls
         model = build(cfg, tokenizer, init_weights=False)
-        model._copy_weights(read_tensors(weights), weights)
+        model._copy_weights(read_tensors(weights) if tensors is None else tensors, weights)
         return model.eval()
 
     def save_pretrained(

@@ -2,6 +2,7 @@
 
     x_0    = W_E[tokens]
     x      = x + s * attn(norm1(x))        s = 1/sqrt(2 n_layers), folded into the exposed W_O; 1 without `scale_attn`
+                                           attn: softmax, or a polynomial of the scores (`cfg.attention`)
     x      = x + mlp(norm2(x))             mlp(n) = W_out (act(W_gate n + b_gate) * (W_in n + b_in)) + b_out
     logits = norm_f(x) W_U
 
@@ -34,7 +35,7 @@ from bilens.model.attached import SAEAttachmentMixin
 from bilens.model.config import BilinearTransformerConfig
 from bilens.model.generation import TextGenerationMixin
 from bilens.model.hook_points import CheckedHooks, eager_while_hooked
-from bilens.model.kv_cache import cached_positions, check_room, extended_mask
+from bilens.model.kv_cache import append, cached_positions, check_room, extended_mask
 from bilens.model.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.model.published import PublishedMixin
 from bilens.model.tokenization import Mask, PaddingSide, TokenizationMixin
@@ -121,33 +122,65 @@ class Rotary(nn.Module):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def _part_weight(part: str) -> Any:
+    """`W_Q` and its like: the rows of one part of the fused `qkv`, `(head, d_model, d_head)`."""
+
+    def weight(self: "Attention") -> Float[Tensor, "head d_model d_head"]:
+        index = self.part_index(part, "W")
+        rows = self.qkv.weight.unflatten(0, (len(self.parts), self.cfg.n_heads, self.cfg.d_head))[index]
+        return NamedWeight.viewing(rearrange(rows, "head d_head d_model -> head d_model d_head"))
+
+    return property(weight)
+
+
+def _part_bias(part: str) -> Any:
+    """`b_Q` and its like, `(head, d_head)`, or zeros where the model has none (TransformerLens asks for them)."""
+
+    def bias(self: "Attention") -> Float[Tensor, "head d_head"]:
+        index, shape = self.part_index(part, "b"), (self.cfg.n_heads, self.cfg.d_head)
+        if self.qkv.bias is None:
+            name = f"b_{part.upper()}"
+            return NamedWeight.zeros(self.qkv.weight, shape, f"{name}: attention has no biases in this model")
+        return NamedWeight.viewing(self.qkv.bias.unflatten(0, (len(self.parts), *shape))[index])
+
+    return property(bias)
+
+
 class Attention(NamedWeightsMixin):
-    """Causal multi-head attention with one fused `qkv`; returns what is added to the residual stream."""
+    """Causal multi-head attention with one fused `qkv`; returns what is added to the residual stream.
+
+    `hook_pattern` is the mixing matrix of each head, whatever the kind. Bilinear attention has two scores, each of its
+    own queries and keys: `hook_q1`, `hook_k1`, `hook_rot_q1`, `hook_rot_k1`, `hook_attn_scores_1`, and the like with 2
+    (weights `W_Q1`, ...). Quadratic attention squares the one score that softmax attention has too. The scores of both
+    are zero where nobody looks, and their product is the pattern.
+    """
+
+    W_Q, W_K, W_V = _part_weight("q"), _part_weight("k"), _part_weight("v")
+    W_Q1, W_K1, W_Q2, W_K2 = (_part_weight(part) for part in ("q1", "k1", "q2", "k2"))
+    b_Q, b_K, b_V = _part_bias("q"), _part_bias("k"), _part_bias("v")
+    b_Q1, b_K1, b_Q2, b_K2 = (_part_bias(part) for part in ("q1", "k1", "q2", "k2"))
 
     def __init__(self, cfg: BilinearTransformerConfig, layer: int):
         super().__init__()
-        self.cfg, self.layer = cfg, layer
-        self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.attention_bias)
-        self.o = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+        self.cfg, self.layer, self.parts = cfg, layer, cfg.attention_parts
+        width = cfg.n_heads * cfg.d_head
+        self.qkv = nn.Linear(cfg.d_model, len(self.parts) * width, bias=cfg.attention_bias)
+        self.o = nn.Linear(width, cfg.d_model, bias=False)
         self.rotary = Rotary(cfg.d_head)
-        for name in ("q", "k", "v", "z", "rot_q", "rot_k", "attn_scores", "pattern", "result"):
+        turned = [f"rot_{part}" for part in self.parts[:-1]]
+        for name in (*self.parts, "z", *turned, *cfg.score_names, "pattern", "result"):
             setattr(self, f"hook_{name}", HookPoint())
 
-    def _qkv_view(self, index: int) -> Float[Tensor, "head d_model d_head"]:
-        rows = self.qkv.weight.unflatten(0, (3, self.cfg.n_heads, self.cfg.d_head))[index]
-        return NamedWeight.viewing(rearrange(rows, "head d_head d_model -> head d_model d_head"))
+    def part_index(self, part: str, letter: str = "W") -> int:
+        """Where a part is in the fused `qkv`.
 
-    @property
-    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
-        return self._qkv_view(0)
-
-    @property
-    def W_K(self) -> Float[Tensor, "head d_model d_head"]:
-        return self._qkv_view(1)
-
-    @property
-    def W_V(self) -> Float[Tensor, "head d_model d_head"]:
-        return self._qkv_view(2)
+        Raises:
+            ArgumentError: this kind of attention has no such part.
+        """
+        if part not in self.parts:
+            there = ", ".join(f"{letter}_{name.upper()}" for name in self.parts)
+            raise ArgumentError(f"{self.cfg.attention} attention has no {letter}_{part.upper()}; it has {there}.")
+        return self.parts.index(part)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
@@ -171,25 +204,6 @@ class Attention(NamedWeightsMixin):
     def QK(self) -> FactoredMatrix:
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
-    def _qkv_bias(self, name: str, index: int) -> Float[Tensor, "head d_head"]:
-        """The bias, or zeros where the model has none (TransformerLens asks for them)."""
-        shape = (self.cfg.n_heads, self.cfg.d_head)
-        if self.qkv.bias is None:
-            return NamedWeight.zeros(self.qkv.weight, shape, f"{name}: attention has no biases in this model")
-        return NamedWeight.viewing(self.qkv.bias.unflatten(0, (3, *shape))[index])
-
-    @property
-    def b_Q(self) -> Float[Tensor, "head d_head"]:
-        return self._qkv_bias("b_Q", 0)
-
-    @property
-    def b_K(self) -> Float[Tensor, "head d_head"]:
-        return self._qkv_bias("b_K", 1)
-
-    @property
-    def b_V(self) -> Float[Tensor, "head d_head"]:
-        return self._qkv_bias("b_V", 2)
-
     @property
     def b_O(self) -> Float[Tensor, "d_model"]:
         return NamedWeight.zeros(
@@ -203,41 +217,56 @@ class Attention(NamedWeightsMixin):
         mask: Int[Tensor, "batch key"] | None = None,
         kv_cache: TransformerLensKeyValueCache | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        q, k, v = self._project(x)
-        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
-        q, k = self.hook_rot_q(self.rotary(q, positions)), self.hook_rot_k(self.rotary(k, positions))
+        *turning, v = (
+            getattr(self, f"hook_{part}")(each) for part, each in zip(self.parts, self._project(x), strict=True)
+        )
+        turned = [
+            getattr(self, f"hook_rot_{part}")(self.rotary(each, positions) if self.cfg.rotary else each)
+            for part, each in zip(self.parts, turning, strict=False)
+        ]
+        queries, keys = turned[::2], turned[1::2]
         if kv_cache is not None:
-            k, v = kv_cache[self.layer].append(k, v)
-        z = self.hook_z(self._mix(q, k, v, mask))
+            keys, v = append(kv_cache[self.layer], keys, v)
+        z = self.hook_z(self._mix(queries, keys, v, mask))
         if self.cfg.use_attn_result:
             return self.hook_result(einsum(z, self._scaled_o(), "b p h e, h e m -> b p h m")).sum(2)
         return self.o(z.flatten(2)) * self.cfg.residual_scale
 
     def _project(self, x: Tensor | HeadInputs) -> tuple[Tensor, ...]:
         """Queries, keys and values, each `(batch, pos, head, d_head)`: of one input, or of every head's own three."""
-        shape = (3, self.cfg.n_heads, self.cfg.d_head)
+        shape = (len(self.parts), self.cfg.n_heads, self.cfg.d_head)
         if isinstance(x, Tensor):
             return self.qkv(x).unflatten(-1, shape).unbind(2)
         weights = self.qkv.weight.unflatten(0, shape)
-        biases = [0.0] * 3 if self.qkv.bias is None else self.qkv.bias.unflatten(0, shape)
-        heads = zip(x, weights, biases, strict=True)
+        biases = [0.0] * len(weights) if self.qkv.bias is None else self.qkv.bias.unflatten(0, shape)
+        inputs = [x["qkv".index(part[0])] for part in self.parts]
+        heads = zip(inputs, weights, biases, strict=True)
         return tuple(einsum(read, rows, "b p h m, h e m -> b p h e") + bias for read, rows, bias in heads)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Float[Tensor, "batch pos head d_head"]:
+    def _mix(
+        self, queries: Sequence[Tensor], keys: Sequence[Tensor], v: Tensor, mask: Tensor | None
+    ) -> Float[Tensor, "batch pos head d_head"]:
         """Attention proper. The fused kernel never forms scores, so it serves only while nobody looks at them."""
-        hooks = (self.hook_attn_scores, self.hook_pattern)
-        watched = any(h.fwd_hooks or h.bwd_hooks for h in hooks)
-        if not watched and mask is None and q.shape[1] == k.shape[1]:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        hooks = [getattr(self, f"hook_{name}") for name in self.cfg.score_names]
+        watched = any(h.fwd_hooks or h.bwd_hooks for h in (*hooks, self.hook_pattern))
+        softmax, n_query, n_key = self.cfg.attention == "softmax", queries[0].shape[1], keys[0].shape[1]
+        if softmax and not watched and mask is None and n_query == n_key:
+            q, k, v = (t.transpose(1, 2) for t in (queries[0], keys[0], v))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-        scores = einsum(q, k, "b q h e, b k h e -> b h q k") * self.cfg.d_head**-0.5
-        n_query, n_key = scores.shape[-2:]
-        visible = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
+        visible = torch.ones(n_query, n_key, dtype=torch.bool, device=v.device).tril(n_key - n_query)
         if mask is not None:
             visible = visible & mask.bool()[:, None, None, :]
-        scores = self.hook_attn_scores(scores.masked_fill(~visible, -torch.inf))
-        # A padding query before the first token sees nothing: its softmax is 0/0.
-        pattern = self.hook_pattern(scores.softmax(-1).nan_to_num() if mask is not None else scores.softmax(-1))
+        unseen = -torch.inf if softmax else 0.0
+        scores = [
+            hook((einsum(q, k, "b q h e, b k h e -> b h q k") * self.cfg.score_scale).masked_fill(~visible, unseen))
+            for hook, q, k in zip(hooks, queries, keys, strict=True)
+        ]
+        if softmax:
+            pattern = scores[0].softmax(-1)
+            # A padding query before the first token sees nothing: its softmax is 0/0.
+            pattern = self.hook_pattern(pattern if mask is None else pattern.nan_to_num())
+        else:
+            pattern = self.hook_pattern(scores[0] * scores[-1])
         return einsum(pattern.to(v.dtype), v, "b h q k, b k h e -> b q h e")
 
 
@@ -366,6 +395,11 @@ class Unembed(NamedWeightsMixin):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         return self.head(x)
+
+
+def _stacked(name: str) -> Any:
+    """The weights of this name of every layer's attention, one layer after another."""
+    return property(lambda self: self._stack("attn", name))
 
 
 class HookedBilinearTransformer(
@@ -592,7 +626,7 @@ class HookedBilinearTransformer(
 
     def _position_axis(self, name: str) -> int:
         """After the batch; that of the query in a score or pattern, which has the heads before."""
-        return 2 if name.endswith(("hook_attn_scores", "hook_pattern")) else 1
+        return 2 if ".attn.hook_attn_scores" in name or name.endswith("hook_pattern") else 1
 
     def _is_switched_off(self, name: str) -> str | None:
         if self._is_unused_error_hook(name):
@@ -666,33 +700,14 @@ class HookedBilinearTransformer(
         stacked = torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
         return NamedWeight.computed(stacked, store)
 
-    @property
-    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
-        return self._stack("attn", "W_Q")
-
-    @property
-    def W_K(self) -> Float[Tensor, "layer head d_model d_head"]:
-        return self._stack("attn", "W_K")
-
-    @property
-    def W_V(self) -> Float[Tensor, "layer head d_model d_head"]:
-        return self._stack("attn", "W_V")
+    W_Q, W_K, W_V = _stacked("W_Q"), _stacked("W_K"), _stacked("W_V")
+    W_Q1, W_K1, W_Q2, W_K2 = (_stacked(name) for name in ("W_Q1", "W_K1", "W_Q2", "W_K2"))
+    b_Q, b_K, b_V = _stacked("b_Q"), _stacked("b_K"), _stacked("b_V")
+    b_Q1, b_K1, b_Q2, b_K2 = (_stacked(name) for name in ("b_Q1", "b_K1", "b_Q2", "b_K2"))
 
     @property
     def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
         return self._stack("attn", "W_O")
-
-    @property
-    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
-        return self._stack("attn", "b_Q")
-
-    @property
-    def b_K(self) -> Float[Tensor, "layer head d_head"]:
-        return self._stack("attn", "b_K")
-
-    @property
-    def b_V(self) -> Float[Tensor, "layer head d_head"]:
-        return self._stack("attn", "b_V")
 
     @property
     def b_O(self) -> Float[Tensor, "layer d_model"]:
@@ -732,9 +747,10 @@ class HookedBilinearTransformer(
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Every weight under its TransformerLens name (`blocks.0.attn.W_Q`, ...); `SVDInterpreter` asks for it."""
-        names = {"attn": ["W_Q", "W_K", "W_V", "W_O"], "mlp": ["W_in", "W_out"]}
+        parts = [part.upper() for part in self.cfg.attention_parts]
+        names = {"attn": [*(f"W_{part}" for part in parts), "W_O"], "mlp": ["W_in", "W_out"]}
         names["mlp"] += ["W_gate"] if self.cfg.bilinear else []
-        names["attn"] += ["b_Q", "b_K", "b_V"] if self.cfg.attention_bias else []
+        names["attn"] += [f"b_{part}" for part in parts] if self.cfg.attention_bias else []
         if self.cfg.bias:
             names["mlp"] += ["b_in", "b_out", *(["b_gate"] if self.cfg.bilinear else [])]
         return {"embed.W_E": self.W_E, "unembed.W_U": self.W_U} | {

@@ -71,6 +71,9 @@ class TrainConfig:
     Args:
         d_model, n_layer, n_head, d_hidden, n_ctx: the architecture (published names).
         bias, gate, bilinear, normalization: its variants.
+        attention: what makes a head's mixing matrix: `"softmax"`, or a polynomial, `"bilinear"` or `"quadratic"`. With
+            one of these and without normalisation the whole model is a polynomial.
+        d_head: the width of a head; `None` divides `d_model` among the heads.
         epochs: passes over the training texts.
         batch_size: packed rows of `n_ctx` tokens per step.
         lr: peak learning rate; reached after `warmup` of the steps, then decayed linearly to zero.
@@ -92,6 +95,8 @@ class TrainConfig:
     gate: str | None = None
     bilinear: bool = True
     normalization: bool = True
+    attention: str = "softmax"
+    d_head: int | None = None
     epochs: float = 10.0
     batch_size: int = 16
     lr: float = 2e-3
@@ -127,7 +132,9 @@ class TrainConfig:
 
     def published(self, tokenizer_name: str | None) -> dict[str, Any]:
         """The published `config.json` of the model to train."""
-        keys = ("d_model", "n_layer", "n_head", "d_hidden", "n_ctx", "bias", "gate", "bilinear", "normalization")
+        keys = ["d_model", "n_layer", "n_head", "d_hidden", "n_ctx", "bias", "gate", "bilinear", "normalization"]
+        keys += ["attention"] if self.attention != "softmax" else []
+        keys += ["d_head"] if self.d_head is not None else []
         return {key: getattr(self, key) for key in keys} | {"tokenizer": tokenizer_name}
 
 
@@ -242,7 +249,8 @@ def train_lm(
         named = tokenizer is not None and not Path(tokenizer).is_dir()
         published = config.published(str(tokenizer) if named else None)
         cfg = config_from_published(published, len(hf_tokenizer), device=device, model_name=out.name)
-        n_weights = 2 * cfg.d_vocab * cfg.d_model + cfg.n_layers * cfg.d_model * (4 * cfg.d_model + 3 * config.d_hidden)
+        heads = (len(cfg.attention_parts) + 1) * cfg.n_heads * cfg.d_head
+        n_weights = cfg.d_model * (2 * cfg.d_vocab + cfg.n_layers * (heads + 3 * config.d_hidden))
         check_memory("training this model", 16 * n_weights)  # float32: weights, gradients, and two of Adam's each
         model = HookedBilinearTransformer(cfg, hf_tokenizer, seed=config.seed)
         run = TrainingRun(

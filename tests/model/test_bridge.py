@@ -31,6 +31,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"gate": "silu"},
     {"bilinear": False, "gate": "gelu", "bias": True},
     {"normalization": False},
+    {"attention": "bilinear", "normalization": False, "d_head": 6, "residual_scale": 0.4},
+    {"attention": "quadratic", "rotary": False},
 ]
 
 
@@ -59,10 +61,14 @@ def test_every_activation_under_its_name(variant: dict[str, Any], tokenizer: Any
     found, expected = bridge.run_with_cache(tokens)[1], model.run_with_cache(tokens)[1]
     for name, activation in expected.items():
         torch.testing.assert_close(found[name], activation, **CLOSE)
-    weights = ["W_E", "W_U", "b_U", "W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "b_in", "b_out"]
+    weights = ["W_E", "W_U", "b_U", "W_V", "W_O", "W_in", "W_out", "b_in", "b_out"]
+    weights += ["W_Q", "W_K"] if "q" in model.cfg.attention_parts else []
     for name in [*weights, *(["W_gate"] if model.cfg.bilinear else [])]:
         assert torch.equal(getattr(bridge, name), getattr(model, name)), name
     assert torch.equal(bridge.OV.AB, model.OV.AB)
+    for part in model.cfg.attention_parts:
+        of_block = (getattr(m.blocks[1].attn, f"W_{part.upper()}") for m in (bridge, model))
+        assert torch.equal(*of_block), part
     for name in ("act_fn", "d_head", "d_mlp", "d_vocab", "eps", "gated_mlp", "n_ctx", "n_heads", "normalization_type"):
         assert getattr(bridge.cfg, name) == getattr(model.cfg, name), name
 
@@ -105,6 +111,19 @@ def test_positions_are_cut_of_every_activation(pair: tuple) -> None:
         found, expected = (m.run_with_cache(tokens, pos_slice=pos_slice)[1] for m in (bridge, model))
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], **CLOSE)
+
+
+@torch.no_grad()
+def test_positions_are_cut_of_both_factors(tokenizer: Any, tmp_path: Path) -> None:
+    """The queries, keys and scores of bilinear attention have their positions where the others have them."""
+    model = make_model(tokenizer=tokenizer, attention="bilinear")
+    bridge, tokens = boot(model, tmp_path), model.to_tokens("the old gardener lost three stones")
+    whole = model.run_with_cache(tokens)[1]
+    found, expected = (m.run_with_cache(tokens, pos_slice=[0, -1])[1] for m in (bridge, model))
+    for name in expected:
+        axis = 2 if "scores" in name or name.endswith("pattern") else 1
+        torch.testing.assert_close(expected[name], whole[name].index_select(axis, torch.tensor([0, 6])), **CLOSE)
+        torch.testing.assert_close(found[name], expected[name], **CLOSE)
 
 
 @torch.no_grad()

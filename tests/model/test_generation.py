@@ -53,7 +53,17 @@ def test_top_p_keeps_the_fewest_that_reach_it() -> None:
 # --- continuing tokens ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [{}, {"bias": True, "gate": "silu"}, {"normalization": False, "n_layer": 3}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"bias": True, "gate": "silu"},
+        {"normalization": False, "n_layer": 3},
+        {"attention": "bilinear", "d_head": 6},
+        {"attention": "quadratic", "rotary": False},
+    ],
+    ids=str,
+)
 def test_the_cache_changes_nothing(variant: dict) -> None:
     """Greedy tokens with and without the key-value cache are the same, and are the argmax of a plain run."""
     model = make_model(**variant)

@@ -43,6 +43,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"bilinear": False, "gate": "gelu", "bias": True},
     {"normalization": False, "n_layer": 3},
     {"scale_attn": False, "bias": True, "attention_bias": True},
+    {"attention": "bilinear", "normalization": False, "d_head": 6, "residual_scale": 0.4},
+    {"attention": "quadratic", "attention_scale": "d_head^2", "rotary": False},
 ]
 
 
