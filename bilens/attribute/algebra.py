@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilens.layer.bilinear import BilinearLayer, branches, products
+from bilens.layer.bilinear import BilinearLayer, Branches, branches, hidden_coefficients, products
 
 
 def attention_back(
@@ -78,3 +78,16 @@ def mlp_shares(
     made = branches(layer, parts, ones[:, None])
     hidden = products(made, made.sum(0))
     return hidden @ layer.W_out + ones[:, None, None] * layer.b_out
+
+
+def mlp_back(
+    layer: BilinearLayer, fields: Float[Tensor, "t p d_model"], whole: Branches
+) -> tuple[Float[Tensor, "t p d_model"], Float[Tensor, "t"]]:
+    """What reads of an MLP's output read of a part of its input, by `mlp_shares`, and of its biases.
+
+    A part's share is linear in the part: `B(part, whole)`.
+    """
+    c = 0.5 * hidden_coefficients(layer, fields)
+    left, right = c * whole.right, c * whole.left
+    constants = (left @ layer.b_gate + right @ layer.b_in + fields @ layer.b_out).sum(1)
+    return left @ layer.W_gate.T + right @ layer.W_in.T, constants

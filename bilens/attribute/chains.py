@@ -32,6 +32,7 @@ from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, constant_term, interaction_matrix, linear_term
 from bilens.layer.eigen.pairs import sorted_eigenpairs
+from bilens.layer.inner import norms
 from bilens.model.transformer import HookedBilinearTransformer
 
 SHOWN_TOKENS = 6
@@ -135,7 +136,7 @@ class _Search:
             frozen.check_current()
         self.model, self.k, self.width, self.depth, self.data = model, k, width, depth, data
         self.W_E = model.W_E.detach().float()
-        self.OV = torch.einsum("lhde,lhef->lhdf", model.W_V.detach().float(), model.W_O.detach().float())
+        self.W_V, self.W_O = model.W_V.detach().float(), model.W_O.detach().float()
         self.layers: dict[int, BilinearLayer] = {}
         self.rows: list[dict[str, Any]] = []
         self.directions: list[Tensor] = []
@@ -172,7 +173,7 @@ class _Search:
     def ways(self, node: int, layer: int, v: Float[Tensor, "d_model"], depth: int) -> None:
         """Add the strongest ways into an eigenvector of a layer, and follow the MLPs among them."""
         heads = [(above, head) for above in range(layer + 1) for head in range(self.model.cfg.n_heads)]
-        reads = torch.stack([v, *(self.OV[above, head] @ v for above, head in heads)])
+        reads = torch.stack([v, *(self.W_V[at] @ (self.W_O[at] @ v) for at in heads)])
         tops = [layer, *(above for above, _ in heads)]  # modules below this one write what the way reads
         names = ["direct", *(f"L{above}H{head}" for above, head in heads)]
         found = [(std, "embedding", -1, way) for way, std in enumerate((reads @ self.W_E.T).std(-1).tolist())]
@@ -216,8 +217,8 @@ class _Search:
 
 def _noise(layer: BilinearLayer, u: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
     """The standard deviation of each output direction on white noise: `Var(n^T Q n + g . n) = 2 |Q|_F^2 + |g|^2`."""
-    quadratic = interaction_matrix(layer, u).pow(2).sum((-1, -2))
-    return (2 * quadratic + linear_term(layer, u).pow(2).sum(-1)).sqrt()
+    quadratic = norms(layer, u) ** 2
+    return (2 * quadratic + linear_term(layer, u).to(quadratic).pow(2).sum(-1)).sqrt().to(u)
 
 
 def correlation(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> float:

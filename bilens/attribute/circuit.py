@@ -36,7 +36,7 @@ from bilens.attribute.circuit_tables import (
     NODE_COLUMNS,
     CircuitTables,
 )
-from bilens.attribute.frozen import FrozenPass, Names, SAEs, freeze, names_by_hook
+from bilens.attribute.frozen import TEXT_MEMORY, FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.paths import Paths, narrow
 from bilens.attribute.squares import Squares
 from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
@@ -74,6 +74,7 @@ class Circuit(CircuitTables, Paged, Tabular):
         eigen_share: float = 0.8,
         names: Names | None = None,
         dtype: torch.dtype = torch.float64,
+        memory: int = TEXT_MEMORY,
     ) -> "Circuit":
         """Trace a target, or several in one graph, on a text back to the tokens.
 
@@ -95,6 +96,7 @@ class Circuit(CircuitTables, Paged, Tabular):
                 most eight); all others are one node.
             names: labels of features, by hook or SAE name (`2-mlp-in`, or its folder's name), or a `FeatureStore`.
             dtype: the type of the algebra.
+            memory: bytes to work in, and at most as many for the result; 4 GiB by default.
 
         Raises:
             ArgumentError: thresholds outside (0, 1], no room for a node, names that do not fit, a target given twice,
@@ -106,7 +108,7 @@ class Circuit(CircuitTables, Paged, Tabular):
         _check_limits(max_nodes, node_threshold, edge_threshold, mlps, eigen_share)
         if target is not None:
             as_targets(target)
-        frozen = freeze(model, text_or_tokens, saes, dtype=dtype)
+        frozen = freeze(model, text_or_tokens, saes, dtype=dtype, memory=memory)
         if target is None:
             target = likeliest(frozen, max_n_logits, desired_logit_prob)
         return trace_circuit(

@@ -157,7 +157,7 @@ def check_circuit(
             [
                 read_values(reads, rerun(frozen, len(chunk), _hooks(frozen, reads, masks, chunk, mode, means, errors),
                                          reads.hooks))[:, 0]
-                for chunk in torch.arange(len(names)).split(ROWS_AT_ONCE)
+                for chunk in torch.arange(len(names)).split(_rows_at_once(frozen, with_saes=True))
             ]
         )  # fmt: skip
         everything, nothing = values[0], values[1]
@@ -214,10 +214,11 @@ def check_edges(
     if len(linear):
         sources, targets = list(linear.source.unique()), list(linear.target.unique())
         reads = Reads.concatenate([_reads_of(frozen, nodes.loc[name], roots) for name in targets])
+        at_once = _rows_at_once(frozen, with_saes=False)
         change = torch.cat(
             [
-                _direct_changes(frozen, nodes.loc[sources[at : at + ROWS_AT_ONCE]], reads, attention)
-                for at in range(0, len(sources), ROWS_AT_ONCE)
+                _direct_changes(frozen, nodes.loc[sources[at : at + at_once]], reads, attention)
+                for at in range(0, len(sources), at_once)
             ]
         )
         rows = [sources.index(name) for name in linear.source]
@@ -308,6 +309,15 @@ def check_circuits(
             checked = check_edges(frozen, circuit, target, attention=mode)
             edges.append(checked.frame.assign(prompt=prompt, attention=mode))
     return CircuitChecks(pd.concat(curves, ignore_index=True), pd.concat(edges, ignore_index=True))
+
+
+def _rows_at_once(frozen: FrozenPass, *, with_saes: bool) -> int:
+    """Runs of the model at once, each with its activations and, where SAEs take part, those of one of them."""
+    cfg, n = frozen.model.cfg, frozen.n_positions
+    mlp = frozen.model.blocks[0].mlp.w.weight.shape[0]
+    d_sae = max((sae.view.d_sae for sae in frozen.saes.values()), default=0) if with_saes else 0
+    each = 4 * n * ((4 + 4 * cfg.n_layers) * cfg.d_model + 3 * mlp + 3 * cfg.n_heads * n + 6 * d_sae)
+    return frozen.at_once("a run of the model", each, ROWS_AT_ONCE * each)
 
 
 # --- keeping and removing ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from bilens._core.bare import require_bare
-from bilens._core.checks import check_finite
+from bilens._core.checks import check_budget, check_finite, how_many_fit
 from bilens._core.fingerprint import Snapshot, model_fingerprint, sae_fingerprint
 from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError, nearest
 from bilens.layer.bilinear import BilinearLayer, check_model
@@ -36,6 +36,7 @@ from bilens.sae.view import SAEView
 
 INPUT_POINTS = ("mlp-in", "resid-mid")  # where an SAE may read an MLP's input; the first that is there is taken
 Names: TypeAlias = Mapping[str, Sequence[str]] | FeatureStore
+TEXT_MEMORY = 2**32  # bytes that a call on one text works in, if it is not told otherwise
 SAEs: TypeAlias = SAE[Any] | Iterable[SAE[Any]] | Mapping[str, SAE[Any]]
 
 
@@ -53,6 +54,7 @@ class FrozenPass:
         embed, attn_out, mlp_out: the parts that are added to the residual stream.
         W_V, b_V, W_O: the weights of every layer, `W_O` with the residual scale.
         made_from: model and SAEs as they were.
+        memory: bytes that a call on this pass may work in.
     """
 
     model: HookedBilinearTransformer = field(repr=False)
@@ -72,6 +74,7 @@ class FrozenPass:
     b_V: Float[Tensor, "layer head d_head"] = field(repr=False)
     W_O: Float[Tensor, "layer head d_head d_model"] = field(repr=False)
     made_from: Snapshot = field(repr=False)
+    memory: int = field(default=TEXT_MEMORY, repr=False)
 
     def check_current(self) -> None:
         """Refuse to go on where the model or an SAE was changed since: activations and weights would not fit together.
@@ -107,6 +110,16 @@ class FrozenPass:
         """Of the model (`model`) and of the SAEs by hook: what is made from this pass is known by them."""
         saes = {hook: sae_fingerprint(sae.view.original) for hook, sae in self.saes.items()}
         return {"model": model_fingerprint(self.model)} | saes
+
+    def at_once(self, call: str, each: float, at_most: float) -> int:
+        """How many rows a call works on together, of so many bytes each: as many as fit the memory, and no more than
+        take `at_most` bytes.
+
+        Raises:
+            ArgumentError: there is not enough memory for one.
+        """
+        fit = how_many_fit(call, each, self.memory, "freeze a shorter text")
+        return max(1, min(fit, int(at_most // max(each, 1))))
 
     def pre_activations(self, sae: SAEPass) -> Float[Tensor, "p d_sae"]:
         """What an SAE's activation function is given at every position, by its own forward pass."""
@@ -180,6 +193,7 @@ def freeze(
     saes: SAEs = (),
     *,
     dtype: torch.dtype = torch.float64,
+    memory: int = TEXT_MEMORY,
 ) -> FrozenPass:
     """Run the model once and keep what exact attribution needs.
 
@@ -189,10 +203,12 @@ def freeze(
         saes: SAEs on any of the published points, at most one per hook; a mapping from hook names if their metadata
             name no hook.
         dtype: the type of the algebra. Activations are the model's own in any case; float32 halves memory and time.
+        memory: bytes to work in, and at most as many for the result; 4 GiB by default. What is then asked of this pass
+            (`split`, `attribute_tokens`, a circuit and its checks) keeps to it as well.
 
     Raises:
         AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
-        ArgumentError: several texts, two SAEs on one hook, or a dtype below float32.
+        ArgumentError: several texts, two SAEs on one hook, a dtype below float32, or less memory than the pass takes.
         CheckpointError: weights or activations that are not finite.
         EmptyTextError, ContextLengthError: the text does not fit.
         SAEMismatchError: an SAE of another width or without a published point.
@@ -211,6 +227,10 @@ def freeze(
         raise ArgumentError(f"{len(tokens)} texts were given; attribution takes one at a time.")
     views = check_saes(model, saes)
     require_bare(model, *(view.sae for view in views.values()))
+    n_bytes = _bytes_of_pass(model, tokens.shape[1], max((view.d_sae for view in views.values()), default=0), dtype)
+    check_budget(
+        f"freeze of {tokens.shape[1]:,} tokens", n_bytes, memory, "give a shorter text, or dtype=torch.float32"
+    )
 
     blocks = [f"blocks.{layer}" for layer in range(model.cfg.n_layers)]
     parts = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"]
@@ -243,7 +263,17 @@ def freeze(
         b_V=model.b_V.detach().to(dtype, copy=True),
         W_O=model.W_O.detach().to(dtype, copy=True),
         made_from=Snapshot(model, {f"the SAE on {hook}": view.original for hook, view in views.items()}),
+        memory=memory,
     )
+
+
+def _bytes_of_pass(model: HookedBilinearTransformer, n: int, d_sae: int, dtype: torch.dtype) -> int:
+    """What the activations kept, the copies of attention's weights and one SAE's activations take."""
+    cfg, wide = model.cfg, dtype.itemsize
+    narrow = torch.promote_types(cfg.dtype, torch.float16).itemsize
+    cached = cfg.n_layers * n * (7 * cfg.d_model + cfg.n_heads * n) + n * (2 * cfg.d_model + 3 * cfg.d_vocab)
+    copied = cfg.n_layers * n * (2 * cfg.d_model + cfg.n_heads * n) + cfg.n_layers * 2 * cfg.d_model**2
+    return narrow * cached + wide * copied + 24 * n * d_sae
 
 
 def check_saes(model: HookedBilinearTransformer, saes: SAEs) -> dict[str, SAEView]:

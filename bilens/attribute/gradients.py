@@ -20,7 +20,7 @@ from torch import Tensor
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
 from bilens.attribute.frozen import FrozenPass
-from bilens.attribute.interventions import frozen_hooks, read_values, rerun
+from bilens.attribute.interventions import Hook, frozen_hooks, read_values, rerun
 from bilens.attribute.targets import Target, read_targets
 from bilens.attribute.tokens import attribute_tokens
 from bilens.draw import plots
@@ -148,12 +148,23 @@ def _gradients(
     hooks = frozen_hooks(frozen) if attention == "frozen" else []
     with torch.inference_mode(False), torch.enable_grad():
         reads = replace(reads, directions=reads.directions.clone())  # those of inference mode have no gradients
-        embeds = torch.stack([frozen.cache["hook_embed"] * factor for factor in factors])
-        embeds.requires_grad_()
-        seen = rerun(frozen, len(factors), [("hook_embed", lambda value, hook: embeds), *hooks], reads.hooks)
-        values = read_values(reads, seen)[:, 0]
-        (gradients,) = torch.autograd.grad(values.sum(), embeds)
-    return gradients.to(frozen.dtype), values.detach()
+        found = []
+        for some in torch.tensor(factors).split(_rows_at_once(frozen)):
+            embeds = torch.stack([frozen.cache["hook_embed"] * factor for factor in some.tolist()])
+            embeds.requires_grad_()
+            held: list[Hook] = [("hook_embed", lambda value, hook, embeds=embeds: embeds), *hooks]
+            values = read_values(reads, rerun(frozen, len(some), held, reads.hooks))[:, 0]
+            found.append((torch.autograd.grad(values.sum(), embeds)[0].to(frozen.dtype), values.detach()))
+    gradients, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return gradients, values
+
+
+def _rows_at_once(frozen: FrozenPass) -> int:
+    """Runs of the model at once, each with all that its gradient needs."""
+    cfg, n = frozen.model.cfg, frozen.n_positions
+    layer = 12 * cfg.d_model + 3 * frozen.model.blocks[0].mlp.w.weight.shape[0] + 4 * cfg.n_heads * n
+    each = 4 * n * cfg.n_layers * layer
+    return frozen.at_once("the gradient of a run of the model", each, MOST_STEPS * each)
 
 
 def _result(

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.checks import check_budget
 from bilens._core.completeness import Complete
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
@@ -45,7 +46,9 @@ KINDS = (
     "constant",
 )
 COLUMNS = ("kind", "layer", "head", "position", "i", "j")
-PAIRS_AT_ONCE = 32  # positions whose pairs are formed together
+PAIRS_AT_ONCE = 32  # positions whose pairs are formed together, at most
+PART_BYTES = 56  # of a part in the table
+PAIR_BYTES = 128  # of a pair, while it is formed and put into the table
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,7 @@ def split(
         names: labels of features by hook or SAE name, or a `FeatureStore`.
 
     Raises:
+        ArgumentError: more parts than fit the memory of the pass.
         MissingSAEError: pairs without any SAE on an MLP's input.
         NotBilinearError: pairs of a gated or one-branch model.
         others: the same as for `read_targets`.
@@ -231,6 +235,13 @@ def split(
     reads = read_targets(frozen, target)
     parts, u = _Parts(), reads.vectors
     (level,), (position,), (sees,) = reads.levels.tolist(), reads.positions.tolist(), reads.sees.tolist()
+    if mlps == "pairs":
+        shown = slice(position, position + 1) if attention == "heads" else slice(position + 1)
+        inputs = [frozen.input_sae(layer) for layer in range(min(n_layers, (level + 1) // 2))]
+        counts = [sae.real[shown].sum(1) + len(BIAS_SOURCES) for sae in inputs if sae is not None]
+        n_parts = sum(int((count * (count + 1) // 2).sum()) for count in counts)
+        instead = "explain another target, or give SAEs of which fewer features are active"
+        check_budget(f"a split into {n_parts:,} parts", 2 * PART_BYTES * n_parts, frozen.memory, instead)
     if attention == "heads":
         here, constants = reads.positions, reads.constants
         for layer in range(n_layers):
@@ -353,9 +364,11 @@ def _add_mlp(
         parts.add("b_dec", (sae_out.b_dec[positions] * u).sum(-1), layer=layer, position=positions)
         parts.add("error", (sae_out.error[positions] * u).sum(-1), layer=layer, position=positions)
     elif mlps == "pairs" and sae_in is not None:
-        for n in torch.arange(len(positions)).split(PAIRS_AT_ONCE):
+        mlp, width = frozen.mlp(layer), sae_in.features.shape[1] + len(BIAS_SOURCES)
+        each = PAIR_BYTES * width**2 + 24 * width * len(mlp.W_out)
+        at_once = frozen.at_once("a split into pairs", each, PAIRS_AT_ONCE * each)
+        for n in torch.arange(len(positions)).split(at_once):
             at = positions[n]
-            mlp = frozen.mlp(layer)
             sources, ones = frozen.input_sources(layer, at)
             products = pair_products(mlp, u[n], branches(mlp, sources, ones), ones)
             _add_pairs(parts, layer, at, sae_in.features[at], sae_in.real[at], products)

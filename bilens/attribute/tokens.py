@@ -25,10 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens._core.checks import check_budget
 from bilens._core.completeness import Complete
 from bilens._core.display import Tabular
 from bilens._core.typing import typed
-from bilens.attribute.algebra import attention_forward, head_parts, mlp_shares
+from bilens.attribute.algebra import attention_back, attention_forward, head_parts, mlp_back, mlp_shares
 from bilens.attribute.frozen import FrozenPass
 from bilens.attribute.splitting import Fields, backward_fields
 from bilens.attribute.targets import ATTN, MLP, STREAM, Reads, Target, read_targets
@@ -36,6 +37,8 @@ from bilens.draw import plots
 from bilens.draw.circuits import AttentionPatterns, ColoredTokens
 from bilens.errors import ArgumentError
 from bilens.layer.bilinear import branches, hidden_coefficients
+
+BYTES_AT_ONCE = 2**28  # of what is made of several reads, or at several positions, together
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,17 @@ def attribute_tokens(
         One result per target, in a list where several were given.
 
     Raises:
+        ArgumentError: less memory in the pass than a target, or the pairs of tokens, take.
         NotBilinearError: a gated or one-branch model.
         others: the same as for `read_targets`.
     """
     single = isinstance(targets, Target)
     reads = read_targets(frozen, targets)
     shares = token_shares(frozen, reads)
+    if pairs:  # the streams of all tokens' parts, what a module adds to them, and what it is made of
+        n_bytes = 6 * (frozen.n_positions + 1) * frozen.embed.numel() * frozen.embed.element_size()
+        instead = "give a shorter text, or freeze(dtype=torch.float32)"
+        check_budget(f"the pairs of {frozen.n_positions:,} tokens", n_bytes, frozen.memory, instead)
     matrices = token_pairs(frozen, reads, backward_fields(frozen, reads)) if pairs else None
     found = []
     for row, name in enumerate(reads.names):
@@ -170,17 +178,50 @@ def attribute_tokens(
 
 def token_shares(frozen: FrozenPass, reads: Reads) -> Float[Tensor, "t p_plus_one"]:
     """Each token's contribution to each read, biases last; without the reads' constants."""
-    shares = reads.vectors.new_zeros(len(reads), frozen.n_positions + 1)
+    wholes = _mlp_inputs(frozen, int(reads.levels.max()))
+    row = frozen.n_positions * (4 * frozen.mlp(0).W_out.shape[0] + 8 * frozen.embed.shape[1])
+    size = frozen.at_once("attribute_tokens", row * frozen.embed.element_size(), BYTES_AT_ONCE)
+    chunks = (reads[at : at + size] for at in range(0, len(reads), size))
+    return torch.cat([_token_shares(frozen, chunk, wholes) for chunk in chunks])
 
-    def take(level: int, sees: int, streams: Tensor) -> None:
-        rows = ((reads.levels == level) & (reads.sees == sees)).nonzero().flatten()
-        shares[rows] = torch.einsum("ntd,td->tn", streams[:, reads.positions[rows]], reads.vectors[rows])
 
-    for level, streams, added in _token_streams(frozen, int(reads.levels.max())):
-        take(level, STREAM, streams)
-        if added is not None:
-            take(level, ATTN if level % 2 else MLP, added)
-    return shares
+def _token_shares(frozen: FrozenPass, reads: Reads, wholes: list[Tensor]) -> Float[Tensor, "t p_plus_one"]:
+    """The reads followed down through everything: of a token's embedding, its contribution is what is then read."""
+    fields = reads.vectors.new_zeros(len(reads), frozen.n_positions, reads.vectors.shape[1])
+    rows, constants = torch.arange(len(reads), device=fields.device), reads.vectors.new_zeros(len(reads))
+
+    def enter(level: int) -> Tensor:
+        """Add the targets that read at this level; give back which they are."""
+        here = rows[reads.levels == level]
+        fields[here, reads.positions[here]] += reads.vectors[here]
+        return here
+
+    for layer in reversed(range(len(wholes))):
+        here = enter(2 * layer + 2)
+        made = branches(frozen.mlp(layer), wholes[layer], wholes[layer].new_ones(frozen.n_positions))
+        moved, biases = mlp_back(frozen.mlp(layer), fields, made)
+        fields[here[reads.sees[here] == MLP]] = 0.0
+        fields += moved / frozen.scale2[layer][:, None]
+        here = enter(2 * layer + 1)
+        constants += biases + fields.sum(1) @ frozen.attention_bias(layer)
+        moved = attention_back(
+            fields, frozen.pattern[layer], frozen.scale1[layer], frozen.W_V[layer], frozen.W_O[layer]
+        )
+        fields[here[reads.sees[here] == ATTN]] = 0.0
+        fields += moved
+    enter(0)
+    return torch.cat([(fields * frozen.embed).sum(-1), constants[:, None]], 1)
+
+
+def _mlp_inputs(frozen: FrozenPass, last: int) -> list[Float[Tensor, "p d_model"]]:
+    """What every MLP up to level `last` reads, computed from the embeddings on."""
+    found, stream = [], frozen.embed
+    for layer in range((last + 1) // 2):
+        attention = frozen.pattern[layer], frozen.scale1[layer], frozen.W_V[layer], frozen.W_O[layer]
+        stream = stream + attention_forward(stream[None], *attention)[0] + frozen.attention_bias(layer)
+        found.append(stream / frozen.scale2[layer][:, None])
+        stream = stream + frozen.mlp(layer)(found[-1])
+    return found
 
 
 def token_pairs(frozen: FrozenPass, reads: Reads, fields: Fields) -> Float[Tensor, "t p_plus_one p_plus_one"]:
@@ -196,11 +237,12 @@ def token_pairs(frozen: FrozenPass, reads: Reads, fields: Fields) -> Float[Tenso
         if not level % 2 or layer not in fields.mlp:
             continue
         mlp, parts = frozen.mlp(layer), streams / frozen.scale2[layer][:, None]
-        made = branches(mlp, parts, ones[:, None])
-        for row, field_ in enumerate(fields.mlp[layer]):
-            raw = (made.left * hidden_coefficients(mlp, field_)).flatten(1) @ made.right.flatten(1).T
-            matrices[row] += 0.5 * (raw + raw.T)
-            matrices[row, -1, -1] += (field_ @ mlp.b_out).sum()
+        for at in tokens.split(_positions_at_once(frozen)):
+            made = branches(mlp, parts[:, at], ones[:, None])
+            for row, field_ in enumerate(fields.mlp[layer]):
+                raw = (made.left * hidden_coefficients(mlp, field_[at])).flatten(1) @ made.right.flatten(1).T
+                matrices[row] += 0.5 * (raw + raw.T)
+                matrices[row, -1, -1] += (field_[at] @ mlp.b_out).sum()
     return matrices
 
 
@@ -219,9 +261,17 @@ def _token_streams(frozen: FrozenPass, last: int) -> Iterator[tuple[int, Tensor,
             )
             added[-1] += frozen.attention_bias(layer)
         else:
-            added = mlp_shares(frozen.mlp(layer), streams / frozen.scale2[layer][:, None], ones)
+            parts = streams / frozen.scale2[layer][:, None]
+            blocks = parts.split(_positions_at_once(frozen), 1)
+            added = torch.cat([mlp_shares(frozen.mlp(layer), block, ones) for block in blocks], 1)
         streams = streams + added
         yield level, streams, added
+
+
+def _positions_at_once(frozen: FrozenPass) -> int:
+    """Positions at which an MLP's branches of all tokens' parts are made together."""
+    each = (frozen.n_positions + 1) * 4 * frozen.mlp(0).W_out.shape[0] * frozen.embed.element_size()
+    return frozen.at_once("the pairs of tokens", each, BYTES_AT_ONCE)
 
 
 def _bias_ones(frozen: FrozenPass) -> Float[Tensor, "p_plus_one"]:

@@ -204,7 +204,7 @@ def rows_in_chunks(frozen: FrozenPass, reads: Reads) -> Iterator[tuple[slice, Fl
     saes = [sae for layer in range(frozen.n_layers) if (sae := frozen.output_sae(layer)) is not None]
     slots = sum(sae.features.shape[1] for sae in saes)
     numbers = frozen.embed.shape[1] * (frozen.n_layers + 2) + 4 * slots  # of the fields, of a row as it is put together
-    size = max(1, FIELD_BYTES // (frozen.n_positions * frozen.embed.element_size() * numbers))
+    size = frozen.at_once("a trace", frozen.n_positions * frozen.embed.element_size() * numbers, FIELD_BYTES)
     for at in range(0, len(reads), size):
         chunk = slice(at, at + size)
         yield chunk, _linear_rows(frozen, reads[chunk])
@@ -303,7 +303,8 @@ def _expand_linear(frozen: FrozenPass, found: Propagation, numbers: Int[Tensor, 
 
 def _expand_pairs(frozen: FrozenPass, found: Propagation, layer: int, numbers: Int[Tensor, "t"], reads: Reads) -> None:
     for rows, ids in _by_position(frozen, found.nodes, layer, reads):
-        for chunk in rows.split(max(1, min(PAIRS_AT_ONCE, FIELD_BYTES // (32 * len(ids) ** 2)))):
+        at_once = frozen.at_once(f"a trace over the pairs of {len(ids):,} sources", 32 * len(ids) ** 2, FIELD_BYTES)
+        for chunk in rows.split(min(PAIRS_AT_ONCE, at_once)):
             products = pairs_at(frozen, layer, int(reads.positions[chunk[0]]), reads.vectors[chunk])
             constants = reads.constants[chunk].double().cpu()
             sizes = products.abs().sum(2)
@@ -381,7 +382,7 @@ def head_sums(
         to its weight.
     """
     per_source = frozen.pattern.shape[1] * max(len(reads), frozen.n_positions) * frozen.embed.shape[1]
-    size = max(1, FIELD_BYTES // (per_source * frozen.embed.element_size()))
+    size = frozen.at_once("the heads of a trace", per_source * frozen.embed.element_size(), FIELD_BYTES)
     return torch.cat([_head_sums(frozen, nodes, chunk, reads) for chunk in sources.split(size)])
 
 
