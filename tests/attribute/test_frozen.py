@@ -49,7 +49,9 @@ def test_the_memory_changes_nothing(rich):
             for frozen, circuit in zip((rich, poor), circuits, strict=True)
         )
         numbers = one.select_dtypes("number").columns
-        assert_close(*(torch.from_numpy(frame[numbers].to_numpy()) for frame in (one, other)), atol=1e-4, rtol=1e-3)
+        assert_close(
+            *(torch.from_numpy(frame[numbers].to_numpy(copy=True)) for frame in (one, other)), atol=1e-4, rtol=1e-3
+        )
 
 
 def test_too_little_memory_is_said_beforehand(rich):

@@ -229,12 +229,6 @@ class FeatureActivations:
         share = np.bincount(group, values, len(pairs)) / np.maximum(total[feature], 1e-300)
         return TokenUse(feature, token, count, share, np.log(count / expected))
 
-    def _mass(self) -> Float[Tensor, "d_sae d_vocab"]:
-        """Every feature's absolute activation, summed by token of the vocabulary."""
-        mass = torch.zeros(self.d_sae, len(self.strings))
-        words = self.tokens[self.rows, self.positions]
-        return mass.index_put_((self.features, words), self.values.abs(), accumulate=True)
-
     def _products(
         self, call: str, places: Int[Tensor, "entry"], values: Float[Tensor, "entry"], memory: int
     ) -> Float[Tensor, "d_sae d_sae"]:
