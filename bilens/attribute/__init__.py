@@ -19,6 +19,7 @@ from bilens.attribute.gradients import (
     integrated_gradients,
 )
 from bilens.attribute.imported_graphs import from_attribution_graph
+from bilens.attribute.reading import read_positions
 from bilens.attribute.splitting import Split, split
 from bilens.attribute.targets import Target
 from bilens.attribute.tokens import TokenAttribution, attribute_tokens
@@ -44,6 +45,7 @@ __all__ = [
     "from_attribution_graph",
     "gradient_times_input",
     "integrated_gradients",
+    "read_positions",
     "split",
     "trace_chain",
     "trace_circuit",

@@ -22,7 +22,7 @@ from torch import Tensor
 from bilens._core.checks import check_index, name_of
 from bilens._core.completeness import Complete
 from bilens._core.display import Tabular
-from bilens.decompose.sentences import Circuit, Family, families, tell
+from bilens.decompose.sentences import Circuit, Family, families, percent, quote, tell
 from bilens.draw import plots
 from bilens.errors import ArgumentError
 from bilens.layer.bilinear import BilinearLayer, branches, constant_term, hidden_coefficients, linear_term
@@ -50,6 +50,8 @@ class Explanation(Complete, Tabular):
         output_bias: what the output SAE itself adds.
         actual: the pre-activation that the output SAE computes from the model's own `hook_mlp_out`.
         active: true if the feature is among those the output SAE lets through.
+        reads: what each position of the text adds to the first projections, where that was split
+            (`bilens.attribute.read_positions`); the rest of each is biases.
         dtype: the type of the model's forward pass; the parts are computed in float64.
     """
 
@@ -68,6 +70,7 @@ class Explanation(Complete, Tabular):
     active: bool
     input_names: Sequence[str] | None = field(default=None, repr=False)
     output_names: Sequence[str] | None = field(default=None, repr=False)
+    reads: Float[Tensor, "r p"] | None = field(default=None, repr=False)
     dtype: torch.dtype = field(default=torch.float32, repr=False)
 
     @property
@@ -111,7 +114,8 @@ class Explanation(Complete, Tabular):
         """The input features that make a circuit's projection, those of one name together, largest part first."""
         rank = check_index(rank, len(self.values), "there is no circuit {} among the {}")
         members = zip(self.inputs.tolist(), self.parts[rank, : len(self.inputs)].tolist(), strict=True)
-        return families([(i, name_of(self.input_names, i), part) for i, part in members])
+        token = self.tokens[self.position]
+        return families([(i, name_of(self.input_names, i), part) for i, part in members], token)
 
     @property
     def sentence(self) -> str:
@@ -124,7 +128,14 @@ class Explanation(Complete, Tabular):
             )
             for rank in range(min(CIRCUITS_READ, len(self.values)))
         ]  # fmt: skip
-        return tell(circuits, self.needed(), self.active, self.written)
+        first = next((rank for rank, circuit in enumerate(circuits) if circuit.share > 0), 0)
+        read = "" if self.reads is None or first >= len(self.reads) else self.quoted(first)
+        return tell(circuits, self.needed(), self.active, self.written, read)
+
+    def quoted(self, rank: int) -> str:
+        """The words of the text that make a circuit's projection; `reads` has been split for it."""
+        assert self.reads is not None
+        return quote(self.tokens, (self.reads[rank] / self.projections[rank]).tolist())
 
     def to_frame(self) -> pd.DataFrame:
         """One row per circuit by falling `|contribution|`, then the biases.
@@ -205,7 +216,7 @@ class Explanation(Complete, Tabular):
             self.sentence,
             f"  feature {name} at position {self.position} ({token!r}): pre-activation {self.actual:+.4f}"
             f" ({'active' if self.active else 'not active'}), {self.written:+.4f} of it from the layer;"
-            f" {self.needed()} of {len(self.values)} circuits give {ENOUGH:.0%}",
+            f" {self.needed()} of {len(self.values)} circuits give {percent(ENOUGH)}",
             f"  circuits and biases {self.total:+.5f}, {self._gap}",
             shown.to_string(index=False, float_format=lambda number: f"{number:.3f}"),
         ]

@@ -1,9 +1,8 @@
 """Everything about one output feature on one text: what a report shows and a reader asks for.
 
 1. where the feature fires on the text, and its exact attribution at one position
-2. which input features matter there: those of the largest pairs, on this token and in the weights
-3. the interaction matrix between them, the spectrum, the leading eigencircuits in features and on the tokens
-4. what each feature shown fires on elsewhere, and which tokens the output feature promotes
+2. which input features matter there: those that make the largest eigencircuits, and their interactions in the weights
+3. what each of them fires on elsewhere, and which tokens the output feature promotes
 """
 
 from collections.abc import Sequence
@@ -18,13 +17,14 @@ from torch import Tensor
 from bilens._core.bare import require_bare
 from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
+from bilens.decompose.explanation import Explanation
 from bilens.decompose.results import Attribution
 from bilens.draw import plots
 from bilens.layer.bilinear import interaction_matrix
-from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.solve import LeadingEigenpairs, top_eigenpairs
 from bilens.sae.features.examples import DescribedFeatures, FeatureActivations, FeatureSummary
 
+N_CIRCUITS = 2  # eigencircuits whose features are shown
 TEXTS = 32  # run at a time
 
 
@@ -33,34 +33,35 @@ class FeatureCircuit(Paged):
     """One output feature on one text.
 
     Attributes:
-        attribution: exact, at `position`.
-        tokens: the tokens of the text, `[BOS]` first.
+        attribution: exact, at its `position`.
         output_activations: the feature's activation on every token (after the output SAE's top-k).
-        shown: the input features shown, most important first; `input_activations` of each on every token.
+        shown: the input features with the largest parts in the first `N_CIRCUITS` eigencircuits at that token.
         interactions: the interaction matrix between them (`Q_ij`).
-        spectrum: all eigenvalues of the output's interaction matrix.
-        eigen: the leading eigencircuits, and `eigen_activations`, `lambda (v . x)^2` on every token.
         promoted, suppressed: tokens by the feature's direct effect on the logits (decoder times unembedding).
-        attention: the layer's patterns on the text.
         wordpiece: true if the tokens are word pieces (`HookedBilinearTransformer.is_wordpiece`).
+        note: what a person says of the feature.
         output_summary, input_summaries: the examples that the features fire on, if there are example texts.
     """
 
     attribution: Attribution
-    tokens: list[str] = field(repr=False)
     output_activations: Float[Tensor, "p"] = field(repr=False)
     shown: list[int]
-    input_activations: Float[Tensor, "p m"] = field(repr=False)
     interactions: Float[Tensor, "m m"] = field(repr=False)
-    spectrum: Float[Tensor, "d_model"] = field(repr=False)
-    eigen: Eigencircuits = field(repr=False)
-    eigen_activations: Float[Tensor, "p k"] = field(repr=False)
     promoted: list[tuple[str, float]] = field(repr=False)
     suppressed: list[tuple[str, float]] = field(repr=False)
-    attention: Float[Tensor, "head p p"] = field(repr=False)
     wordpiece: bool = field(default=False, repr=False)
+    note: str = ""
     output_summary: FeatureSummary | None = field(default=None, repr=False)
     input_summaries: dict[int, FeatureSummary] = field(default_factory=dict, repr=False)
+
+    @property
+    def explanation(self) -> Explanation:
+        return self.attribution.explanation
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens of the text, `[BOS]` first."""
+        return self.attribution.tokens
 
     @property
     def output_label(self) -> str:
@@ -91,8 +92,8 @@ def feature_circuit(
     *,
     inputs: DescribedFeatures | None = None,
     outputs: DescribedFeatures | None = None,
-    n_inputs: int = 12,
-    n_eigen: int = 4,
+    n_inputs: int = 8,
+    note: str = "",
 ) -> FeatureCircuit:
     """Collect everything about an output feature on a text.
 
@@ -102,8 +103,8 @@ def feature_circuit(
         feature: a feature of the output SAE.
         position: `None` takes where the feature's pre-activation is largest, `[BOS]` left out.
         inputs, outputs: the activations of the two SAEs' features on example texts.
-        n_inputs: the number of input features to show.
-        n_eigen: the number of eigencircuits to show.
+        n_inputs: the number of input features to show of each eigencircuit.
+        note: what a person says of the feature.
 
     Raises:
         MissingSAEError, OutOfRangeError, EmptyTextError, ContextLengthError: the same as for `Decomposer.attribute`.
@@ -111,17 +112,10 @@ def feature_circuit(
     model, view_in, view_out = decomposer.model, decomposer.input_view, decomposer.output_view
     require_bare(model, view_in.sae, view_out.sae)
     tokens = model.input_to_tokens(text_or_tokens)
-    pattern_hook = f"blocks.{decomposer.layer}.attn.hook_pattern"
-    names = [
-        decomposer.normalized_hook,
-        decomposer.out_hook,
-        pattern_hook,
-        view_in.hook_name or decomposer.normalized_hook,
-    ]
     _, cache = model.run_with_cache(
-        tokens, names_filter=names, stop_at_layer=decomposer.layer + 1, return_cache_object=False
+        tokens, names_filter=decomposer.out_hook, stop_at_layer=decomposer.layer + 1, return_cache_object=False
     )
-    x, y, pattern, site = (cache[name][0] for name in names)
+    y = cache[decomposer.out_hook][0]
     if position is None:
         pre = view_out.pre_activations(y)[:, decomposer.check_feature(feature)]
         first = min(model.n_bos, len(pre) - 1)
@@ -129,45 +123,31 @@ def feature_circuit(
     attribution = decomposer.attribute(tokens, feature, position)
 
     direction = decomposer.directions(feature)
-    shown = _most_important(attribution, n_inputs)
-    acts_in = view_in.activations(site)
+    shown = _largest_parts(attribution.explanation, n_inputs)
     directions = view_in.decoder[shown].to(direction)
-    interactions = directions @ interaction_matrix(decomposer.weights, direction) @ directions.T
-    full = decomposer.eigen(feature)
-    eigen = full.top(n_eigen)
     effect = model.W_U.T.to(direction) @ view_out.decoder[feature].to(direction)
     # Only what the feature changes relative to the average token moves the softmax.
     effect = effect - effect.mean()
     return FeatureCircuit(
         attribution=attribution,
-        tokens=attribution.tokens,
         output_activations=view_out.activations(y)[:, feature],
         shown=shown,
-        input_activations=acts_in[:, shown],
-        interactions=interactions,
-        spectrum=full.values,
-        eigen=eigen,
-        eigen_activations=eigen.activations(x.to(eigen.vectors)),
+        interactions=directions @ interaction_matrix(decomposer.weights, direction) @ directions.T,
         promoted=_tokens_of(decomposer, effect, 10),
         suppressed=[(token, -value) for token, value in _tokens_of(decomposer, -effect, 10)],
-        attention=pattern,
         wordpiece=model.is_wordpiece,
+        note=note,
         output_summary=None if outputs is None else outputs.summary(feature),
-        input_summaries={} if inputs is None else {i: inputs.summary(i) for i in _summarised(shown, eigen)},
+        input_summaries={} if inputs is None else {i: inputs.summary(i) for i in shown},
     )
 
 
-def _most_important(attribution: Attribution, n: int) -> list[int]:
-    """The input features by the absolute contributions of their pairs."""
-    m = len(attribution.inputs)
-    weight = attribution.contributions[:m, :m].abs().sum(1)
-    return attribution.inputs[weight.argsort(descending=True)[:n]].tolist()
-
-
-def _summarised(shown: list[int], eigen: Eigencircuits) -> list[int]:
-    """Every input feature that a reader meets: those shown, and those that the eigenvectors are read in."""
-    named = [] if eigen.decoder is None else eigen.in_features(top=6).i.tolist()
-    return list(dict.fromkeys([*shown, *named]))
+def _largest_parts(explanation: Explanation, n: int) -> list[int]:
+    """The input features with the `n` largest parts in each of the first circuits."""
+    m = len(explanation.inputs)
+    parts = explanation.parts[:N_CIRCUITS, :m].abs()
+    chosen = [explanation.inputs[row.argsort(descending=True)[:n]].tolist() for row in parts]
+    return list(dict.fromkeys(i for features in chosen for i in features))
 
 
 def _tokens_of(decomposer: Decomposer, effect: Float[Tensor, "d_vocab"], n: int) -> list[tuple[str, float]]:

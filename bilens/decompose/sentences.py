@@ -9,7 +9,23 @@ WEAK = 0.3  # of the projection: families that make less are one of many
 ALMOST_ALL = 0.6  # of what the layer writes: circuits with less are not all there is to say
 TAKES_OFF = 0.1  # of what the layer writes: a circuit that takes off less is not named
 ERROR = 0.3  # of a projection: more than that is said to be the SAE's error
+MEMBERS = 3  # features of a family that are named
+READ = 0.08  # of a projection: positions that make less are not quoted
+QUOTED = 5  # positions quoted at most
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DENSE = "dense"  # the family of features that fire nearly everywhere, and so mean little
+
+
+@dataclass(frozen=True)
+class Member:
+    """An input feature in a sentence: its number, and the words that its name says it needs before it."""
+
+    feature: int
+    part: float
+    after: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.feature} after “{self.after}”" if self.after else str(self.feature)
 
 
 @dataclass(frozen=True)
@@ -17,12 +33,17 @@ class Family:
     """Input features that share a name, and their part of a projection."""
 
     word: str
-    features: tuple[int, ...]
-    part: float
+    members: tuple[Member, ...]
+
+    @property
+    def part(self) -> float:
+        return sum(member.part for member in self.members)
 
     def __str__(self) -> str:
-        numbers = ", ".join(map(str, self.features[:3])) + (", …" if len(self.features) > 3 else "")
-        return f"*{self.word}* ({numbers})" if self.word else f"feature{'s'[: len(self.features) - 1]} {numbers}"
+        numbers = ", ".join(map(str, self.members[:MEMBERS])) + ", …" * (len(self.members) > MEMBERS)
+        if self.word == DENSE:
+            return f"dense features ({numbers})"
+        return f"*{self.word}* ({numbers})" if self.word else f"feature {numbers}"
 
 
 @dataclass(frozen=True)
@@ -36,31 +57,51 @@ class Circuit:
     error: float
 
 
-def word(feature: int, name: str) -> str:
-    """The first word of a feature's name, without the number: `1765 something/thing` is `something`."""
+def word(feature: int, name: str, token: str = "") -> tuple[str, str]:
+    """The word of a feature's name, and the words that it needs before it.
+
+    `1316 went/go/walk` is `went`, but `walk` on that token; `209 didn't → know` is `know` after `didn't`.
+
+    Args:
+        feature: its number, with which the name may begin.
+        name: the name; a feature that fires nearly everywhere is marked `(dense)`.
+        token: the token on which it fires here: the word is this one if the name has it.
+    """
     bare = re.sub(rf"^{feature}\b\s*", "", name)
-    return bare.split("/")[0].strip()
+    if bare.endswith("(dense)"):
+        return DENSE, ""
+    after, _, own = bare.rpartition(" → ")
+    words = [one.strip() for one in own.split("/") if one.strip()]
+    if token.strip().lower() in map(str.lower, words):
+        return token.strip().lower(), after
+    return (words[0].lower() if words else ""), after
 
 
-def families(members: Sequence[tuple[int, str, float]]) -> list[Family]:
-    """Features `(i, name, part)` by their first word, by falling part; the nameless each for itself."""
-    groups: dict[str, list[tuple[int, float]]] = {}
-    for i, name, part in members:
-        groups.setdefault(word(i, name).lower() or str(i), []).append((i, part))
-    found = []
-    for key, group in groups.items():
-        group.sort(key=lambda member: -member[1])
-        found.append(
-            Family("" if key == str(group[0][0]) else key, tuple(i for i, _ in group), sum(p for _, p in group))
-        )
+def families(members: Sequence[tuple[int, str, float]], token: str = "") -> list[Family]:
+    """Features `(i, name, part)` of one word together, by falling part; the nameless each for itself."""
+    groups: dict[str, list[Member]] = {}
+    for i, name, part in sorted(members, key=lambda member: -member[2]):
+        key, after = word(i, name, token)
+        groups.setdefault(key or str(i), []).append(Member(i, part, after))
+    found = [Family("" if key == str(group[0].feature) else key, tuple(group)) for key, group in groups.items()]
     return sorted(found, key=lambda family: -family.part)
+
+
+def quote(tokens: Sequence[str], shares: Sequence[float]) -> str:
+    """The positions that make most of a projection, in the order of the text; ... stands for what is between them."""
+    largest = sorted((place for place, share in enumerate(shares) if share >= READ), key=lambda place: -shares[place])
+    places = sorted(largest[:QUOTED])
+    words = []
+    for before, place in zip([None, *places], places, strict=False):
+        words.append("… " * (before is not None and place > before + 1) + tokens[place].strip())
+    return " ".join(words)
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def tell(circuits: Sequence[Circuit], needed: int, active: bool, written: float) -> str:
+def tell(circuits: Sequence[Circuit], needed: int, active: bool, written: float, read: str = "") -> str:
     """The sentence: what makes the feature fire, how much of it one direction gives, and what stands against it.
 
     Args:
@@ -68,36 +109,39 @@ def tell(circuits: Sequence[Circuit], needed: int, active: bool, written: float)
         needed: how many circuits give 80 % of what the layer writes.
         active: whether the feature fires.
         written: what the layer writes along the feature; the shares are of that.
+        read: the words of the text that the first circuit is read from.
     """
     pushing = [circuit for circuit in circuits if circuit.share > 0]
     if written <= 0 or not pushing:
         against = [circuit for circuit in circuits if circuit.contribution < 0]
         state = "Fires, although the layer writes against it" if active else "Does not fire"
         return f"{state}: {_made_of(against[0])} takes off {-against[0].contribution:.2g}." if against else f"{state}."
-    verb, first, rest = "Fires because" if active else "Does not fire, although", pushing[0], pushing[1:2]
-    two = sum(circuit.share for circuit in pushing[:2])
-    if first.share >= ALMOST_ALL or not rest:
-        sentence = f"{verb} {_reason(first)}: one direction gives {percent(first.share)}"
+    first, both = pushing[0], pushing[:2]
+    two = sum(circuit.share for circuit in both)
+    state = "Fires because" if active else "Does not fire, but would because"
+    reason = f"{state} {_reason(first)}" + f", read from “{read}”" * bool(read)
+    if first.share >= ALMOST_ALL or len(both) < 2:
+        sentence = f"{reason}: one direction gives {percent(first.share)}"
     elif two >= ALMOST_ALL:
-        reasons = list(dict.fromkeys(map(_reason, pushing[:2])))
-        sentence = f"{verb} {', and '.join(reasons)}: two directions give {percent(two)}"
+        other = _reason(both[1])
+        more = "" if other == _reason(first) else f", and {other}"
+        sentence = f"{reason}{more}: two directions give {percent(two)}"
     else:
         count = NUMBERS[needed] if needed < len(NUMBERS) else str(needed)
-        sentence = (
-            f"{verb} {_reason(first)}, in many directions: the first gives {percent(first.share)}, {count} give 80 %"
-        )
+        sentence = f"{reason}, among other directions: this one gives {percent(first.share)}, {count} give 80 %"
     off = [circuit for circuit in circuits if circuit.share <= -TAKES_OFF]
     if off:
         sentence += f", although {_made_of(off[0])} takes off {percent(-off[0].share)}"
     if first.error > ERROR:
-        sentence += "; much of that comes from what the SAE misses"
+        sentence += "; much of the first comes from what the SAE misses"
     return f"{sentence}."
 
 
 def _leading(circuit: Circuit) -> list[Family]:
-    """The family that makes a projection, or the two that do."""
-    pushing = [family for family in circuit.families if family.part > 0][:2]
-    return pushing[:1] if len(pushing) == 2 and pushing[1].part < SECOND_FAMILY * pushing[0].part else pushing
+    """The family that makes a projection, or the two that do; dense features only where there are no others."""
+    pushing = [family for family in circuit.families if family.part > 0]
+    named = [family for family in pushing if family.word != DENSE] or pushing
+    return named[:1] if len(named) > 1 and named[1].part < SECOND_FAMILY * named[0].part else named[:2]
 
 
 def _made_of(circuit: Circuit) -> str:
@@ -109,5 +153,6 @@ def _made_of(circuit: Circuit) -> str:
 
 
 def _reason(circuit: Circuit) -> str:
+    """What follows `because`: one family, or two that meet."""
     named = _made_of(circuit)
     return named.replace(" with ", " meets ") if len(_leading(circuit)) == 2 else f"of {named}"

@@ -18,9 +18,9 @@ from bilens.attribute.faithfulness import EdgeCheck, Faithfulness
 from bilens.attribute.tokens import TokenAttribution
 from bilens.decompose.feature import FeatureCircuit
 from bilens.draw.markup import ViewError, island, spaced, to_json, visible
-from bilens.draw.page import Content, Page, View, captioned, columns, details, table
-from bilens.draw.plots import line, scatter, spectrum
-from bilens.pages.circuit import eigencircuits
+from bilens.draw.page import Content, Html, Page, View, captioned, columns, details, table
+from bilens.draw.plots import line, scatter
+from bilens.pages.circuit import eigencircuits, emphasised
 from bilens.sae.features.examples import FeatureActivations
 from bilens.sae.features.store import FeatureRecord, FeatureStore, StoredFeatures
 
@@ -146,10 +146,9 @@ def graph_page(
     if feature_circuits:
         page.section("Eigencircuits of its features", EIGENCIRCUITS)
     for found in feature_circuits:
-        drawn = captioned(spectrum(found.spectrum), "Eigenvalues of its interaction matrix, by absolute value.")
         page.section(
             f"Feature {found.output_label}, layer {found.attribution.layer}",
-            drawn,
+            Html(f'<p class="sentence">{emphasised(found.explanation.sentence)}</p>'),
             *eigencircuits(found, found.wordpiece),
             level=3,
         )

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from bilens.attribute import (
     check_circuit,
     check_edges,
     freeze,
+    read_positions,
     trace_circuit,
 )
 from bilens.attribute.faithfulness import MODES
 from bilens.attribute.targets import read_targets
 from bilens.decompose import Decomposer
-from bilens.decompose.feature import FeatureCircuit, feature_circuit, rank_features
+from bilens.decompose.feature import N_CIRCUITS, FeatureCircuit, feature_circuit, rank_features
 from bilens.decompose.gallery import MotifGallery, motif_gallery
 from bilens.decompose.sweep import Sweep
 from bilens.errors import ArgumentError, OutOfRangeError
@@ -53,7 +54,20 @@ from bilens.train.language_model import validate
 DEMO_FILE = "demo.json"
 N_TRACE_EXAMPLES = 96  # texts that name the features of all SAEs at once
 N_EIGENCIRCUITS = 3  # features of a traced circuit whose eigencircuits are shown
+N_CANDIDATES = 24  # features of a text that are explained before the best are chosen
+DENSE = 0.1  # of the tokens: a feature that fires on more of them tells little
 CONTEXT_AFTER = 6  # tokens of a story kept after the one explained
+
+
+HOW_CHOSEN = (
+    "Of the features that fire on this text, these fire strongly for what they do in the example texts, and two "
+    "eigencircuits, read in input features, give most of what the layer writes along them. Features that fire on more "
+    "than a tenth of all tokens are left out."
+)
+HOW_RANKED = (
+    "These are the features whose activation two eigencircuits reproduce best over the example texts, by pairs of "
+    "different input features. Each is shown where it fires most strongly."
+)
 
 
 @dataclass(frozen=True)
@@ -94,16 +108,16 @@ def interesting_circuits(
     Args:
         labelled: the layer's decomposer with names and examples.
         text: `None` shows each feature on its strongest example.
-        features: `None` takes the best of `rank_features` (among those that fire on the text, where there is one).
+        features: `None` takes the best of `well_explained` where there is a text, of `rank_features` otherwise.
         n: the number of features to take if none are given.
         swept: the leading eigenpairs of all output features, if they are known.
     """
     decomposer, outputs = labelled.decomposer, labelled.outputs
     if features is None:
-        among = None if text is None else active_features(decomposer, text)
-        ranked = rank_features(decomposer, outputs, among=among, swept=swept).features.tolist()
-        # Few features of a short text may be common enough to rank; the strongest of the others follow.
-        features = list(dict.fromkeys([*ranked, *(among or [])]))[:n]
+        if text is None:
+            features = rank_features(decomposer, outputs, swept=swept).features[:n].tolist()
+        else:
+            features = well_explained(labelled, text, n)
         if not features:
             raise OutOfRangeError(
                 "no output feature fires often enough on these texts; give features or more examples."
@@ -111,21 +125,54 @@ def interesting_circuits(
     circuits = []
     for feature in features:
         tokens, position = (text, None) if text is not None else strongest_example(labelled, feature)
-        circuits.append(feature_circuit(decomposer, tokens, feature, position, inputs=labelled.inputs, outputs=outputs))
+        circuits.append(explained(labelled, tokens, feature, position))
     return circuits
 
 
-@torch.no_grad()
-def active_features(decomposer: Decomposer, text: str) -> list[int]:
-    """Output features that fire on a text (`[BOS]` left out), the strongest first."""
-    require_bare(decomposer.model, decomposer.output_view.sae)
-    tokens = decomposer.model.input_to_tokens(text)
-    _, cache = decomposer.model.run_with_cache(
-        tokens, names_filter=decomposer.out_hook, stop_at_layer=decomposer.layer + 1, return_cache_object=False
+def explained(
+    labelled: LabelledLayer,
+    text_or_tokens: str | torch.Tensor,
+    feature: int,
+    position: int | None = None,
+    note: str = "",
+) -> FeatureCircuit:
+    """`feature_circuit` with names and examples, and where in the text its first eigencircuits are read."""
+    d = labelled.decomposer
+    found = feature_circuit(
+        d, text_or_tokens, feature, position, inputs=labelled.inputs, outputs=labelled.outputs, note=note
     )
-    strongest = decomposer.output_view.activations(cache[decomposer.out_hook][0, decomposer.model.n_bos :]).amax(0)
-    order = strongest.argsort(descending=True)
-    return order[: int((strongest > 0).sum())].tolist()
+    tokens = d.model.input_to_tokens(text_or_tokens)[0, : found.attribution.position + 1]
+    return replace(found, attribution=read_positions(freeze(d.model, tokens), found.attribution, N_CIRCUITS))
+
+
+@torch.no_grad()
+def well_explained(labelled: LabelledLayer, text: str, n: int) -> list[int]:
+    """Output features that fire strongly on a text, and that few eigencircuits explain; see `HOW_CHOSEN`."""
+    d, outputs = labelled.decomposer, labelled.outputs
+    require_bare(d.model, d.output_view.sae)
+    tokens = d.model.input_to_tokens(text)
+    _, cache = d.model.run_with_cache(
+        tokens, names_filter=d.out_hook, stop_at_layer=d.layer + 1, return_cache_object=False
+    )
+    strongest, places = d.output_view.activations(cache[d.out_hook][0, d.model.n_bos :]).cpu().max(0)
+    usual = torch.zeros(outputs.d_sae).scatter_reduce(0, outputs.features, outputs.values, "amax")
+    strength = (strongest / usual.clamp_min(1e-6)).clamp(0, 1) * (outputs.density() <= DENSE)
+    candidates = [f for f in strength.argsort(descending=True)[:N_CANDIDATES].tolist() if strongest[f] > 0]
+    scores = {}
+    for feature in candidates:
+        told = d.attribute(tokens, feature, int(places[feature]) + d.model.n_bos).explanation
+        leading = told.shares[:N_CIRCUITS].sum().item()
+        read = told.parts[0, :-2].sum().item() / told.projections[0].item()
+        scores[feature] = strength[feature].item() * _nearness(leading) * _nearness(read)
+    ranked = sorted(candidates, key=lambda feature: -scores[feature])
+    # One feature for each word: two of the same token would say the same.
+    first = {int(places[feature]): feature for feature in reversed(ranked)}
+    return sorted(ranked, key=lambda feature: feature not in first.values())[:n]
+
+
+def _nearness(share: float) -> float:
+    """1 for a share of 1, less for what is short of it or beyond it."""
+    return max(0.0, 1 - abs(1 - share))
 
 
 def strongest_example(labelled: LabelledLayer, feature: int) -> tuple[torch.Tensor, int]:
@@ -191,7 +238,10 @@ def report(
     swept = None if sweep is None else Sweep.load(sweep).of(labelled.decomposer).eigen
     circuits = interesting_circuits(labelled, text, features, n, swept)
     subtitle = f"Layer {layer} of {model.cfg.model_name}" + (f", on “{text}”" if text else "")
-    circuit_page(circuits, "Circuits read from the weights", subtitle).save(out)
+    how = "" if features is not None else HOW_RANKED if text is None else HOW_CHOSEN
+    if how:
+        say(how)
+    circuit_page(circuits, "Circuits read from the weights", subtitle, how).save(out)
     return circuits
 
 
@@ -210,15 +260,7 @@ def demo(
     for pick in picks:
         labelled = layers[pick["layer"]]
         say(f"layer {pick['layer']}, feature {pick['feature']}: {pick['note']}")
-        circuits.append(
-            feature_circuit(
-                labelled.decomposer,
-                pick["text"],
-                pick["feature"],
-                inputs=labelled.inputs,
-                outputs=labelled.outputs,
-            )
-        )
+        circuits.append(explained(labelled, pick["text"], pick["feature"], note=pick["note"]))
     subtitle = (
         f"Three features of {model.cfg.model_name}, a 6.3 M parameter bilinear transformer trained on TinyStories"
     )

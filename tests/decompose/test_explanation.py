@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bilens.decompose import Decomposer
 from bilens.decompose.explanation import explain, parts_needed
-from bilens.decompose.sentences import Circuit, Family, families, tell, word
+from bilens.decompose.sentences import DENSE, Circuit, Family, Member, families, quote, tell, word
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, constant_term, interaction_matrix
 from bilens.model.files import DEFAULT_MODEL
@@ -88,29 +88,55 @@ def test_parts_needed_of_known_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("feature", "name", "expected"),
+    ("name", "token", "expected"),
     [
-        (1765, "1765 something/thing", "something"),
-        (17, "17 1765", "1765"),
-        (3, "3", ""),
-        (3, "a dog", "a dog"),
-        (5, "5 (silent)", "(silent)"),
+        ("17 something/thing", "", ("something", "")),
+        ("17 17", "", ("17", "")),
+        ("17", "", ("", "")),
+        ("a dog", "", ("a dog", "")),
+        ("17 (silent)", "", ("(silent)", "")),
+        ("17 went/go/walk", "walk", ("walk", "")),
+        ("17 went/go/Walk", " Walk", ("walk", "")),
+        ("17 went/go/walk", "dog", ("went", "")),
+        ("17 didn't → know/see", "see", ("see", "didn't")),
+        ("17 the/a (dense)", "a", (DENSE, "")),
     ],
 )
-def test_a_features_word_is_its_name_without_the_number(feature: int, name: str, expected: str) -> None:
-    assert word(feature, name) == expected
+def test_a_features_word_is_that_of_its_name(name: str, token: str, expected: tuple[str, str]) -> None:
+    assert word(17, name, token) == expected
 
 
-def test_features_of_one_name_are_a_family() -> None:
-    found = families([(1, "1 then", 0.9), (2, "2 something", 1.8), (3, "3 Something/thing", 1.0), (4, "4", -0.5)])
-    assert [(f.word, f.features) for f in found] == [("something", (2, 3)), ("then", (1,)), ("", (4,))]
-    assert sum(family.part for family in found) == pytest.approx(3.2)
-    assert list(map(str, found)) == ["*something* (2, 3)", "*then* (1)", "feature 4"]
+def test_features_of_one_word_are_a_family() -> None:
+    members = [
+        (1, "1 then", 0.9),
+        (2, "2 for a → walk", 1.8),
+        (3, "3 went/Walk", 1.0),
+        (4, "4", -0.5),
+        (5, "5 a (dense)", 0.1),
+    ]
+    found = families(members, "walk")
+    assert list(map(str, found)) == [
+        "*walk* (2 after “for a”, 3)",
+        "*then* (1)",
+        "dense features (5)",
+        "feature 4",
+    ]
+    assert sum(family.part for family in found) == pytest.approx(3.3)
 
 
-def circuit(share: float, *members: tuple[str, float], error: float = 0.0, projection: float = 4.0) -> Circuit:
-    made = [Family(name, (place,), part) for place, (name, part) in enumerate(members)]
-    return Circuit(made, share * 10, share, projection, error)
+def test_what_a_direction_reads_is_quoted_in_the_order_of_the_text() -> None:
+    tokens = ["[BOS]", "she", "did", " not", "often", "know"]
+    assert quote(tokens, [0.0, 0.01, 0.02, 0.34, 0.03, 0.6]) == "not … know"
+    assert quote(tokens, [0.0, 0.0, 0.1, 0.3, 0.0, 0.6]) == "did not … know"
+    assert quote(tokens, [0.0] * 6) == ""
+
+
+def circuit(share: float, *members: tuple[str, float], error: float = 0.0) -> Circuit:
+    made = [Family(name, (Member(place, part),)) for place, (name, part) in enumerate(members)]
+    return Circuit(made, share * 10, share, 4.0, error)
+
+
+KNOW, DOG = ("know", 3.0), ("dog", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -119,25 +145,47 @@ def circuit(share: float, *members: tuple[str, float], error: float = 0.0, proje
         (
             [circuit(0.81, ("something", 2.7), ("then", 1.2))],
             1,
-            "Fires because *something* (0) meets *then* (1): one direction gives 81 %.",
+            "because *something* (0) meets *then* (1): one direction gives 81 %.",
         ),
-        ([circuit(0.9, ("know", 3.0), ("see", 0.5))], 1, "Fires because of *know* (0): one direction gives 90 %."),
+        ([circuit(0.9, KNOW, ("see", 0.5))], 1, "because of *know* (0): one direction gives 90 %."),
+        ([circuit(0.9, (DENSE, 3.0), KNOW)], 1, "because of *know* (1): one direction gives 90 %."),
+        ([circuit(0.9, (DENSE, 3.0))], 1, "because of dense features (0): one direction gives 90 %."),
+        ([circuit(0.9, ("know", 0.5))], 1, "because of *know* (0) among many: one direction gives 90 %."),
+        ([circuit(0.9, ("know", -0.5))], 1, "because of no feature in particular: one direction gives 90 %."),
         (
-            [circuit(0.5, ("know", 3.0)), circuit(0.3, ("not", 3.0))],
+            [circuit(0.5, KNOW), circuit(0.3, DOG)],
             2,
-            "Fires because of *know* (0), and of *not* (0): two directions give 80 %.",
+            "because of *know* (0), and of *dog* (0): two directions give 80 %.",
+        ),
+        ([circuit(0.5, KNOW), circuit(0.3, KNOW)], 2, "because of *know* (0): two directions give 80 %."),
+        (
+            [circuit(0.3, KNOW), circuit(0.2, DOG)],
+            7,
+            "because of *know* (0), among other directions: this one gives 30 %, seven give 80 %.",
         ),
         (
-            [circuit(0.5, ("know", 3.0)), circuit(0.3, ("know", 3.0))],
-            2,
-            "Fires because of *know* (0): two directions give 80 %.",
-        ),
-        (
-            [circuit(1.1, ("know", 3.0)), circuit(-0.12, ("dog", 3.0))],
+            [circuit(1.1, KNOW), circuit(-0.12, DOG)],
             1,
-            "Fires because of *know* (0): one direction gives 110 %, although *dog* (0) takes off 12 %.",
+            "because of *know* (0): one direction gives 110 %, although *dog* (0) takes off 12 %.",
+        ),
+        (
+            [circuit(0.9, KNOW, error=0.5)],
+            1,
+            "because of *know* (0): one direction gives 90 %; much of the first comes from what the SAE misses.",
         ),
     ],
 )
 def test_sentences(circuits: list[Circuit], needed: int, expected: str) -> None:
-    assert tell(circuits, needed, active=True, written=10.0).replace(" ", " ") == expected
+    assert tell(circuits, needed, active=True, written=10.0) == f"Fires {expected}"
+    assert tell(circuits, needed, active=False, written=10.0) == f"Does not fire, but would {expected}"
+
+
+def test_a_sentence_where_the_layer_writes_against_it() -> None:
+    assert tell([], 0, active=False, written=0.0) == "Does not fire."
+    against = [Circuit(circuit(1.0, DOG).families, -2.5, 1.25, 4.0, 0.0), circuit(-0.1, KNOW)]
+    assert tell(against, 1, active=False, written=-2.0) == "Does not fire: *dog* (0) takes off 2.5."
+
+
+def test_reads_are_quoted() -> None:
+    told = tell([circuit(0.9, KNOW)], 1, active=True, written=10.0, read="not know")
+    assert told == "Fires because of *know* (0), read from “not know”: one direction gives 90 %."

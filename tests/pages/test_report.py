@@ -16,12 +16,14 @@ from bilens.errors import (
     OutOfRangeError,
 )
 from bilens.model.files import DEFAULT_MODEL
+from bilens.pages.circuit import circuit_page, emphasised
 from bilens.pages.report import (
-    active_features,
+    explained,
     interesting_circuits,
     label_layers,
     report,
     trace,
+    well_explained,
 )
 from bilens.sae import example_texts
 from tests.conftest import make_model
@@ -40,16 +42,6 @@ def test_names_are_index_and_tokens(labelled):
     names = labelled.decomposer.output_names
     assert len(names) == labelled.outputs.d_sae
     assert all(name.split(" ")[0] == str(i) for i, name in enumerate(names))
-
-
-def test_active_features_fire_on_the_text_strongest_first(labelled):
-    decomposer = labelled.decomposer
-    tokens = decomposer.model.to_tokens(TEXT)
-    _, cache = decomposer.model.run_with_cache(tokens)
-    strongest = decomposer.output_sae.encode(cache[decomposer.out_hook])[0, 1:].amax(0)
-    active = active_features(decomposer, TEXT)
-    assert set(active) == set((strongest > 0).nonzero().flatten().tolist())
-    assert strongest[active].diff().le(0).all()
 
 
 def test_ranking_is_sorted_and_respects_its_filters(labelled):
@@ -85,17 +77,49 @@ def test_ranking_correlation_is_pearsons(labelled):
 
 def test_circuit_shows_what_the_attribution_says(labelled):
     decomposer = labelled.decomposer
-    feature = active_features(decomposer, TEXT)[0]
+    feature = well_explained(labelled, TEXT, 1)[0]
     circuit = feature_circuit(decomposer, TEXT, feature, inputs=labelled.inputs, outputs=labelled.outputs)
     a = circuit.attribution
     expected = decomposer.interaction(feature, basis="features")[circuit.shown][:, circuit.shown]
     torch.testing.assert_close(circuit.interactions, expected, atol=1e-5, rtol=1e-4)
     assert set(circuit.shown) <= set(a.inputs.tolist())
     assert circuit.output_activations[a.position] > 0
-    assert set(circuit.shown) <= circuit.input_summaries.keys()
+    assert set(circuit.shown) == circuit.input_summaries.keys()
+    assert circuit.plot().data
     assert "completeness error" in str(circuit)
     assert "<iframe" in circuit._repr_html_()
-    assert circuit.plot().data
+
+
+def test_a_page_needs_no_script_and_says_what_adds_up(labelled):
+    """Every bar is of the parts, every direction says where it reads, and the size is that of the markup."""
+    feature = well_explained(labelled, TEXT, 1)[0]
+    circuit = explained(labelled, TEXT, feature, note="a <note>")
+    page = circuit_page([circuit], how="chosen so").to_html()
+    assert "<script" not in page
+    assert len(page) < 400_000
+    told = circuit.explanation
+    for words in ("chosen so", "a &lt;note&gt;", emphasised(told.sentence), "Where this direction reads the text"):
+        assert words in page
+    assert f"pre-activation {told.actual:.5f}" in page
+    assert "more than rounding" not in page
+    assert told.reads.shape == (2, told.position + 1)
+    # Everything that a position adds, and biases, of which this model has none, is the projection.
+    torch.testing.assert_close(told.reads.sum(1), told.projections[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_chosen_features_fire_strongly_and_take_few_eigencircuits(labelled):
+    chosen = well_explained(labelled, TEXT, 3)
+    assert len(set(chosen)) == 3
+    density, values = labelled.outputs.density(), labelled.outputs.values
+    places = set()
+    for feature in chosen:
+        told = explained(labelled, TEXT, feature).explanation
+        assert density[feature] <= 0.1
+        assert told.active
+        assert told.shares[:2].sum() > 0.5
+        assert told.actual > 0.3 * values[labelled.outputs.entries(feature)].max()
+        places.add(told.position)
+    assert len(places) == 3
 
 
 def test_interesting_circuits_of_a_text_fire_on_it(labelled):
