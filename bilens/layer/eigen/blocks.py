@@ -37,7 +37,7 @@ from bilens.layer.eigen.refine import InteractionOperator, Leading, Ritz, Wanted
 BLOCK, SPARE = 16, 4  # vectors at least; and at least so many times the pairs wanted
 BEYOND = 2  # of them to refine: they may turn out to be the larger ones
 CHECKS = 6
-BULK = 1.4  # over sqrt(d), of matrices of norm one: the first guess
+BULK = 1.8  # over sqrt(d), of matrices of norm one: the first guess, below the 2 where a random spectrum ends
 # Growth of the largest eigenvector over the bulk in one filter: beyond, bfloat16 loses the others.
 GROWTH, SHORTEST, LONGEST = 100.0, 2, 12
 MOST_GROWTH = 1e15  # of any output's: a matrix of low rank has no bulk to speak of, and float32 squares what has grown

@@ -212,7 +212,7 @@ def refine(
         outside = torch.zeros_like(outer, dtype=torch.bool)
         off = blur * values.abs().amax(1)[:, None]
         errors = errors_of(values, norms, outer, outside, off) if outer.shape[1] else norms
-        errors = errors + rounding[at, None]
+        errors, norms = errors + rounding[at, None], norms + rounding[at, None]
         order = wanted.in_order(values, errors)
         values, norms, errors = (part.gather(1, order) for part in (values, norms, errors))
         turn, residual = (part.gather(1, order[..., None].expand_as(part)) for part in (turn, residual))

@@ -31,7 +31,7 @@ from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError, nearest
 from bilens.layer import inner
-from bilens.layer.bilinear import BilinearLayer, hidden_coefficients, search_dtype
+from bilens.layer.bilinear import BilinearLayer, hidden_coefficients, interaction_matrix, search_dtype
 from bilens.layer.eigen.blocks import OutputTensor, block_size, leading_eigenpairs_of_blocks
 from bilens.layer.eigen.lanczos import leading_eigenpairs
 from bilens.layer.eigen.pairs import ROUNDINGS, Order, check_pairs, signed, sorted_eigenpairs
@@ -48,7 +48,8 @@ GRAM_BLOCK = 2**22  # entries of K at a time
 # Of the squared norm: how far it, and the sum of squares found, may be off in float32.
 NORM_ROUNDING = 1e-5
 # Of an eigenvalue from products of the factors: units of rounding of what the hidden units add up to if none cancels.
-UNITS = 2
+# Twice the largest seen: how a CPU orders its sums changes it.
+UNITS = 4
 # Steps that Lanczos takes as a rule, and at best; see `operations`.
 TYPICAL_STEPS, STEPS_PER_PAIR, FEWEST_STEPS = 20, 5, 18
 
@@ -350,13 +351,16 @@ class _Work:
         return coefficients.sqrt()
 
     def norms_and_traces(self) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-        """From the factors; in float64 where most of it cancels."""
+        """From the factors; in float64 where most of it cancels, and from `Q` itself where all but rounding does."""
         layer, u = self.layer, self.u
         norms, c = frobenius_norms(layer, u), hidden_coefficients(layer, u)
         size = self.sizes(u, c)
         cancels = UNITS * torch.finfo(u.dtype).eps * size**2 > 0.5 * NORM_ROUNDING * norms**2
         if cancels.any():
             norms[cancels] = inner.norms(layer, u[cancels]).to(norms)
+        rounding = UNITS * torch.finfo(torch.float64).eps * size**2
+        for one in (rounding > 1e-2 * NORM_ROUNDING * norms**2).logical_and(size > 0).nonzero().flatten().tolist():
+            norms[one] = torch.linalg.matrix_norm(interaction_matrix(self.wide, inner.double(u[one]))).to(norms)
         return norms, c @ (layer.W_gate * layer.W_in).sum(0)
 
     def search(self, rows: slice, norms: Float[Tensor, "m"], method: str, seed: int) -> Leading:
