@@ -142,10 +142,11 @@ class FrozenPass:
         resid = self.cache[f"blocks.{layer}.hook_resid_pre"].to(self.dtype) / self.scale1[layer][:, None]
         return torch.einsum("pd,hde->hpe", resid, self.W_V[layer]) + self.b_V[layer][:, None]
 
-    def attention_bias(self, layer: int) -> Float[Tensor, "d_model"]:
-        """What the biases of values add to the residual stream at every position: a head's pattern sums to 1, so
-        wherever it looks it moves the same."""
-        return torch.einsum("he,hed->d", self.b_V[layer], self.W_O[layer])
+    def attention_bias(self, layer: int) -> Float[Tensor, "p d_model"]:
+        """What the biases of values add to the residual stream: wherever a head looks it moves the same, as often as its
+        pattern sums to."""
+        moved = torch.einsum("he,hed->hd", self.b_V[layer], self.W_O[layer])
+        return torch.einsum("hpk,hd->pd", self.pattern[layer], moved)
 
     def output_sae(self, layer: int) -> SAEPass | None:
         """The SAE on the MLP's output."""

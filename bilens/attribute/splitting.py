@@ -316,7 +316,7 @@ def backward_fields(frozen: FrozenPass, reads: Reads) -> Fields:
         here = enter(2 * layer + 1)
         if not (reads.levels >= 2 * layer + 1).any():
             continue
-        constants = constants + fields.sum(1) @ frozen.attention_bias(layer)
+        constants = constants + (fields * frozen.attention_bias(layer)).sum((1, 2))
         moved = attention_back(
             fields, frozen.pattern[layer], frozen.scale1[layer], frozen.W_V[layer], frozen.W_O[layer]
         )
