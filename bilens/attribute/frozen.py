@@ -143,8 +143,8 @@ class FrozenPass:
         return torch.einsum("pd,hde->hpe", resid, self.W_V[layer]) + self.b_V[layer][:, None]
 
     def attention_bias(self, layer: int) -> Float[Tensor, "p d_model"]:
-        """What the biases of values add to the residual stream: wherever a head looks it moves the same, as often as its
-        pattern sums to."""
+        """What the biases of values add to the residual stream: wherever a head looks it moves the same, as often as
+        its pattern sums to."""
         moved = torch.einsum("he,hed->hd", self.b_V[layer], self.W_O[layer])
         return torch.einsum("hpk,hd->pd", self.pattern[layer], moved)
 

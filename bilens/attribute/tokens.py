@@ -203,7 +203,7 @@ def _token_shares(frozen: FrozenPass, reads: Reads, wholes: list[Tensor]) -> Flo
         fields[here[reads.sees[here] == MLP]] = 0.0
         fields += moved / frozen.scale2[layer][:, None]
         here = enter(2 * layer + 1)
-        constants += biases + fields.sum(1) @ frozen.attention_bias(layer)
+        constants += biases + (fields * frozen.attention_bias(layer)).sum((1, 2))
         moved = attention_back(
             fields, frozen.pattern[layer], frozen.scale1[layer], frozen.W_V[layer], frozen.W_O[layer]
         )
