@@ -287,6 +287,28 @@ def features(
 
 
 @app.command(rich_help_panel=LOOK)
+def names(
+    model: Model,
+    saes: Annotated[Path, typer.Argument(help="The folder of the SAEs.", callback=folder_to_write)],
+    examples: Examples = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make names anew that are there already, also those that you edited.")
+    ] = False,
+) -> None:
+    """Name the features of SAEs in a folder, and keep names and examples there.
+
+    Reports and graphs take them from there and need no texts. The names are in names.json, which you may edit.
+    """
+    from bilens.model.loading import load_model
+    from bilens.sae.features.kept import keep_features
+    from bilens.train.data import load_texts
+
+    texts = None if examples is None else load_texts(examples)
+    written = keep_features(load_model(model), saes, texts, corpus=examples, overwrite=overwrite)
+    typer.echo("\n".join(f"{path} written" for path in written) or f"every SAE in {saes} has its names already.")
+
+
+@app.command(rich_help_panel=LOOK)
 def dashboard(
     store: Annotated[Path, typer.Argument(help="The folder that `bilens features` wrote.")],
     sae: Annotated[str, typer.Option(help="The SAE's name, such as 1-mlp-out-x8-k32.")],

@@ -21,10 +21,10 @@ from bilens.draw.markup import ViewError, island, spaced, to_json, visible
 from bilens.draw.page import Content, Html, Page, View, captioned, columns, details, table
 from bilens.draw.plots import line, scatter
 from bilens.pages.circuit import eigencircuits, emphasised
-from bilens.sae.features.examples import FeatureActivations
-from bilens.sae.features.store import FeatureRecord, FeatureStore, StoredFeatures
+from bilens.sae.features.examples import DescribedFeatures
+from bilens.sae.features.store import FeatureRecord, FeatureStore
 
-Features: TypeAlias = Mapping[str, FeatureActivations | StoredFeatures] | FeatureStore
+Features: TypeAlias = Mapping[str, DescribedFeatures] | FeatureStore
 
 EXAMPLES_SHOWN = 6  # of a feature: with 400 features, a page of them stays under two megabytes
 EFFECTS_SHOWN = 8
@@ -49,8 +49,8 @@ class GraphView(View):
 
     Args:
         circuit: merged over positions or not.
-        features: what its features fire on: a feature store, or `FeatureActivations` by hook or SAE name (`2-mlp-in`,
-            or its folder's name).
+        features: what its features fire on: a feature store, or what `describe_features` gives, by hook or SAE name
+            (`2-mlp-in`, or its folder's name).
         wordpiece: true joins the tokens of examples as word pieces.
 
     Raises:
@@ -275,7 +275,7 @@ def _features_of(features: Features | None, node: Any) -> Any:
 
 def _dashboard(features: Any, feature: int, wordpiece: bool) -> dict[str, Any]:
     record: FeatureRecord | None = features.feature(feature) if hasattr(features, "feature") else None
-    summary = record.summary if record is not None else features.summary(feature, n_examples=EXAMPLES_SHOWN)
+    summary = record.summary if record is not None else features.summary(feature)
     effects = []
     if record is not None and record.promoted is not None and record.suppressed is not None:
         for title, found in (("Promotes", record.promoted), ("Suppresses", record.suppressed)):

@@ -45,6 +45,7 @@ from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.pages.circuit import circuit_page
 from bilens.sae.features.examples import FeatureActivations, feature_activations
+from bilens.sae.features.kept import describe_features
 from bilens.sae.loading import list_saes, load_sae, sae_source
 from bilens.sae.texts import example_texts
 from bilens.sae.train.evaluation import SAEScores, evaluate_saes
@@ -52,7 +53,7 @@ from bilens.train.data import TokenizedTexts
 from bilens.train.language_model import validate
 
 DEMO_FILE = "demo.json"
-N_TRACE_EXAMPLES = 96  # texts that name the features of all SAEs at once
+POINTS = ("mlp-in", "mlp-out")
 N_EIGENCIRCUITS = 3  # features of a traced circuit whose eigencircuits are shown
 N_CANDIDATES = 24  # features of a text that are explained before the best are chosen
 DENSE = 0.1  # of the tokens: a feature that fires on more of them tells little
@@ -297,7 +298,8 @@ def trace(
         max_nodes: the largest number of nodes in the graph.
         saes: the source of the SAEs for `load_sae`; `None` is the bundled model's, or `<source>-scope` for a hub id.
         expansion, k: features per dimension and active features per token of the SAEs, if the source holds several.
-        examples: texts to see what features fire on; `None` takes some of the model's own (see `example_texts`).
+        examples: texts to see what features fire on; `None` takes what is kept beside the SAEs (`bilens names`), or
+            else runs the model's own (see `example_texts`).
         check: true checks the circuit by intervention, too.
         out: the HTML file, which is checked before anything is computed.
         say: a function that is told what is going on.
@@ -318,30 +320,24 @@ def trace(
     frozen = freeze(model, text, [sae for d in decomposers for sae in saes_of(d)])
     aim = _target(frozen, target, minus, feature, position)
     read_targets(frozen, aim)  # what cannot be explained is refused before the long work
-    texts = list(examples) if examples is not None else example_texts(model)[:N_TRACE_EXAMPLES]
-    say(f"naming features by {len(texts)} example texts")
-    layers = label_layers(decomposers, texts)
-    names = {f"{layer}-mlp-in": found.decomposer.input_names or [] for layer, found in layers.items()}
-    names |= {f"{layer}-mlp-out": found.decomposer.output_names or [] for layer, found in layers.items()}
+    say("looking up what features fire on")
+    described = describe_features(model, [sae for d in decomposers for sae in saes_of(d)], examples)
+    places = [f"{d.layer}-{point}" for d in decomposers for point in POINTS]
+    features = dict(zip(places, described, strict=True))
+    names = {name: found.labels() for name, found in features.items()}
     say("tracing")
     circuit = trace_circuit(frozen, aim, max_nodes=max_nodes, names=names)
-    features = {f"{layer}-mlp-in": found.inputs for layer, found in layers.items()}
-    features |= {f"{layer}-mlp-out": found.outputs for layer, found in layers.items()}
     if check:
         say("checking by intervention")
     nodes = circuit.to_frame()
     top = nodes[(nodes.kind == "feature") & (nodes.point == "mlp-out")].drop_duplicates(["layer", "feature"])
-    shown = [
-        feature_circuit(
-            layers[node.layer].decomposer,
-            text,
-            int(node.feature),
-            int(node.position),
-            inputs=layers[node.layer].inputs,
-            outputs=layers[node.layer].outputs,
-        )
-        for node in top.head(N_EIGENCIRCUITS).itertuples()
-    ]
+    shown = []
+    for node in top.head(N_EIGENCIRCUITS).itertuples():
+        inputs, outputs = (features[f"{node.layer}-{point}"] for point in POINTS)
+        labels = {"input_names": inputs.labels(), "output_names": outputs.labels()}
+        d = Decomposer(model, node.layer, *saes_of(decomposers[node.layer]), **labels)  # type: ignore[arg-type]
+        at = (text, int(node.feature), int(node.position))
+        shown.append(feature_circuit(d, *at, inputs=inputs, outputs=outputs))
     circuit.to_page(
         features=features,
         tokens=attribute_tokens(frozen, aim),

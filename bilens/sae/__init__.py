@@ -7,6 +7,7 @@ from bilens.sae.features.examples import (
     FeatureSummary,
     feature_activations,
 )
+from bilens.sae.features.kept import KeptFeatures, describe_features, keep_features
 from bilens.sae.features.names import FeatureNames
 from bilens.sae.features.store import FeatureRecord, FeatureStore, FeatureStoreConfig, build_feature_store
 from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae, load_saes, scope_loader
@@ -28,6 +29,7 @@ __all__ = [
     "FeatureStoreConfig",
     "FeatureSummary",
     "FinetuneConfig",
+    "KeptFeatures",
     "SAEEntry",
     "SAEList",
     "SAEScore",
@@ -39,10 +41,12 @@ __all__ = [
     "ScopeTrainingSAE",
     "ScopeTrainingSAEConfig",
     "build_feature_store",
+    "describe_features",
     "evaluate_saes",
     "example_texts",
     "feature_activations",
     "finetune_saes",
+    "keep_features",
     "list_saes",
     "load_sae",
     "load_saes",

@@ -62,6 +62,7 @@ from bilens.model.files import (
 )
 from bilens.model.hook_points import HOOK_TO_POINT, OTHER_POINT, POINT_TO_HOOK, hook_of
 from bilens.model.hub import HubOptions, fetch_from_hub
+from bilens.sae.origin import EXAMPLES_FILE, NAMES_FILE, remember_origin
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig
 
 FORMATS = {
@@ -193,7 +194,7 @@ def load_sae(
     hub = HubOptions(revision, token, cache_dir, local_files_only)
     entry = _select(source, point, layer, expansion, k, tag, hub)
     files = [f"{entry.folder}/{file}" for file in FORMATS[entry.format]]
-    more = [f"{entry.folder}/{file}" for file in NORMALISATION_FILES]
+    more = [f"{entry.folder}/{file}" for file in (*NORMALISATION_FILES, NAMES_FILE, EXAMPLES_FILE)]
     root = _root(source, files + more, hub, needed=files)
     return load_sae_folder(root / entry.folder, device=device, dtype=dtype, n_layers=n_layers, scale_attn=scale_attn)
 
@@ -270,7 +271,8 @@ def load_sae_folder(
         sae = (_load_saelens if entry.format == "saelens" else _load_sparsify)(folder, entry, device, dtype)
     for name, weight in sae.named_parameters():
         check_finite(name, weight, f"{folder} in {weight.dtype}")
-    return sae.eval()
+    remember_origin(sae.eval(), folder, weights)
+    return sae
 
 
 def scope_loader(

@@ -1,6 +1,7 @@
 """SAEs out: onto the Hugging Face hub, as folders that `load_sae` (and `SAE.from_pretrained` of SAELens) finds there.
 
-1. SAEs are written in SAELens' format; folders of either format go as they are, their config and weights alone
+1. SAEs are written in SAELens' format; folders of either format go as they are: config, weights,
+   and the names and examples beside them
 2. what is in the repository in the other format under the same name goes, for it would be found first
 3. all in one commit, with a model card where the repository has none
 """
@@ -18,6 +19,7 @@ from bilens.errors import ArgumentError, ModelNotFoundError, SAEMismatchError
 from bilens.model.hook_points import hook_of
 from bilens.model.hub import card_header, push_to_hub
 from bilens.sae.loading import EXPECTED, FOLDER_NAME, FORMATS, SAEEntry, SAEList, list_saes
+from bilens.sae.origin import EXAMPLES_FILE, NAMES_FILE
 
 TABLE = """| folder | layer | point | hook | expansion | k | format |
 |---|---|---|---|---|---|---|"""
@@ -73,7 +75,8 @@ def push_saes(
                 save(folder / name)
             else:
                 (folder / name).mkdir()
-                for file in FORMATS[its_format]:
+                beside = [file for file in (NAMES_FILE, EXAMPLES_FILE) if (source / name / file).exists()]
+                for file in (*FORMATS[its_format], *beside):
                     shutil.copyfile(source / name / file, folder / name / file)
 
     return push_to_hub(

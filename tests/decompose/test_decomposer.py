@@ -523,8 +523,9 @@ def test_a_model_of_another_kind_is_told_which_it_should_be(models):
 
 
 def test_one_line_gives_model_saes_and_names(monkeypatch):
-    """Nothing runs until a name is asked for; then both SAEs' features are named by one pass."""
+    """Nothing runs until a name is asked for; then one pass names both SAEs' features, where they have no names yet."""
     runs = []
+    monkeypatch.setattr(examples, "names_beside", lambda sae: None)
     original = examples.feature_activations
     monkeypatch.setattr(examples, "feature_activations", lambda *args: runs.append(1) or original(*args))
     texts = ["Tim saw a big dog.", "Lily was sad. She did not play."]
@@ -543,6 +544,9 @@ def test_one_line_gives_model_saes_and_names(monkeypatch):
     kept = pickle.loads(pickle.dumps(top)).names[3]
     assert list(kept.i) == inputs.labels()
     assert runs == [1]  # what was found travels with the names
+    monkeypatch.undo()
+    monkeypatch.setattr(examples, "feature_activations", None)
+    assert Decomposer.from_pretrained("ts-tiny", layer=-1).output_names[101] == "101 didn't → know"
 
 
 def test_from_a_folder_or_a_model_with_saes_of_ones_own(models, tmp_path):

@@ -19,6 +19,7 @@ from bilens.errors import ArgumentError
 from bilens.model.attached import encode, splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.names import STRONGEST, FeatureNames, TokenUse, find_names, grams
+from bilens.sae.features.names_file import KeptNames, names_beside
 from bilens.sae.texts import example_texts, text_starts
 
 # Bytes: of one activation of a feature while it is looked at, and of one that is kept.
@@ -79,6 +80,7 @@ class FeatureActivations:
         tokens: the texts, `[BOS]` first, padded on the right; `mask` is 1 on what counts (not `[BOS]`, not padding).
         rows, positions, values: one entry per activation, sorted by feature.
         offsets: entries of feature `i` are `offsets[i] : offsets[i + 1]`.
+        kept: the names that are kept beside the SAE; the others are made from the texts.
     """
 
     tokens: Int[Tensor, "text pos"]
@@ -88,6 +90,7 @@ class FeatureActivations:
     positions: Int[Tensor, "entry"] = field(repr=False)
     values: Float[Tensor, "entry"] = field(repr=False)
     offsets: Int[Tensor, "d_sae_plus_1"] = field(repr=False)
+    kept: KeptNames | None = field(default=None, repr=False)
 
     @property
     def d_sae(self) -> int:
@@ -151,7 +154,7 @@ class FeatureActivations:
     def _names(self) -> FeatureNames:
         def find() -> tuple[Sequence[str], frozenset[int]]:
             tokens, mask = self.tokens.numpy(), self.mask.numpy()
-            firings = self._strongest()
+            firings = self.strongest(STRONGEST)
             strongest = grams(tokens, mask, self.rows[firings].numpy(), self.positions[firings].numpy())
             return find_names(
                 self.d_sae,
@@ -162,7 +165,8 @@ class FeatureActivations:
                 self.strings,
             )
 
-        return FeatureNames(self.d_sae, find)
+        found = FeatureNames(self.d_sae, find)
+        return found if self.kept is None else self.kept.over(found)
 
     def typical_activations(self) -> Float[Tensor, "d_sae"]:
         """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""
@@ -209,14 +213,24 @@ class FeatureActivations:
         """The feature of every entry."""
         return torch.repeat_interleave(torch.arange(self.d_sae), self.offsets.diff())
 
-    def _strongest(self) -> Int[Tensor, "n"]:
-        """The entries that names are made of: each text's strongest, and of those each feature's."""
+    def strongest(self, n: int) -> Int[Tensor, "m"]:
+        """The entries where each feature fires most strongly, the best first: one per text, `n` of each feature."""
         features, values = self.features.numpy(), self.values.abs().numpy()
         order = np.lexsort((self.positions.numpy(), self.rows.numpy(), -values, features))
         key = features[order] * len(self.tokens) + self.rows.numpy()[order]
         order = order[np.sort(np.unique(key, return_index=True)[1])]
         rank = np.arange(len(order)) - np.searchsorted(features[order], features[order])
-        return torch.from_numpy(order[rank < STRONGEST])
+        return torch.from_numpy(order[rank < n])
+
+    def around(self, entries: Int[Tensor, "n"], before: int, after: int) -> Float[Tensor, "n width"]:
+        """The activations of each entry's feature around it; zero outside of the text."""
+        n_texts, length = self.tokens.shape
+        keys = (self.features * n_texts + self.rows) * length + self.positions  # ascending, as entries are sorted
+        near = self.positions[entries, None] + torch.arange(-before, after + 1)
+        row = (self.features[entries] * n_texts + self.rows[entries])[:, None] * length
+        found = torch.searchsorted(keys, row + near).clamp_max(len(keys) - 1)
+        there = (near >= 0) & (near < length) & (keys[found] == row + near)
+        return torch.where(there, self.values[found], 0.0)
 
     def _token_use(self) -> TokenUse:
         d_vocab, features = len(self.strings), self.features.numpy()
@@ -252,7 +266,9 @@ class FeatureActivations:
 def names_from_texts(
     model: HookedBilinearTransformer, saes: Sequence[SAE[Any]], texts: Sequence[str] | None = None
 ) -> list[FeatureNames]:
-    """Names of the features of some SAEs, after what they fire on; the texts run when a name is asked for.
+    """The names of the features of some SAEs: those kept beside them (`names.json`), or else after what they fire on.
+
+    Where names have to be made, the texts run when the first of them is asked for.
 
     Args:
         model, saes: the same as for `feature_activations`.
@@ -264,7 +280,9 @@ def names_from_texts(
         there = example_texts(model) if texts is None else texts
         return [found.labels() for found in feature_activations(model, saes, there)]
 
-    return [FeatureNames(sae.cfg.d_sae, lambda place=place: names()[place].found) for place, sae in enumerate(saes)]  # type: ignore[misc]
+    found = [FeatureNames(sae.cfg.d_sae, lambda place=place: names()[place].found) for place, sae in enumerate(saes)]  # type: ignore[misc]
+    kept = [names_beside(sae) for sae in saes]
+    return [there.over(made) if there else made for there, made in zip(kept, found, strict=True)]
 
 
 @torch.no_grad()
@@ -289,9 +307,10 @@ def feature_activations(
         AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
         ArgumentError: the batch size is no positive whole number; less memory than a batch's activations at one
             position take, or, by what the texts run so far give, than the result will take.
-        CheckpointError: activations that are not finite.
+        CheckpointError: activations that are not finite, or a damaged `names.json` beside an SAE.
         HookNameError, SAEMismatchError: an SAE that does not belong to this model (see `bilens.model.attached`).
         EmptyTextError: no texts, or one with nothing in it.
+        StaleError: the `names.json` beside an SAE is of other weights.
     """
     check_sizes(batch_size=batch_size)
     hooks = [splice_hooks(model, sae, f"SAE {i}")[0] for i, sae in enumerate(saes)]
@@ -321,7 +340,8 @@ def feature_activations(
         order = ((feature * len(tokens) + row) * tokens.shape[1] + position).argsort()
         counts = torch.bincount(feature, minlength=sae.cfg.d_sae)
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-        results.append(FeatureActivations(tokens, mask, strings, row[order], position[order], value[order], offsets))
+        entries_of = (row[order], position[order], value[order], offsets)
+        results.append(FeatureActivations(tokens, mask, strings, *entries_of, names_beside(sae)))
     return results
 
 

@@ -49,7 +49,9 @@ from bilens.sae.features.files import (
     write_features,
 )
 from bilens.sae.features.names import FeatureNames
+from bilens.sae.features.names_file import names_beside, read_names, write_names
 from bilens.sae.features.statistics import OVERSAMPLED, FeatureStatistics, Window, histogram_edges
+from bilens.sae.origin import NAMES_FILE
 from bilens.sae.train.evaluation import DENSE
 
 MANIFEST_FILE, VOCABULARY_FILE = "manifest.json", "vocabulary.json"
@@ -223,6 +225,11 @@ def build_feature_store(
             }
             write_json(folder / MANIFEST_FILE, manifest)
             shutil.rmtree(checkpoint)
+            store = FeatureStore.load(folder)
+            for name, sae in saes.items():
+                beside, labels = names_beside(sae), store[name].labels()
+                labels = labels if beside is None else beside.over(labels)
+                write_names(folder / _folder_name(name) / NAMES_FILE, labels, f"{state.n_texts:,} texts")
         parallel.barrier()
         return FeatureStore.load(folder)
 
@@ -413,7 +420,8 @@ class StoredFeatures(Tabular):
         def find() -> tuple[Sequence[str], frozenset[int]]:
             return stored_names(self._files, self.store.n_tokens, self.store.config.before, self.store.vocabulary)
 
-        return FeatureNames(self.d_sae, find)
+        found, path = FeatureNames(self.d_sae, find), self._files.folder / NAMES_FILE
+        return read_names(path, self.d_sae).over(found) if path.exists() else found
 
     def summary(self, feature: int) -> FeatureSummary:
         """A feature in words, with its strongest contexts."""
@@ -616,7 +624,7 @@ def _remove(folder: Path, identity: Mapping[str, Any]) -> None:
         (folder / file).unlink(missing_ok=True)
     for name in identity.get("saes") or ():
         place = folder / _folder_name(name)
-        for file in (STATISTICS_FILE, CONTEXTS_FILE):
+        for file in (STATISTICS_FILE, CONTEXTS_FILE, NAMES_FILE):
             (place / file).unlink(missing_ok=True)
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
