@@ -12,9 +12,9 @@ Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; the expansion i
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,7 @@ from bilens._core.checks import MEMORY, check_budget, check_index, check_sizes
 from bilens._core.typing import typed
 from bilens.decompose.explanation import explain
 from bilens.decompose.fidelity import Fidelity, measure_fidelity
+from bilens.decompose.firing import Firing, Fit, circuits_where_it_fires
 from bilens.decompose.interactions import Interactions, PairNames, unequal_rows
 from bilens.decompose.motifs import Motifs, find_motifs
 from bilens.decompose.outputs import Output, read_output
@@ -56,7 +57,8 @@ from bilens.layer.bilinear import (
     triple_coefficients,
 )
 from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
-from bilens.layer.eigen.circuits import Eigencircuits
+from bilens.layer.eigen.circuits import Eigencircuits, Metric
+from bilens.layer.eigen.metric import Ranking
 from bilens.layer.eigen.pairs import Order, check_pairs, sorted_eigenpairs
 from bilens.layer.eigen.solve import Method, top_eigenpairs
 from bilens.layer.hosvd import HOSVD, input_gram, output_gram, singular
@@ -70,7 +72,7 @@ from bilens.sae.features.examples import names_from_texts
 from bilens.sae.features.names import FeatureNames
 from bilens.sae.loading import HUB_OPTIONS, load_saes, sae_source
 from bilens.sae.passes import SAEPass
-from bilens.sae.texts import text_starts
+from bilens.sae.texts import example_texts, text_starts
 from bilens.sae.view import SAEView
 
 Side = Literal["encoder", "decoder"]
@@ -253,27 +255,56 @@ class Decomposer:
         k: int | None = None,
         side: Side = "encoder",
         *,
-        order: Order = "size",
+        order: Order | Ranking | None = None,
+        metric: Metric | None = None,
+        fit: Fit | None = None,
         memory: int = MEMORY,
     ) -> Eigencircuits:
-        """Eigenpairs of the interaction matrix in the residual basis, by falling absolute eigenvalue or by sign.
+        """The squares `lambda (v . x)^2` that each output is a sum of: by the weights alone, or where it fires.
 
-        A few pairs of many outputs are found without forming their matrices, to a relative 1e-4 of each value, as
-        `spectra` finds them, which also says how exact each is; otherwise each matrix is solved whole, in float64.
+        For what a feature does, run texts once and give them along: `d.eigen(101, k=2, fit=d.firing())` finds the two
+        squares that follow the feature best on the tokens where it fires. Without texts the answer is of the weights:
+        eigenpairs by falling `|lambda|`, the first of which are often silent where the feature fires.
+
+        Whatever the metric, `x^T Q x` is exactly the squares and what is left, `R = Q - sum lambda v v^T`:
+
+        - `"weights"`: eigenpairs of `Q`; all of them leave nothing. A few pairs of many outputs are found without
+          forming their matrices, to a relative 1e-4 of each value, as `spectra` finds them, which also says how exact
+          each is; otherwise each matrix is solved whole, in float64.
+        - `"firing"`: eigenpairs of `M^1/2 Q M^1/2`, mapped back, with `M` the second moment of the layer's input where
+          the feature fires, shrunk towards that of all tokens; all of them leave nothing.
+        - `"mean"`: the same around the mean there, `m^T Q m + 2 (Q m) . (x - m)` and squares of `x - m`; all of them
+          leave nothing.
+        - `"fitted"`: the `k` squares after which least is left where the feature fires; see
+          `bilens.layer.eigen.fitted`. The best two are not the best one and another.
 
         Args:
-            output: the same as for `interaction`.
-            k: the number of eigenpairs; `None` gives all `d_model`.
+            output: the same as for `interaction`; features if texts are used.
+            k: the number of squares; `None` gives all `d_model`.
             side: the same as for `interaction`.
-            order: `"size"`; `"positive"`, the most positive first; `"negative"`, the most negative first.
-            memory: bytes to work in, and at most as many for the result; 1 GiB by default.
+            order: `"size"`; `"positive"`, the most positive first; `"negative"`, the most negative first; on texts also
+                `"variance"` and `"mean"`, by the variance and the mean of each square where the feature fires. `None`
+                is by size without texts and by variance with them.
+            metric: `None` is `"weights"` without texts, or with another order than `None`; otherwise `"fitted"`.
+            fit: what `firing` gives, or texts for it; `None` is its example texts, if the metric or order needs any.
+            memory: bytes to work in, and at most as many for the result; 1 GiB by default. For the texts see `firing`.
 
         Raises:
-            ArgumentError: less memory than that, or directions that are not finite; and as for `interaction`.
+            ArgumentError: less memory than that, or directions that are not finite; directions, where texts are used;
+                no such metric or order; `"fitted"` without a number; and as for `interaction`.
             OutOfRangeError: `k` is not in 1..d_model; no such feature.
+            SAEMismatchError: `fit` is of another layer or SAE.
         """
         u, d_model = self.directions(output, side), self.model.cfg.d_model
-        check_pairs(d_model, k, order)
+        on_texts = fit is not None or metric not in (None, "weights") or order in get_args(Ranking)
+        if metric is None:
+            metric = "fitted" if on_texts and order is None else "weights"
+        order = order or ("variance" if on_texts else "size")
+        check_pairs(d_model, k, "size" if order in get_args(Ranking) else order)
+        if metric == "fitted" and k is None:
+            raise ArgumentError(
+                'k is None: expected how many squares to fit, such as 2. All squares of Q are those of metric="firing".'
+            )
         batch, pairs = u.shape[:-1], d_model if k is None else k
         check_budget(
             f"eigen ({pairs} pairs of {batch.numel():,} outputs)",
@@ -281,11 +312,45 @@ class Decomposer:
             memory,
             "ask for fewer pairs (`k`) or for fewer outputs at a time",
         )
-        found = top_eigenpairs(self.weights, u.reshape(-1, d_model), pairs, order=order, memory=memory, progress=False)
-        parts = (found.values, found.vectors, found.norms)
-        values, vectors, norms = (part.view(batch + part.shape[1:]) for part in parts)
-        decoder = None if self._input is None else self.input_view.decoder.to(vectors)
-        return Eigencircuits(values, vectors, norms, self._numbers(output), decoder, self.input_names)
+        rows, note = u.reshape(-1, d_model), ""
+        if on_texts:
+            features, firing = self._features(output), self._firing(fit)
+            parts = circuits_where_it_fires(self.weights, rows, features, firing, pairs, metric, order)  # type: ignore[arg-type]
+            silent = features[firing.n_active[features] == 0].tolist()
+            if silent:
+                note = f"Not firing on the texts, and so by all tokens: {', '.join(map(str, silent[:8]))}."
+        else:
+            found = top_eigenpairs(self.weights, rows, pairs, order=order, memory=memory, progress=False)  # type: ignore[arg-type]
+            parts = {name: getattr(found, name) for name in ("values", "vectors", "norms")}
+            if not self._read(output).is_floating_point():
+                note = "By the weights alone: some may be silent where the feature fires. See fit=d.firing()."
+        parts = {name: part.view(batch + part.shape[1:]) for name, part in parts.items()}
+        decoder = None if self._input is None else self.input_view.decoder.to(u)
+        return Eigencircuits(
+            **parts,
+            outputs=self._numbers(output),
+            decoder=decoder,
+            names=self.input_names,
+            metric=metric,
+            note=note,
+        )
+
+    def _firing(self, fit: Fit | None) -> Firing:
+        """What `fit` stands for, checked.
+
+        Raises:
+            SAEMismatchError: of another layer or SAE.
+        """
+        if not isinstance(fit, Firing):
+            return self.firing(fit)
+        d_sae, d_model = self.output_view.d_sae, self.model.cfg.d_model
+        if (fit.layer, len(fit.n_active), fit.inputs.shape[1]) != (self.layer, d_sae, d_model):
+            raise SAEMismatchError(
+                f"fit is of layer {fit.layer}, with {len(fit.n_active)} output features and d_model "
+                f"{fit.inputs.shape[1]}; this is layer {self.layer}, with {d_sae} and {d_model}. Make it with this "
+                "Decomposer's own firing()."
+            )
+        return fit
 
     @typed
     def top_interactions(
@@ -804,7 +869,7 @@ class Decomposer:
 
     @torch.no_grad()
     def run_texts(
-        self, texts: Sequence[str], batch_size: int = 16
+        self, texts: Iterable[str], batch_size: int = 16
     ) -> Iterator[tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]]:
         """`run` on all tokens of texts but their `[BOS]`, in batches of texts; in the dtype of `weights`.
 
@@ -821,6 +886,38 @@ class Decomposer:
         for batch, kept in tqdm(rows, desc="texts", unit="batch"):
             x, y = (part[kept.to(part.device)].to(self.weights.W_out) for part in self.run(batch))
             yield x, y
+
+    @torch.no_grad()
+    def firing(self, texts: Iterable[str] | None = None, *, batch_size: int = 16, memory: int = MEMORY) -> Firing:
+        """What the layer reads on texts, and where every output feature fires: what `fit` takes; the texts run once.
+
+        Args:
+            texts: each is run from its `[BOS]`, cut to the context; `None` takes those that come with a bundled model,
+                or has the model write some.
+            batch_size: texts at a time.
+            memory: bytes that the result may take: `4 d_model` for each token, and 12 each time a feature fires.
+
+        Raises:
+            AlteredModelError: SAEs are attached to the model, or there are hooks on it or on the SAE.
+            ArgumentError: less memory than that; a batch size that is no positive whole number.
+            EmptyTextError: no texts, or one with nothing in it.
+            MissingSAEError: no output SAE.
+        """
+        view = self.output_view
+        require_bare(self.model, view.sae)
+        inputs, entries, n, size = [], [], 0, 0
+        for x, y in self.run_texts(example_texts(self.model) if texts is None else texts, batch_size):
+            activations = view.activations(y)
+            token, feature = activations.nonzero(as_tuple=True)
+            inputs.append(x)
+            entries.append((token.int() + n, feature.int(), activations[token, feature]))
+            n, size = n + len(x), size + x.element_size() * x.numel() + 12 * len(token)
+            check_budget(f"firing of the first {n:,} tokens", size, memory, "give fewer texts")
+        token, feature, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
+        order = feature.argsort(stable=True)
+        counts = torch.bincount(feature, minlength=view.d_sae)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).cpu()
+        return Firing(self.layer, torch.cat(inputs), token[order], value[order], offsets, self.output_names)
 
     @typed
     @torch.no_grad()
