@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.checks import MEMORY, check_budget, check_index, check_sizes
+from bilens._core.checks import MEMORY, check_budget, check_index, check_sizes, how_many_fit
 from bilens._core.typing import typed
 from bilens.decompose.explanation import explain
 from bilens.decompose.fidelity import Fidelity, measure_fidelity
@@ -229,14 +229,17 @@ class Decomposer:
         """
         u, directions = self.directions(output, side), None if basis == "residual" else self.input_directions()
         width, count = u.shape[-1] if directions is None else len(directions), u.shape[:-1].numel()
-        check_budget(
-            f"interaction of {count:,} outputs ({width:,} x {width:,} each)",
-            3 * count * width**2 * u.element_size(),
-            memory,
-            "ask for fewer outputs at a time",
-        )
-        matrix = interaction_matrix(self.weights, u)
-        return matrix if directions is None else in_basis(matrix, directions)
+        (d_model, d_mlp), size = self.weights.W_gate.shape, u.element_size()
+        call = f"interaction of {count:,} outputs ({width:,} x {width:,} each)"
+        check_budget(call, count * width**2 * size, memory, "ask for fewer outputs at a time")
+        at_once = how_many_fit(call, size * (d_model * d_mlp + 3 * d_model**2 + 3 * width**2), memory)
+        found = u.new_empty(*u.shape[:-1], width, width)
+        for rows, made in zip(
+            u.view(-1, d_model).split(at_once), found.view(-1, width, width).split(at_once), strict=True
+        ):
+            matrix = interaction_matrix(self.weights, rows)
+            made.copy_(matrix if directions is None else in_basis(matrix, directions))
+        return found
 
     @typed
     def linear(self, output: Output, side: Side = "encoder") -> Float[Tensor, "*n d_model"]:

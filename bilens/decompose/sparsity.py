@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bilens._core.checks import MEMORY, check_budget, name_of
+from bilens._core.checks import MEMORY, check_budget, how_many_fit, name_of
 from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError
@@ -34,7 +34,7 @@ from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 
 BLOCK = 256  # rows of the triangle at a time
 SORTED_WHOLE, SAMPLE, MARGIN = 2**16, 2**16, 0.008  # of the quartiles' brackets: four standard deviations
-PIECE, PIECE_ENTRY = 2**22, 64  # entries looked at together, and the bytes that each takes meanwhile
+PIECE, FEWEST, PIECE_ENTRY = 2**22, 2**14, 64  # entries looked at together, and the bytes that each takes meanwhile
 MOMENT_CHUNK = 2**18
 
 
@@ -196,11 +196,13 @@ def feature_entries(
     d_model, d_mlp = layer.W_gate.shape
     largest = max((high * (high - 1) // 2 - start for _, high, start in triangle.blocks), default=0)  # of the blocks
     bracket = 0 if len(triangle) <= SORTED_WHOLE else 3 * MARGIN * len(triangle) * (2 * size + 16)
-    besides = size * d_model * (d_mlp + 4 * d_model) + bracket + PIECE_ENTRY * (SAMPLE + len(inputs) + d_model * BLOCK)
-    held = besides + len(triangle) * size + PIECE_ENTRY * min(PIECE, len(triangle))
-    in_blocks = besides + largest * (size + PIECE_ENTRY)
-    check_budget(f"{title} of {len(inputs):,} input features", min(held, in_blocks), memory)
-    hold = held <= memory
+    besides = size * d_model * (d_mlp + 4 * d_model + 4 * BLOCK) + bracket + 32 * (SAMPLE + len(inputs))
+    held, in_blocks = besides + len(triangle) * size, besides + largest * size
+    how_many_fit(
+        f"{title} of {len(inputs):,} input features", FEWEST * PIECE_ENTRY, memory, besides=min(held, in_blocks)
+    )
+    hold = held + FEWEST * PIECE_ENTRY <= memory
+    at_once = min(PIECE, int((memory - (held if hold else in_blocks)) // PIECE_ENTRY))
     buffer = inputs.new_empty(len(triangle) if hold else largest)
 
     def made(matrix: Tensor, out: Tensor) -> Iterator[Tensor]:
@@ -217,9 +219,10 @@ def feature_entries(
         if hold:
             for _ in made(matrix, buffer):
                 pass
-            yield Entries.of(buffer), diagonal
+            yield Entries(len(triangle), lambda: buffer.split(at_once)), diagonal
         else:
-            yield Entries(len(triangle), lambda matrix=matrix: made(matrix, buffer)), diagonal  # type: ignore[misc]
+            pieces = lambda matrix=matrix: (part for block in made(matrix, buffer) for part in block.split(at_once))  # noqa: E731
+            yield Entries(len(triangle), pieces), diagonal
 
 
 def quartiles(entries: Entries) -> Float[Tensor, "2"]:

@@ -127,11 +127,18 @@ def test_sparsity_is_numpys_of_the_dense_matrices(decomposer, fence):
 def test_the_memory_changes_nothing(monkeypatch):
     """600 input features: the blocks of their pairs, and quartiles from a sample and brackets, held or made anew."""
     layer, u, inputs = (part for part in (make_layer(0, 5, 7), random(1, 3, 5), random(2, 600, 5)))
-    for name, value in {"SORTED_WHOLE": 1000, "SAMPLE": 1000, "MARGIN": 0.05, "PIECE": 5000, "BLOCK": 32}.items():
+    for name, value in {
+        "SORTED_WHOLE": 1000,
+        "SAMPLE": 1000,
+        "MARGIN": 0.05,
+        "PIECE": 5000,
+        "FEWEST": 1000,
+        "BLOCK": 32,
+    }.items():
         monkeypatch.setattr(sparsity, name, value)
-    rich, poor = 2**25, 2_500_000
+    rich, poor = 2**25, 1_500_000
     held = [next(feature_entries(layer, u, inputs, memory=memory, progress=False))[0] for memory in (rich, poor)]
-    assert [len(list(entries)) for entries in held] == [36, 19]
+    assert [len(list(entries)) for entries in held] == [36, 45]
     tables = [measure_sparsity(layer, u, inputs, memory=memory, progress=False).to_frame() for memory in (rich, poor)]
     assert_frame_equal(*tables)
     lists = [find_outliers(layer, u, inputs, 300, memory=memory, progress=False) for memory in (rich, poor)]
