@@ -91,10 +91,11 @@ def quote(tokens: Sequence[str], shares: Sequence[float]) -> str:
     """The positions that make most of a projection, in the order of the text; ... stands for what is between them."""
     largest = sorted((place for place, share in enumerate(shares) if share >= READ), key=lambda place: -shares[place])
     places = sorted(largest[:QUOTED])
-    words = []
+    words: list[str] = []
     for before, place in zip([None, *places], places, strict=False):
-        words.append("… " * (before is not None and place > before + 1) + tokens[place].strip())
-    return " ".join(words)
+        words += ["…"] * (before is not None and place > before + 1)
+        words += [tokens[place].strip()]
+    return " ".join(words).replace(" ##", "")
 
 
 def percent(share: float) -> str:
@@ -118,20 +119,23 @@ def tell(circuits: Sequence[Circuit], needed: int, active: bool, written: float,
         return f"{state}: {_made_of(against[0])} takes off {-against[0].contribution:.2g}." if against else f"{state}."
     first, both = pushing[0], pushing[:2]
     two = sum(circuit.share for circuit in both)
-    state = "Fires because" if active else "Does not fire, but would because"
-    reason = f"{state} {_reason(first)}" + f", read from “{read}”" * bool(read)
+    count = NUMBERS[needed] if needed < len(NUMBERS) else str(needed)
+    reason = _reason(first, read)
     if first.share >= ALMOST_ALL or len(both) < 2:
-        sentence = f"{reason}: one direction gives {percent(first.share)}"
+        given = f"one direction gives {percent(first.share)}"
     elif two >= ALMOST_ALL:
-        other = _reason(both[1])
-        more = "" if other == _reason(first) else f", and {other}"
-        sentence = f"{reason}{more}: two directions give {percent(two)}"
+        given = f"two directions give {percent(two)}"
+        if not _words(both[1]) <= _words(first) and not _is_weak(both[1]):
+            reason += f", and {_reason(both[1])}"
     else:
-        count = NUMBERS[needed] if needed < len(NUMBERS) else str(needed)
-        sentence = f"{reason}, among other directions: this one gives {percent(first.share)}, {count} give 80 %"
+        given = f"{count} directions give 80 %, this one {percent(first.share)}"
+    sentence = f"{'Fires' if active else 'Does not fire, but would'} {reason}: {given}"
     off = [circuit for circuit in circuits if circuit.share <= -TAKES_OFF]
     if off:
-        sentence += f", although {_made_of(off[0])} takes off {percent(-off[0].share)}"
+        known = not _is_weak(off[0]) and not _words(off[0]) & _words(first)
+        by = f"{_made_of(off[0])} takes" if known else "other directions take"
+        taken = sum(-circuit.share for circuit in (off[:1] if known else circuits) if circuit.share < 0)
+        sentence += f", although {by} off {percent(taken)}"
     if first.error > ERROR:
         sentence += "; much of the first comes from what the SAE misses"
     return f"{sentence}."
@@ -144,15 +148,23 @@ def _leading(circuit: Circuit) -> list[Family]:
     return named[:1] if len(named) > 1 and named[1].part < SECOND_FAMILY * named[0].part else named[:2]
 
 
-def _made_of(circuit: Circuit) -> str:
+def _words(circuit: Circuit) -> set[str]:
+    return {family.word for family in _leading(circuit)}
+
+
+def _is_weak(circuit: Circuit) -> bool:
+    """Whether the leading families make so little of a projection that they are one of many."""
+    return sum(family.part for family in _leading(circuit)) < WEAK * circuit.projection
+
+
+def _made_of(circuit: Circuit, joined: str = " with ") -> str:
     named = _leading(circuit)
-    if not named:
-        return "no feature in particular"
-    words = " with ".join(map(str, named))
-    return words + " among many" * (sum(family.part for family in named) < WEAK * circuit.projection)
+    return joined.join(map(str, named)) + " among many" * _is_weak(circuit) if named else "no feature in particular"
 
 
-def _reason(circuit: Circuit) -> str:
-    """What follows `because`: one family, or two that meet."""
-    named = _made_of(circuit)
-    return named.replace(" with ", " meets ") if len(_leading(circuit)) == 2 else f"of {named}"
+def _reason(circuit: Circuit, read: str = "") -> str:
+    """Why a circuit is large: one family, two that meet, or many features; and the words of the text it is read from."""
+    if read and _is_weak(circuit):
+        return f"because of “{read}”, read by many features"
+    of = "of " * (len(_leading(circuit)) < 2)
+    return f"because {of}{_made_of(circuit, ' meets ')}" + f", read from “{read}”" * bool(read)

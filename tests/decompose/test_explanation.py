@@ -155,18 +155,28 @@ KNOW, DOG = ("know", 3.0), ("dog", 3.0)
         (
             [circuit(0.5, KNOW), circuit(0.3, DOG)],
             2,
-            "because of *know* (0), and of *dog* (0): two directions give 80 %.",
+            "because of *know* (0), and because of *dog* (0): two directions give 80 %.",
+        ),
+        (
+            [circuit(0.3, ("know", 0.5)), circuit(0.2, DOG)],
+            7,
+            "because of *know* (0) among many: seven directions give 80 %, this one 30 %.",
         ),
         ([circuit(0.5, KNOW), circuit(0.3, KNOW)], 2, "because of *know* (0): two directions give 80 %."),
         (
             [circuit(0.3, KNOW), circuit(0.2, DOG)],
             7,
-            "because of *know* (0), among other directions: this one gives 30 %, seven give 80 %.",
+            "because of *know* (0): seven directions give 80 %, this one 30 %.",
         ),
         (
             [circuit(1.1, KNOW), circuit(-0.12, DOG)],
             1,
             "because of *know* (0): one direction gives 110 %, although *dog* (0) takes off 12 %.",
+        ),
+        (
+            [circuit(1.1, KNOW), circuit(-0.12, ("dog", 0.5)), circuit(-0.03, DOG)],
+            1,
+            "because of *know* (0): one direction gives 110 %, although other directions take off 15 %.",
         ),
         (
             [circuit(0.9, KNOW, error=0.5)],
@@ -189,3 +199,5 @@ def test_a_sentence_where_the_layer_writes_against_it() -> None:
 def test_reads_are_quoted() -> None:
     told = tell([circuit(0.9, KNOW)], 1, active=True, written=10.0, read="not know")
     assert told == "Fires because of *know* (0), read from “not know”: one direction gives 90 %."
+    weak = tell([circuit(0.9, ("know", 0.5))], 1, active=True, written=10.0, read="not know")
+    assert weak == "Fires because of “not know”, read by many features: one direction gives 90 %."
