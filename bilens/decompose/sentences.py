@@ -163,7 +163,7 @@ def _made_of(circuit: Circuit, joined: str = " with ") -> str:
 
 
 def _reason(circuit: Circuit, read: str = "") -> str:
-    """Why a circuit is large: one family, two that meet, or many features; and the words of the text it is read from."""
+    """Why a circuit is large: one family, two that meet, or many features; and the words that it is read from."""
     if read and _is_weak(circuit):
         return f"because of “{read}”, read by many features"
     of = "of " * (len(_leading(circuit)) < 2)

@@ -7,6 +7,7 @@
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -57,13 +58,14 @@ POINTS = ("mlp-in", "mlp-out")
 N_EIGENCIRCUITS = 3  # features of a traced circuit whose eigencircuits are shown
 N_CANDIDATES = 24  # features of a text that are explained before the best are chosen
 DENSE = 0.1  # of the tokens: a feature that fires on more of them tells little
+RARE = 1e-3  # of the tokens: a feature that fires on more of them tells less, by the logarithm
 CONTEXT_AFTER = 6  # tokens of a story kept after the one explained
 
 
 HOW_CHOSEN = (
     "Of the features that fire on this text, these fire strongly for what they do in the example texts, and two "
-    "eigencircuits, read in input features, give most of what the layer writes along them. Features that fire on more "
-    "than a tenth of all tokens are left out."
+    "eigencircuits, read in input features, give most of what the layer writes along them. Rare features come first; "
+    "those that fire on more than a tenth of all tokens are left out."
 )
 HOW_RANKED = (
     "These are the features whose activation two eigencircuits reproduce best over the example texts, by pairs of "
@@ -164,7 +166,8 @@ def well_explained(labelled: LabelledLayer, text: str, n: int) -> list[int]:
         told = d.attribute(tokens, feature, int(places[feature]) + d.model.n_bos).explanation
         leading = told.shares[:N_CIRCUITS].sum().item()
         read = told.parts[0, :-2].sum().item() / told.projections[0].item()
-        scores[feature] = strength[feature].item() * _nearness(leading) * _nearness(read)
+        rarity = outputs.density()[feature].clamp_min(RARE).log() / math.log(RARE)
+        scores[feature] = strength[feature].item() * _nearness(leading) * _nearness(read) * rarity.item()
     ranked = sorted(candidates, key=lambda feature: -scores[feature])
     # One feature for each word: two of the same token would say the same.
     first = {int(places[feature]): feature for feature in reversed(ranked)}
