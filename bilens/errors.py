@@ -35,6 +35,10 @@ class NotBilinearError(BilensError, ValueError):
     """An analysis that needs `y = W_out((W_gate x) * (W_in x))` was asked of another kind of MLP."""
 
 
+class NotPolynomialError(BilensError, ValueError):
+    """An exact expansion over tokens was asked of a model with a softmax, norms, biases or a gate."""
+
+
 class SAEMismatchError(BilensError, ValueError):
     """An SAE that does not belong where it was put: wrong d_in, wrong hook, wrong layer, wrong encoder."""
 

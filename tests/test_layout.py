@@ -11,6 +11,7 @@ ROOMS = (
     "errors",
     "_core",
     "draw",
+    "expand",
     "model",
     "train",
     "sae",

@@ -33,6 +33,7 @@ from bilens._core.checks import check_flags, whole_number
 from bilens.errors import ArgumentError, NotBilinearError, OutOfRangeError
 from bilens.model.attached import SAEAttachmentMixin
 from bilens.model.config import BilinearTransformerConfig
+from bilens.model.expanding import ExpansionMixin
 from bilens.model.generation import TextGenerationMixin
 from bilens.model.hook_points import CheckedHooks, eager_while_hooked
 from bilens.model.kv_cache import append, cached_positions, check_room, extended_mask
@@ -403,7 +404,13 @@ def _stacked(name: str) -> Any:
 
 
 class HookedBilinearTransformer(
-    SAEAttachmentMixin, TextGenerationMixin, TokenizationMixin, PublishedMixin, NamedWeightsMixin, CheckedHooks
+    SAEAttachmentMixin,
+    TextGenerationMixin,
+    TokenizationMixin,
+    ExpansionMixin,
+    PublishedMixin,
+    NamedWeightsMixin,
+    CheckedHooks,
 ):
     """A bilinear (or gated, or one-branch) transformer with TransformerLens' hooks, weights' names and habits.
 
