@@ -48,7 +48,7 @@ class Made:
             for point in ("ln2.hook_normalized", "hook_mlp_out")
         ]
         self.d = Decomposer(self.model, 1, *self.saes[2:])
-        self.every, self.some = torch.arange(FEATURES), torch.arange(16)
+        self.every, self.many, self.some = torch.arange(FEATURES), torch.arange(1024), torch.arange(16)
         self.vocabulary = torch.randn(20_000, D_MODEL, generator=generator)
         for dtype in (torch.float64, torch.bfloat16):  # what libraries set up once
             _ = torch.ones(256, 256, dtype=dtype) @ torch.ones(256, 256, dtype=dtype)
@@ -75,17 +75,17 @@ class Made:
 
 
 QUIET: dict[str, Any] = {"progress": False}
-EVERY, SOME, TEXT = f"{FEATURES:,} outputs", "16 outputs", f"{TOKENS} tokens"
+EVERY, MANY, SOME, TEXT = f"{FEATURES:,} outputs", "1,024 outputs", "16 outputs", f"{TOKENS} tokens"
 # What is called, of what size, with how many MiB of memory, and how.
 CALLS: dict[str, tuple[str, int, Callable[[Made, int], object]]] = {
     "interaction": (SOME, 64, lambda m, n: m.d.interaction(m.some, memory=n)),
     'interaction, basis="features"': ("1 output", 256, lambda m, n: m.d.interaction(0, basis="features", memory=n)),
-    "eigen, 2 pairs": (EVERY, 256, lambda m, n: m.d.eigen(m.every, 2, memory=n)),
+    "eigen, 2 pairs": (MANY, 256, lambda m, n: m.d.eigen(m.many, 2, memory=n)),
     "top_interactions": (SOME, 64, lambda m, n: m.d.top_interactions(m.some, memory=n)),
     "between": ("1 output, 20,000 directions", 64, lambda m, n: m.d.between(0, m.vocabulary, memory=n)),
     "strongest_interactions": (SOME, 256, lambda m, n: m.d.strongest_interactions(100, m.some, memory=n, **QUIET)),
-    "spectra": (EVERY, 256, lambda m, n: m.d.spectra(memory=n, **QUIET)),
-    "fidelity, 10 pairs": (f"{EVERY}, 4 texts", 512, lambda m, n: m.d.fidelity(m.texts[:4], memory=n)),
+    "spectra": (MANY, 256, lambda m, n: m.d.spectra(m.many, memory=n, **QUIET)),
+    "fidelity, 10 pairs": (f"{MANY}, 4 texts", 384, lambda m, n: m.d.fidelity(m.texts[:4], m.many, memory=n)),
     "sparsity": (SOME, 64, lambda m, n: m.d.sparsity(m.some, memory=n, **QUIET)),
     "outliers": (SOME, 64, lambda m, n: m.d.outliers(m.some, memory=n, **QUIET)),
     "motifs": (SOME, 64, lambda m, n: m.d.motifs(m.some, memory=n, **QUIET)),

@@ -351,13 +351,20 @@ class _Work:
         return coefficients.sqrt()
 
     def norms_and_traces(self) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-        """From the factors; in float64 where most of it cancels, and from `Q` itself where all but rounding does."""
-        layer, u = self.layer, self.u
+        """From the factors, as many outputs at a time as fit the memory."""
+        each = 16 * self.layer.W_gate.shape[1] * self.u.element_size()
+        parts = map(self._norms_and_traces, self.u.split(max(SMALLEST_CHUNK, self.memory // each)))
+        norms, traces = (torch.cat(found) for found in zip(*parts, strict=True))
+        return norms, traces
+
+    def _norms_and_traces(self, u: Float[Tensor, "n d_model"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+        """In float64 where most of it cancels, and from `Q` itself where all but rounding does."""
+        layer = self.layer
         norms, c = frobenius_norms(layer, u), hidden_coefficients(layer, u)
         size = self.sizes(u, c)
         cancels = UNITS * torch.finfo(u.dtype).eps * size**2 > 0.5 * NORM_ROUNDING * norms**2
         if cancels.any():
-            norms[cancels] = inner.norms(layer, u[cancels]).to(norms)
+            norms[cancels] = inner.norms(layer, u[cancels], memory=self.memory).to(norms)
         rounding = UNITS * torch.finfo(torch.float64).eps * size**2
         for one in (rounding > 1e-2 * NORM_ROUNDING * norms**2).logical_and(size > 0).nonzero().flatten().tolist():
             norms[one] = torch.linalg.matrix_norm(interaction_matrix(self.wide, inner.double(u[one]))).to(norms)
