@@ -13,6 +13,7 @@ same number. Features of an SAE without linear reads (a bilinear encoder, matchi
 without an SAE on its MLP's input, and MLPs without one on their output, are where the graph ends.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -36,10 +37,20 @@ from bilens.attribute.circuit_tables import (
     NODE_COLUMNS,
     CircuitTables,
 )
+from bilens.attribute.edits import read_edits
 from bilens.attribute.frozen import TEXT_MEMORY, FrozenPass, Names, SAEs, freeze, names_by_hook
 from bilens.attribute.paths import Paths, narrow
 from bilens.attribute.squares import Squares
-from bilens.attribute.targets import Reads, Target, as_targets, likeliest, logit_token, probability, read_targets
+from bilens.attribute.targets import (
+    Reads,
+    Target,
+    as_targets,
+    likeliest,
+    logit_token,
+    predicted,
+    probability,
+    read_targets,
+)
 from bilens.attribute.tracing import KINDS, MLPs, Numbering, Propagation, head_sums, linear_rows, propagate
 from bilens.draw import plots
 from bilens.errors import ArgumentError, MissingSAEError
@@ -47,6 +58,7 @@ from bilens.model.hook_points import hook_of
 from bilens.model.transformer import HookedBilinearTransformer
 
 BIAS = KINDS.index("bias")
+ALIKE = 0.7  # cosine of two features' directions from which on they are siblings
 
 
 @dataclass(frozen=True)
@@ -207,6 +219,19 @@ class Circuit(CircuitTables, Paged, Tabular):
         found = replace(self, **narrow(self, set(chosen)), kept_share=float(self.kept_share * part))
         return replace(found, shares=_ends(found))
 
+    def edited(self, address: str) -> "Circuit":
+        """The circuit with what a reader pinned, renamed and grouped on its page, for `to_attribution_graph` too.
+
+        Args:
+            address: the page's address, or the part of it from `#graph?` on.
+
+        Raises:
+            ArgumentError: no such address, or one of another circuit.
+        """
+        edits = read_edits(address, self)
+        nodes = self.nodes.assign(name=self.nodes.id.map(edits.names).fillna(self.nodes.name))
+        return replace(self, nodes=nodes, pinned=edits.pinned, supernodes=edits.supernodes)
+
     def to_frame(self) -> pd.DataFrame:
         """The nodes, most influential first."""
         return self.nodes.sort_values("influence", ascending=False, ignore_index=True)
@@ -294,8 +319,9 @@ def trace_circuit(
         probabilities={
             ids[number]: p for number, p in zip(found.nodes.targets, probabilities, strict=True) if p is not None
         },
+        predicted=predicted(frozen, targets[0]),
     )
-    return replace(circuit, shares=_ends(circuit))
+    return replace(circuit, shares=_ends(circuit), supernodes=_siblings(frozen, circuit))
 
 
 def _check_limits(max_nodes: int, node_threshold: float, edge_threshold: float, mlps: str, eigen_share: float) -> None:
@@ -479,6 +505,31 @@ def _ways_up(up: np.ndarray, edges: pd.DataFrame, hyper: pd.DataFrame) -> np.nda
     known = frame[frame.source < len(up)]
     known = known[up[known.source] == known.target]
     return known.sort_values("influence", ascending=False).drop_duplicates("source").place.to_numpy(copy=True)
+
+
+def _siblings(frozen: FrozenPass, circuit: Circuit) -> list[list[str]]:
+    """Groups of near-identical features, each with its label first."""
+    paths = Paths.of(circuit)
+    up = paths.strongest(paths.start, down=False)
+    groups = []
+    nodes = circuit.nodes.assign(up=up)
+    for (hook, *_), family in nodes[nodes.kind == "feature"].groupby(["hook", "position", "up"]):
+        family = family.sort_values("influence", ascending=False)
+        # A label may begin with the feature's number, and is the id where there is no name; "(silent)" is none.
+        names = [
+            "" if row.name == row.id.split("@")[0] else re.sub(r"^\d+ (\(silent\)$)?", "", row.name)
+            for row in family.itertuples()
+        ]
+        directions = torch.nn.functional.normalize(frozen.saes[str(hook)].view.decoder[family.feature.tolist()], dim=1)
+        same = (directions @ directions.T).cpu() >= ALIKE
+        left = list(range(len(family)))
+        while left:
+            first = left[0]
+            group = [n for n in left if n == first or same[first, n] or (names[n] and names[n] == names[first])]
+            left = [n for n in left if n not in group]
+            if len(group) > 1:
+                groups.append([f"{family.name.iloc[first]} ({len(group)} alike)", *family.id.iloc[group]])
+    return groups
 
 
 def _needed(cumulative: Float[Tensor, "n"], threshold: float) -> int:

@@ -58,8 +58,12 @@ class CircuitTables:
             a difference of logits, that of the first token.
         dtype: the type of the model's activations; empty if that is not known.
         fingerprints: the fingerprints of the model (`model`) and of the SAEs by hook that it was made from.
+        predicted: the probabilities of next tokens at the (first) target's position: of its own tokens, then of the
+            likeliest others.
         pinned, supernodes: the ids of the nodes that a reader pinned in a viewer, and those put together there, each
-            group with its label first (see `attribution_graphs`).
+            group with its label first (see `attribution_graphs`). A traced circuit has its near-identical siblings
+            together: features at one position, of the same name or nearly the same direction, that lead to the same
+            node.
     """
 
     model_name: str
@@ -76,6 +80,7 @@ class CircuitTables:
     probabilities: dict[str, float] = field(default_factory=dict)
     dtype: str = ""
     fingerprints: dict[str, str] = field(default_factory=dict, repr=False)
+    predicted: dict[str, float] = field(default_factory=dict)
     pinned: list[str] = field(default_factory=list)
     supernodes: list[list[str]] = field(default_factory=list)
 

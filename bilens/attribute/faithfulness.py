@@ -13,6 +13,7 @@ An edge is checked alone: its source is removed while all MLPs above are held at
 the other end came through the residual stream and attention.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -52,10 +53,12 @@ class Faithfulness(Tabular):
         target: its name.
         frame: one row per run: `attention` (frozen, real), `kept` (everything, nothing, circuit, all but circuit,
             or top n), `nodes` kept, `value`, and `recovered`, `(value - nothing) / (everything - nothing)`.
+        ablation: what stands in the place of what is removed: zero, or its mean.
     """
 
     target: str
     frame: pd.DataFrame = field(repr=False)
+    ablation: str = "zero"
 
     def to_frame(self) -> pd.DataFrame:
         return self.frame
@@ -64,6 +67,25 @@ class Faithfulness(Tabular):
         """What is recovered with that part kept."""
         rows = self.frame[(self.frame.kept == kept) & (self.frame.attention == attention)]
         return float(rows.recovered.iloc[0])
+
+    @property
+    def verdict(self) -> tuple[str, str, str]:
+        """One word for the circuit alone with frozen attention, its number, and a sentence.
+
+        It is faithful if it recovers 80 % to 120 % of the target, partial from 50 % on, else weak.
+        """
+        rows = self.frame[self.frame.kept == "circuit"].set_index("attention")
+        part = self.recovered()
+        if not math.isfinite(part):
+            return "unclear", "", "nothing kept gives the same value as everything kept, so no share is recovered."
+        word = "faithful" if 0.8 <= part <= 1.2 else "partial" if 0.5 <= part < 0.8 else "weak"
+        numbers = [f"{100 * rows.recovered[mode]:.0f} %" for mode in MODES]
+        return (
+            word,
+            numbers[0],
+            f"its {rows.nodes['frozen']} features and errors alone, all others at {self.ablation}, recover "
+            f"{numbers[0]} of the target with frozen attention and {numbers[1]} with real attention.",
+        )
 
     def plot(self) -> go.Figure:
         """Recovered value over the number of nodes kept."""
@@ -165,7 +187,7 @@ def check_circuit(
         kept = [-1, 0, n, -n, *counts]
         for name, count, value, part in zip(names, kept, values.tolist(), recovered.tolist(), strict=True):
             rows.append({"attention": mode, "kept": name, "nodes": count, "value": value, "recovered": part})
-    return Faithfulness(reads.names[0], pd.DataFrame(rows))
+    return Faithfulness(reads.names[0], pd.DataFrame(rows), "zero" if means is None else "their means")
 
 
 def feature_means(

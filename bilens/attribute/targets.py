@@ -201,6 +201,15 @@ def probability(frozen: FrozenPass, target: Target) -> float | None:
     return frozen.logits[_position(frozen, target.position)].double().softmax(-1)[token].item()
 
 
+def predicted(frozen: FrozenPass, target: Target, n: int = 4) -> dict[str, float]:
+    """The probabilities of next tokens at a target's position: its own tokens, and others down to the `n` likeliest."""
+    chances = frozen.logits[_position(frozen, target.position)].double().softmax(-1)
+    of = target.of if isinstance(target.of, tuple) else (target.of,)
+    own = [_token(frozen, token) for token in of] if target.hook == LOGITS else []  # type: ignore[arg-type]
+    tokens = dict.fromkeys([*own, *chances.topk(min(n, len(chances))).indices.tolist()])
+    return {_token_string(frozen, token): chances[token].item() for token in list(tokens)[: max(n, len(own))]}
+
+
 def feature_reads(frozen: FrozenPass, hook: str, positions: Int[Tensor, "t"], features: Int[Tensor, "t"]) -> Reads:
     """Features of one SAE, many at once."""
     sae, device = frozen.sae(hook), frozen.embed.device

@@ -133,7 +133,7 @@ def asset(name: str) -> str:
 @cache
 def graph_script() -> str:
     """What draws attribution graphs; it defines the global `BilensGraph`."""
-    return asset("graph_layout.js") + asset("graph.js")
+    return asset("graph_layout.js") + asset("graph_picture.js") + asset("graph.js")
 
 
 @cache

@@ -134,6 +134,11 @@ def captioned(content: Content, caption: str) -> Html:
     return Html(f"<figure>{fragment(content)}<figcaption>{escape(caption)}</figcaption></figure>")
 
 
+def anchor(title: str) -> str:
+    """The id of the first section of that title."""
+    return re.sub(r"\W+", "-", title.lower()).strip("-") or "section"
+
+
 class Page:
     """A page, built from top to bottom.
 
@@ -154,11 +159,10 @@ class Page:
 
     def section(self, title: str, *contents: Content, level: Literal[2, 3] = 2) -> "Page":
         """A heading that the table of contents lists, and what stands under it."""
-        slug = re.sub(r"\W+", "-", title.lower()).strip("-") or "section"
-        taken = {"main", *(anchor for _, anchor, _ in self._contents)}
-        anchor = next(name for n in range(1, len(taken) + 2) if (name := f"{slug}-{n}" if n > 1 else slug) not in taken)
-        self._contents.append((level, anchor, title))
-        self._body.append(f'<h{level} id="{anchor}"><a href="#{anchor}">{escape(title)}</a></h{level}>')
+        slug, taken = anchor(title), {"main", *(known for _, known, _ in self._contents)}
+        slug = next(name for n in range(1, len(taken) + 2) if (name := f"{slug}-{n}" if n > 1 else slug) not in taken)
+        self._contents.append((level, slug, title))
+        self._body.append(f'<h{level} id="{slug}"><a href="#{slug}">{escape(title)}</a></h{level}>')
         return self.add(*contents)
 
     def add(self, *contents: Content) -> "Page":

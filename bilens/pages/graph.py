@@ -5,8 +5,9 @@
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,11 +16,13 @@ import plotly.graph_objects as go
 
 from bilens.attribute.circuit import Circuit
 from bilens.attribute.faithfulness import EdgeCheck, Faithfulness
+from bilens.attribute.paths import Paths
 from bilens.attribute.tokens import TokenAttribution
 from bilens.decompose.feature import FeatureCircuit
 from bilens.draw.markup import ViewError, island, spaced, to_json, visible
-from bilens.draw.page import Content, Html, Page, View, captioned, columns, details, table
+from bilens.draw.page import Content, Html, Page, View, anchor, captioned, columns, details, table
 from bilens.draw.plots import line, scatter
+from bilens.model.hook_points import hook_of
 from bilens.pages.circuit import eigencircuits, emphasised
 from bilens.sae.features.examples import DescribedFeatures
 from bilens.sae.features.store import FeatureRecord, FeatureStore
@@ -28,6 +31,7 @@ Features: TypeAlias = Mapping[str, DescribedFeatures] | FeatureStore
 
 EXAMPLES_SHOWN = 6  # of a feature: with 400 features, a page of them stays under two megabytes
 EFFECTS_SHOWN = 8
+MOST_SHOWN = 200  # nodes of the graph at a time
 POINTS_SHOWN = 2000  # of predicted against measured edges
 GRAPH_HEIGHT = 900
 INPUTS = ("mlp-in", "resid-mid")
@@ -52,6 +56,8 @@ class GraphView(View):
         features: what its features fire on: a feature store, or what `describe_features` gives, by hook or SAE name
             (`2-mlp-in`, or its folder's name).
         wordpiece: true joins the tokens of examples as word pieces.
+        verdict: what interventions say of the circuit, in a word, a number and a sentence (`Faithfulness.verdict`).
+        dashboards: where to read more about features, by hook and feature (`blocks.2.ln2.hook_normalized/137`).
 
     Raises:
         ViewError: a number that is not finite.
@@ -60,6 +66,8 @@ class GraphView(View):
     circuit: Circuit
     features: Features | None = None
     wordpiece: bool = False
+    verdict: tuple[str, str, str] | None = None
+    dashboards: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         frames = {"nodes": self.circuit.nodes, "edges": self.circuit.edges, "hyper-edges": self.circuit.hyperedges}
@@ -73,6 +81,7 @@ class GraphView(View):
         circuit = self.circuit
         nodes = circuit.nodes
         index = {name: place for place, name in enumerate(nodes.id)}
+        paths = Paths.of(circuit)
         depths = [_depth(node) for node in nodes.itertuples()]
         used = sorted(set(depths))
         edges = [
@@ -95,7 +104,16 @@ class GraphView(View):
             "pairs": pairs,
             "heads": _heads(circuit, index),
             "features": self._dashboards(),
+            "dashboards": dict(self.dashboards),
             "facts": _facts(circuit),
+            "order": paths.choose(MOST_SHOWN),
+            "up": paths.strongest(paths.start, down=False).tolist(),
+            "predicted": [[visible(token), p] for token, p in circuit.predicted.items()],
+            "verdict": self.verdict,
+            "pinned": [index[name] for name in circuit.pinned if name in index],
+            "groups": [
+                [visible(label), *(index[name] for name in ids if name in index)] for label, *ids in circuit.supernodes
+            ],
         }
 
     def html(self) -> str:
@@ -125,6 +143,7 @@ def graph_page(
     edges: Sequence[EdgeCheck] = (),
     feature_circuits: Sequence[FeatureCircuit] = (),
     wordpiece: bool = False,
+    dashboards: str = "",
     title: str = "",
 ) -> Page:
     """A circuit's page: the graph, and under it whatever else is known of it.
@@ -134,9 +153,17 @@ def graph_page(
         tokens: the contribution of each token to the same target.
         faithfulness, edges: the circuit's checks by intervention.
         feature_circuits: circuits of features in the graph, whose eigencircuits are shown.
+        dashboards: where there is a dashboard for every feature, an address with `{sae}` (`2-mlp-in`) and `{feature}`
+            in it, such as `dashboards/{sae}/{feature}.html`.
         title: the page's title.
     """
-    page = GraphView(circuit, features, wordpiece).to_page(title)
+    verdict = None if faithfulness is None else faithfulness.verdict
+    addresses = _addresses(circuit, dashboards)
+    for found in feature_circuits:
+        addresses[f"{hook_of('mlp-out', found.attribution.layer)}/{found.attribution.feature}"] = (
+            f"#{anchor(_feature_title(found))}"
+        )
+    page = GraphView(circuit, features, wordpiece, verdict, addresses).to_page(title)
     page.section("How to read it", HOW_TO_READ)
     if tokens is not None:
         page.section("Tokens behind the target", *_token_views(tokens))
@@ -147,7 +174,7 @@ def graph_page(
         page.section("Eigencircuits of its features", EIGENCIRCUITS)
     for found in feature_circuits:
         page.section(
-            f"Feature {found.output_label}, layer {found.attribution.layer}",
+            _feature_title(found),
             Html(f'<p class="sentence">{emphasised(found.explanation.sentence)}</p>'),
             *eigencircuits(found, found.wordpiece),
             level=3,
@@ -159,12 +186,19 @@ HOW_TO_READ = (
     "Columns are the tokens of the text. Rows go up through the layers: token embeddings are at the bottom, then "
     "come the features of the SAEs on every MLP's input and output, and the target is on top. Attention moves "
     "things between columns; an edge says how much, and which head moves most of it. An MLP is bilinear: what it "
-    "adds is a sum over pairs of its input's features, so its edges join two features in a dot before they reach "
-    "the third. With “halved”, each member of a pair gets one half, its Shapley value.\n\n"
+    "adds along a feature's direction is a sum of squares. Each square is an eigencircuit, a node between the MLP's "
+    "input and output: features of the input are read into it linearly, and its square goes into the feature. It is "
+    "named by the features that it reads most. (A graph that was traced with pairs has dots in their place, in which "
+    "two features meet; with “halved”, each of the two gets one half.)\n\n"
     "A node's size is its influence: the share of the target that passes through it, by absolute contributions. An "
     "edge's width is its influence too, and its colour is the sign of its number. A feature's number is its "
     "activation. The parts that are listed when you open it add up to it, and what was pruned is summed as “other "
-    "…”. Attention patterns, norm scales and the set of active features are those of this forward pass."
+    "…”. Attention patterns, norm scales and the set of active features are those of this forward pass.\n\n"
+    "The slider says how many nodes are shown. They are chosen as paths: next comes the node at which most influence "
+    "arrives through those that are shown, with its strongest path down to a token. The bar on top says where the "
+    "target's influence ends if it is handed down through the shown nodes alone: in tokens, in biases, in what the "
+    "SAEs miss, or in a node that is not shown. A node with a number in it is a group: features that are nearly the "
+    "same and lead to the same node are put together from the start, and you can pin nodes and group them yourself."
 )
 EIGENCIRCUITS = (
     "The leading eigenvectors of a feature's interaction matrix, read from the weights, say what makes it fire on "
@@ -172,8 +206,22 @@ EIGENCIRCUITS = (
 )
 
 
+def _feature_title(found: FeatureCircuit) -> str:
+    return f"Feature {found.output_label}, layer {found.attribution.layer}"
+
+
+def _addresses(circuit: Circuit, template: str) -> dict[str, str]:
+    """The address of each feature's dashboard."""
+    features = circuit.nodes[circuit.nodes.kind == "feature"] if template else circuit.nodes[:0]
+    return {
+        _key(node): template.format(sae=f"{node.layer}-{node.point}", feature=node.feature)
+        for node in features.itertuples()
+    }
+
+
 def _title(circuit: Circuit) -> str:
-    return f"Why {circuit.target}?"
+    of = re.fullmatch(r"logit '(.*)' - '(.*)'", circuit.target, re.DOTALL)
+    return f"Why “{of[1]}” rather than “{of[2]}”?" if of else f"Why {circuit.target}?"
 
 
 def _subtitle(circuit: Circuit) -> str:
@@ -253,13 +301,11 @@ def _heads(circuit: Circuit, index: Mapping[str, int]) -> dict[str, list[tuple[s
 
 
 def _facts(circuit: Circuit) -> list[tuple[str, str]]:
-    ends = sorted(circuit.shares.items(), key=lambda item: -item[1])
     gap = f"{circuit.largest_relative_error:.1e}" + ("" if circuit.is_rounding else ", more than rounding")
     return [
         ("largest completeness error", gap if circuit.nodes.expanded.any() else "not checked"),
         ("nodes with any influence", f"{circuit.n_found:,}"),
         ("influence kept", f"{circuit.kept_share:.1%}"),
-        *((f"ends in {kind}", f"{share:.1%}") for kind, share in ends if share >= 0.0005),
     ]
 
 

@@ -23,19 +23,21 @@ function act() {
   const seen = { start: one(".panel h3").textContent, names: all(".node").map((n) => n.getAttribute("aria-label")) };
   const slider = one("input[type=range]"),
     search = one("input[type=search]");
-  seen.shares = [0.02, 0.3, 1].map((share) => {
-    input(slider, share);
-    return [one(".slider output").value, drawn().length, one(".status").textContent];
+  seen.headline = one(".headline").textContent;
+  seen.shares = [1, 5, slider.max].map((n) => {
+    input(slider, n);
+    const parts = all(".shares .part").map((part) => part.textContent);
+    return [one(".slider output").value, drawn().length, one(".status").textContent, parts];
   });
   const scroll = one(".scroll");
   scroll.style.maxWidth = "260px";
-  input(slider, 0.02);
   input(slider, 1);
+  input(slider, slider.max);
   const at = Number(one('[data-node="target"]').getAttribute("transform").match(/[\d.]+/)[0]);
   const room = scroll.clientWidth - one(".rows").offsetWidth;
   seen.narrow = [scroll.scrollWidth - scroll.clientWidth, at - scroll.scrollLeft, room];
   scroll.style.maxWidth = "";
-  input(slider, 1);
+  input(slider, slider.max);
   const find = (id) => all(".node").find((node) => node.dataset.node === id);
   seen.panels = {};
   for (const id of OPENED) {
@@ -89,6 +91,28 @@ function act() {
   seen.theme.push(document.documentElement.dataset.theme);
   one("input[type=checkbox]").click();
   seen.rest = drawn();
+  one("input[type=checkbox]").click();
+  seen.edits = [];
+  for (const id of OPENED) {
+    find(id).dispatchEvent(new MouseEvent("click", { bubbles: true }));
+    one(".panel .pin").click();
+    seen.edits.push([one(".panel .pin").textContent, all(".node.pinned").map((n) => n.dataset.node)]);
+  }
+  const name = one(".panel .tools input");
+  name.value = "<b>mine";
+  name.dispatchEvent(new Event("change"));
+  seen.renamed = [one(".panel h3").textContent, find(OPENED[1]).getAttribute("aria-label")];
+  const tool = (text) => all(".tool").find((button) => button.textContent.startsWith(text));
+  tool("group pinned").click();
+  const members = all(".panel ul .to").map((to) => to.dataset.to);
+  seen.grouped = [one(".panel h3").textContent, members, drawn().filter((id) => OPENED.includes(id)), weights()];
+  seen.hash = location.hash;
+  const told = BilensGraphPicture.toSvg({ width: 9, height: 9, paper: "#fff", items: [{ text: "<x>", x: 1, y: 2 }] });
+  seen.svg = new DOMParser().parseFromString(told, "image/svg+xml").querySelector("text").textContent;
+  tool("ungroup").click();
+  seen.ungrouped = drawn().filter((id) => OPENED.includes(id));
+  tool("undo").click();
+  seen.undone = [location.hash, find(OPENED[1]).getAttribute("aria-label")];
   dispatchEvent(new Event("beforeprint"));
   seen.printed = [all("svg[role=group] .feet text.token, svg[role=group] .feet text.turned").map((t) => t.textContent)];
   seen.printed.push(scroll.scrollLeft, all("details[open]").length, all("details:not([open])").length);

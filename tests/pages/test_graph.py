@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from bilens.attribute import Circuit, Target, attribute_tokens, check_circuit, check_edges, freeze
 from bilens.attribute.circuit import trace_circuit
+from bilens.attribute.paths import Paths
 from bilens.draw.markup import ViewError, visible
 from bilens.draw.page import details
 from bilens.errors import OutOfRangeError
@@ -47,7 +49,7 @@ def circuit(traced) -> Circuit:
     nodes = found.nodes.copy()
     nodes["token"] = [tokens[position] if position >= 0 else "" for position in nodes.position]
     nodes["name"] = [f"{ATTACK} {name}" for name in nodes.name]
-    return replace(found, tokens=tokens, nodes=nodes, target=ATTACK)
+    return replace(found, tokens=tokens, nodes=nodes, target=ATTACK, predicted={ATTACK: 0.5, "b": 0.06}, supernodes=[])
 
 
 def activations(d_sae: int) -> FeatureActivations:
@@ -236,15 +238,50 @@ def test_pairs_light_both_partners_and_fold_evenly(seen, circuit, opened):
     assert seen["folded"] == pytest.approx(expected, rel=1e-8)
 
 
-def test_the_slider_hides_what_is_small_and_says_how_much_is_kept(seen):
-    shares = [float(share.removesuffix(" %")) for share, _, _ in seen["shares"]]
-    shown = [n for _, n, _ in seen["shares"]]
-    assert shares == sorted(shares)
-    assert shown == sorted(shown)
-    assert shown[0] < shown[-1]
-    for share, n, status in seen["shares"]:
-        assert f"hold {share} of the influence" in status
-        assert f"; {n} of {len(seen['names'])} nodes are shown." in status
+def test_the_first_lines_say_what_matters(seen, circuit):
+    assert f"{ATTACK} " in seen["headline"]
+    assert re.search(r"For it: .*Against it: .*SAE errors [+−]?\d.*, pruned parts [+−]?\d", seen["headline"])
+    for token, chance in circuit.predicted.items():
+        assert f"{token} {100 * chance:.{1 if chance < 0.1 else 0}f} %" in seen["headline"]
+
+
+def test_nodes_are_pinned_renamed_and_grouped_in_the_address(seen, circuit, opened):
+    (first, pinned), (_, both) = seen["edits"]
+    assert (first, pinned, set(both)) == ("unpin", opened[:1], set(opened))
+    assert seen["renamed"][0] == "<b>mine"
+    assert seen["renamed"][1].startswith("<b>mine (")
+    heading, members, alone, weights = seen["grouped"]
+    assert (set(members), alone) == (set(opened), [])
+    edited = circuit.edited(f"file:///page.html{seen['hash']}")
+    assert edited.supernodes == [[heading, *opened]]
+    assert edited.nodes.set_index("id").name[opened[1]] == "<b>mine"
+    # What goes into the group is what goes into its members, but for what they give each other.
+    into = circuit.hyperedges[circuit.hyperedges.target.isin(opened) & ~circuit.hyperedges.i.isin(opened)]
+    into = pd.concat([into[~into.j.isin(opened)], circuit.edges[circuit.edges.target.isin(opened)]])
+    assert sum(weights) == pytest.approx(into.weight.sum())
+    assert set(seen["ungrouped"]) == set(opened)
+    assert "pins" not in seen["undone"][0]
+    assert not seen["undone"][1].startswith("<b>mine")
+    assert seen["svg"] == "<x>"
+
+
+def test_the_slider_says_what_it_shows(seen, circuit):
+    """Where the influence ends is what `Paths` says of the same nodes, and adds up to all of it."""
+    paths = Paths.of(circuit)
+    order = paths.choose(200)
+    inner = (~circuit.nodes.kind.isin(["target", "bias", "other"])).sum()
+    for (told, drawn, status, parts), n in zip(seen["shares"], (1, 5, len(order)), strict=True):
+        assert told == ("1 node" if n == 1 else f"{n} nodes")
+        assert drawn == n + 1
+        assert f"{n} of {inner} nodes are shown, paths best first" in status
+        shown = circuit.nodes.id.isin({"target", *circuit.nodes.id.iloc[order[:n]]}).to_numpy()
+        ends = paths.ends(shown)
+        values = {name: float(share) for name, share, _ in (part.rsplit(" ", 2) for part in parts)}
+        tokens = circuit.nodes.kind.eq("embedding") | circuit.nodes.id.eq("other tokens")
+        assert values.get("tokens", 0.0) == pytest.approx(100 * ends[tokens].sum(), abs=0.1)
+        assert sum(values.values()) == pytest.approx(100, abs=0.3)
+        hidden = next(part for part in parts if part.startswith("not shown ")).removeprefix("not shown ")
+        assert f"{hidden} leads to nodes that are not shown" in status
 
 
 def test_the_target_stays_in_view_where_the_graph_gets_wider(seen):

@@ -5,7 +5,7 @@
 // `target`, all by index, and its numbers.
 const BilensGraphLayout = (() => {
   "use strict";
-  const LABELS = 60, LABEL_LENGTH = 22;
+  const LABELS = 60, LABEL_LENGTH = 28, MOST_AIR = 78, LINE = 6;
   const sum = (items, of) => items.reduce((total, item) => total + of(item), 0);
   const short = (text) => (text.length > LABEL_LENGTH ? `${text.slice(0, LABEL_LENGTH - 1)}…` : text);
   const isRest = (node) => node.kind === "bias" || node.kind === "other";
@@ -38,6 +38,50 @@ const BilensGraphLayout = (() => {
     return strongestFirst([...links.values()]);
   };
 
+  // The same links with some ends taken together: `to` gives each node's stand-in; what would lead to itself is left out.
+  const together = (links, to) => {
+    const found = new Map();
+    for (const link of links) {
+      const sources = link.sources.map(to).sort((a, b) => a - b), target = to(link.target);
+      if (sources.includes(target)) continue;
+      const key = `${sources} ${target}`, known = found.get(key);
+      if (!known) found.set(key, { ...link, sources, target });
+      else {
+        if (Math.abs(link.viaWeight || 0) > Math.abs(known.viaWeight || 0))
+          Object.assign(known, { via: link.via, viaWeight: link.viaWeight });
+        known.weight += link.weight;
+        known.influence += link.influence;
+      }
+    }
+    return strongestFirst([...found.values()]);
+  };
+
+  // --- shares ---
+
+  // Where the influence of the targets ends if it is handed on through `shown` nodes alone; all of it together is theirs.
+  // `links` have one source each.
+  function ends(nodes, links, shown) {
+    const into = new Float64Array(nodes.length);
+    for (const { target, influence } of links) into[target] += influence;
+    let last = nodes.map((node) => (node.kind === "target" ? node.influence : 0));
+    const arrived = [...last];
+    for (let step = 0; step < nodes.length && last.some((share) => share > 1e-15); step++) {
+      const next = new Array(nodes.length).fill(0);
+      for (const { sources, target, influence } of links)
+        if (shown(target) && last[target]) next[sources[0]] += (influence / into[target]) * last[target];
+      next.forEach((share, index) => { arrived[index] += share; });
+      last = next;
+    }
+    const sums = { tokens: 0, biases: 0, errors: 0, whole: 0, hidden: 0 };
+    nodes.forEach(({ kind, id }, index) => {
+      if (shown(index) && into[index]) return;
+      const what = kind === "other" ? { "other tokens": "embedding", "other errors": "error" }[id] || "hidden" : kind;
+      const leaf = { embedding: "tokens", bias: "biases", error: "errors", mlp: "whole" }[what];
+      sums[leaf || (shown(index) ? "whole" : "hidden")] += arrived[index];
+    });
+    return sums;
+  }
+
   // --- nodes ---
 
   // The nodes shown, by column and row; in a cell the most influential first, errors last.
@@ -55,38 +99,44 @@ const BilensGraphLayout = (() => {
     return [...columns.values()];
   }
 
-  // Blocks of nodes shrink, and tokens are turned, before the graph gets wider than its place.
+  // Few nodes stand in a line, with room for their names. Tokens are turned, and blocks of nodes shrink, before the graph
+  // gets wider than its place.
   function setColumns(columns, width) {
     for (const column of columns) {
-      column.across = Math.ceil(Math.sqrt(1.8 * Math.max(1, ...[...column.cells.values()].map((cell) => cell.length))));
+      const most = Math.max(0, ...[...column.cells.values()].map((cell) => cell.length));
+      column.across = most <= LINE ? most : Math.ceil(Math.sqrt(1.8 * most));
       column.letters = 6.5 * short(column.token).length + 8;
     }
     const natural = (column, step, turned) => Math.max(column.across * step + 10, turned ? 20 : column.letters);
     const total = (step, turned) => sum(columns, (column) => natural(column, step, turned));
-    const ways = [[22, false], [19, false], [17, false], [22, true], [19, true], [16, true], [14, true]];
+    const ways = [[110, false], [84, false], [110, true], [84, true], [64, true], [48, true], [34, false], [34, true],
+      [22, false], [22, true], [19, true], [16, true], [14, true]];
     const [step, turned] = ways.find((way) => total(...way) <= width) || ways[ways.length - 1];
     // What is left of the width goes where the nodes are.
-    const spare = Math.max(0, width - total(step, turned)) / sum(columns, (column) => column.across ** 2);
+    const spare = Math.max(0, width - total(step, turned)) / (sum(columns, (column) => column.across ** 2) || 1);
     let x = 0;
     for (const column of columns) {
       column.left = x;
       x += natural(column, step, turned) + spare * column.across ** 2;
       column.right = x;
-      column.step = Math.min(34, Math.max(step, (column.right - column.left - 12) / column.across));
+      column.step = Math.min(130, Math.max(step, (column.right - column.left - 12) / column.across));
     }
-    return { step, turned, width: Math.max(width, x) };
+    return { step: Math.min(step, 26), turned, width: Math.max(width, x) };
   }
 
-  // Rows from the bottom up. Pairs meet between the rows of an MLP's input and output, which are further apart.
-  function setBands(columns, rows, step, foot, height) {
+  // Rows from the bottom up, without those that are empty. Pairs meet between the rows of an MLP's input and output,
+  // which are further apart.
+  function setBands(columns, rows, step, foot, height, pairs) {
     const lines = rows.map((_, row) =>
-      Math.max(1, ...columns.map((column) => Math.ceil((column.cells.get(row) || []).length / column.across))));
-    const airs = rows.map((name) => (name.endsWith(" in") ? 2.2 : 1));
+      Math.max(0, ...columns.map((column) => Math.ceil((column.cells.get(row) || []).length / (column.across || 1)))));
+    const airs = rows.map((name, row) => (!lines[row] ? 0 : pairs && name.endsWith(" in") ? 2.2 : 1));
     const gaps = sum(airs, (air) => air) + 0.5, blocks = sum(lines, (n) => n * step) + foot;
-    const air = Math.max(20, (height - blocks) / gaps);
+    const air = Math.min(MOST_AIR, Math.max(20, (height - blocks) / gaps));
     let y = blocks + air * gaps - foot;
     const bands = lines.map((n, row) => {
-      const bottom = y, under = (air * (row ? airs[row - 1] : 1)) / 2, over = (air * airs[row]) / 2;
+      if (!n) return { top: y, bottom: y, middle: y };
+      const below = airs.slice(0, row).filter((own) => own).pop() || 1;
+      const bottom = y, under = (air * below) / 2, over = (air * airs[row]) / 2;
       y -= n * step + under + over;
       return { top: y, bottom, middle: bottom - under - (n * step) / 2 };
     });
@@ -94,11 +144,11 @@ const BilensGraphLayout = (() => {
   }
 
   // Every placed node's spot, and the columns, bands and size of the whole.
-  function layout(nodes, tokens, rows, wantedWidth, wantedHeight) {
+  function layout(nodes, tokens, rows, wantedWidth, wantedHeight, pairs) {
     const columns = cellsOf(nodes, tokens);
     const { step, turned, width } = setColumns(columns, wantedWidth);
     const foot = turned ? 20 + Math.max(...columns.map((column) => column.letters)) : 44;
-    const { bands, height } = setBands(columns, rows, step, foot, wantedHeight);
+    const { bands, height } = setBands(columns, rows, step, foot, wantedHeight, pairs);
     const largest = Math.max(1e-12, ...nodes.map((n) => (n.kind === "target" || isRest(n) ? 0 : n.influence)));
     const radius = (node) => {
       if (node.kind === "target") return 9;
@@ -191,5 +241,5 @@ const BilensGraphLayout = (() => {
     return best;
   }
 
-  return { asPairs, curves, folded, isRest, layout, linkAt, nameSpots, neighbour, samples, short, sum };
+  return { asPairs, curves, ends, folded, isRest, layout, linkAt, nameSpots, neighbour, samples, short, sum, together };
 })();
