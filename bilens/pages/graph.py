@@ -160,9 +160,8 @@ def graph_page(
     verdict = None if faithfulness is None else faithfulness.verdict
     addresses = _addresses(circuit, dashboards)
     for found in feature_circuits:
-        addresses[f"{hook_of('mlp-out', found.attribution.layer)}/{found.attribution.feature}"] = (
-            f"#{anchor(_feature_title(found))}"
-        )
+        key = f"{hook_of('mlp-out', found.attribution.layer)}/{found.attribution.feature}"
+        addresses[key] = f"#{anchor(_feature_title(found))}"
     page = GraphView(circuit, features, wordpiece, verdict, addresses).to_page(title)
     page.section("How to read it", HOW_TO_READ)
     if tokens is not None:
