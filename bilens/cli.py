@@ -126,7 +126,9 @@ def demo(out: Page = Path("bilens_demo.html")) -> None:
     """Show circuits of the bundled language model on one page."""
     from bilens.pages.report import demo as write
 
-    _tell(write(out, say=typer.echo), out)
+    found = write(say=typer.echo)
+    found.save(out)
+    _tell(found, out)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -155,7 +157,7 @@ def report(
     from bilens.train.data import load_texts
 
     texts = None if examples is None else load_texts(examples)
-    circuits = write(
+    found = write(
         model,
         layer=layer,
         text=text,
@@ -166,10 +168,10 @@ def report(
         k=k,
         examples=texts,
         sweep=sweep,
-        out=out,
         say=typer.echo,
     )
-    _tell(circuits, out)
+    found.save(out)
+    _tell(found, out)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -217,7 +219,7 @@ def trace(
         out=out,
         say=typer.echo,
     )
-    _tell([circuit], out)
+    _tell(circuit, out)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -239,7 +241,7 @@ def gallery(
     found = write(
         model, layers=layer, n=n, saes=saes, expansion=expansion, k=k, examples=texts, out=out, say=typer.echo
     )
-    _tell([found], out)
+    _tell(found, out)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -691,9 +693,8 @@ def reproduce(
         typer.echo(f"{made}\n{made.save(out)} written\n")
 
 
-def _tell(circuits: list, out: Path) -> None:
-    for circuit in circuits:
-        typer.echo(f"\n{circuit}")
+def _tell(found: object, out: Path) -> None:
+    typer.echo(f"\n{found}")
     typer.echo(f"\n{out.resolve()} written ({out.stat().st_size / 1e6:.1f} MB): open it in a browser.")
 
 

@@ -70,7 +70,7 @@ from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.examples import names_from_texts
 from bilens.sae.features.names import FeatureNames
-from bilens.sae.loading import HUB_OPTIONS, load_saes, sae_source
+from bilens.sae.loading import HUB_OPTIONS, load_saes, sae_source, saes_on_layer
 from bilens.sae.passes import SAEPass
 from bilens.sae.texts import example_texts, text_starts
 from bilens.sae.view import SAEView
@@ -138,7 +138,7 @@ class Decomposer:
         source: str | os.PathLike[str] | HookedBilinearTransformer | None = None,
         layer: SupportsIndex = 0,
         *,
-        saes: str | os.PathLike[str] | None = None,
+        saes: str | os.PathLike[str] | Sequence[SAE[Any] | str | os.PathLike[str]] | None = None,
         expansion: int | None = None,
         k: int | None = None,
         tag: str | None = None,
@@ -147,13 +147,14 @@ class Decomposer:
     ) -> "Decomposer":
         """A model, the SAEs on one MLP's input and output, and names of their features, from where they are published.
 
-        Features are named after the tokens they fire on. The texts run when a name is first asked for: by a table, a
-        plot or a page, not by numbers.
+        Features have the names that are kept beside the SAEs (`names.json`), or else are named after what they fire on;
+        then the texts run when a name is first asked for: by a table, a plot or a page, not by numbers.
 
         Args:
             source: a bundled name, a folder or a hub id, as for `bilens.load_model`; or a model.
             layer: the layer of the MLP; a negative one counts from the end.
             saes: the source of the SAEs for `bilens.load_saes`; `None` is the bundled model's, or `<source>-scope`.
+                Or a list of SAEs, or of folders of one SAE each, of which those on this layer's MLP are taken.
             expansion, k, tag: the SAEs to take, if the source holds several.
             texts: texts to see what features fire on; `None` takes those that come with a bundled model, or has the
                 model write some.
@@ -169,9 +170,12 @@ class Decomposer:
         check_bilinear(model)  # no SAEs would help
         layer = check_index(layer, model.cfg.n_layers, OUTSIDE, negative=True)
         place = sae_source(model.cfg.model_name) if saes is None else saes
-        hub = {name: value for name, value in options.items() if name in HUB_OPTIONS and name != "revision"}
-        points = ("mlp-in", "mlp-out")
-        pair = load_saes(place, points, [layer], expansion, k, tag, device=model.cfg.device, **hub)
+        if isinstance(place, str | os.PathLike):
+            hub = {name: value for name, value in options.items() if name in HUB_OPTIONS and name != "revision"}
+            points = ("mlp-in", "mlp-out")
+            pair = load_saes(place, points, [layer], expansion, k, tag, device=model.cfg.device, **hub)
+        else:
+            pair = list(saes_on_layer(place, layer, device=model.cfg.device))
         names = names_from_texts(model, pair, texts) if model.tokenizer is not None else (None, None)
         return cls(model, layer, *pair, input_names=names[0], output_names=names[1])
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from bilens.decompose import Decomposer
 from bilens.decompose.feature import N_CIRCUITS, FeatureCircuit, feature_circuit, rank_features
 from bilens.decompose.gallery import MotifGallery, motif_gallery
 from bilens.decompose.sweep import Sweep
+from bilens.draw.page import Page
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import check_bilinear
 from bilens.layer.eigen.solve import LeadingEigenpairs
@@ -45,16 +46,15 @@ from bilens.model.files import DEFAULT_MODEL, PRETRAINED
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.pages.circuit import circuit_page
-from bilens.sae.features.examples import FeatureActivations, feature_activations
+from bilens.sae.features.examples import DescribedFeatures, FeatureActivations
 from bilens.sae.features.kept import describe_features
-from bilens.sae.loading import list_saes, load_sae, sae_source
+from bilens.sae.loading import layers_of, list_saes, load_sae, sae_source
 from bilens.sae.texts import example_texts
 from bilens.sae.train.evaluation import SAEScores, evaluate_saes
 from bilens.train.data import TokenizedTexts
 from bilens.train.language_model import validate
 
 DEMO_FILE = "demo.json"
-POINTS = ("mlp-in", "mlp-out")
 N_EIGENCIRCUITS = 3  # features of a traced circuit whose eigencircuits are shown
 N_CANDIDATES = 24  # features of a text that are explained before the best are chosen
 DENSE = 0.1  # of the tokens: a feature that fires on more of them tells little
@@ -78,17 +78,35 @@ class LabelledLayer:
     """A decomposer whose features have names, and what they fire on."""
 
     decomposer: Decomposer
-    inputs: FeatureActivations
-    outputs: FeatureActivations
+    inputs: DescribedFeatures
+    outputs: DescribedFeatures
+
+    def activations(self) -> tuple[FeatureActivations, FeatureActivations]:
+        """The same of inputs and outputs, token by token.
+
+        Raises:
+            ArgumentError: the layer was labelled without texts.
+        """
+        if not isinstance(self.inputs, FeatureActivations) or not isinstance(self.outputs, FeatureActivations):
+            raise ArgumentError(
+                "this needs to know every token on which features fire: label_layers(decomposers, texts)."
+            )
+        return self.inputs, self.outputs
 
 
-def label_layers(decomposers: Sequence[Decomposer], texts: Sequence[str]) -> dict[int, LabelledLayer]:
-    """Decomposers of several layers, with both SAEs, whose features are named by one run over the texts."""
-    flat = [sae for d in decomposers for sae in saes_of(d)]
-    activations = feature_activations(decomposers[0].model, flat, texts)
+def label_layers(decomposers: Sequence[Decomposer], texts: Sequence[str] | None = None) -> dict[int, LabelledLayer]:
+    """Decomposers of several layers, with both SAEs, whose features have names.
+
+    Args:
+        decomposers: one for each layer.
+        texts: texts to see what features fire on, token by token (`FeatureActivations`), by one run; `None` takes what
+            is kept beside the SAEs, where there is that.
+    """
+    model, flat = decomposers[0].model, [sae for d in decomposers for sae in saes_of(d)]
+    described = describe_features(model, flat, texts)
     layers = {}
     for place, d in enumerate(decomposers):
-        inputs, outputs = activations[2 * place : 2 * place + 2]
+        inputs, outputs = described[2 * place : 2 * place + 2]
         names = {"input_names": inputs.labels(), "output_names": outputs.labels()}
         layers[d.layer] = LabelledLayer(Decomposer(d.model, d.layer, *saes_of(d), **names), inputs, outputs)  # type: ignore[arg-type]
     return layers
@@ -109,16 +127,16 @@ def interesting_circuits(
     """Circuits of the features asked for, or of the `n` most interesting ones.
 
     Args:
-        labelled: the layer's decomposer with names and examples.
+        labelled: the layer's decomposer with names and examples; without a text, made by texts.
         text: `None` shows each feature on its strongest example.
         features: `None` takes the best of `well_explained` where there is a text, of `rank_features` otherwise.
         n: the number of features to take if none are given.
         swept: the leading eigenpairs of all output features, if they are known.
     """
-    decomposer, outputs = labelled.decomposer, labelled.outputs
+    decomposer = labelled.decomposer
     if features is None:
         if text is None:
-            features = rank_features(decomposer, outputs, swept=swept).features[:n].tolist()
+            features = rank_features(decomposer, labelled.activations()[1], swept=swept).features[:n].tolist()
         else:
             features = well_explained(labelled, text, n)
         if not features:
@@ -158,8 +176,7 @@ def well_explained(labelled: LabelledLayer, text: str, n: int) -> list[int]:
         tokens, names_filter=d.out_hook, stop_at_layer=d.layer + 1, return_cache_object=False
     )
     strongest, places = d.output_view.activations(cache[d.out_hook][0, d.model.n_bos :]).cpu().max(0)
-    usual = torch.zeros(outputs.d_sae).scatter_reduce(0, outputs.features, outputs.values, "amax")
-    strength = (strongest / usual.clamp_min(1e-6)).clamp(0, 1) * (outputs.density() <= DENSE)
+    strength = (strongest / outputs.maxima().clamp_min(1e-6)).clamp(0, 1) * (outputs.density() <= DENSE)
     candidates = [f for f in strength.argsort(descending=True)[:N_CANDIDATES].tolist() if strongest[f] > 0]
     scores = {}
     for feature in candidates:
@@ -185,7 +202,7 @@ def strongest_example(labelled: LabelledLayer, feature: int) -> tuple[torch.Tens
     Raises:
         OutOfRangeError: the feature fires nowhere in the example texts.
     """
-    outputs = labelled.outputs
+    _, outputs = labelled.activations()
     at = outputs.entries(feature)
     if at.start == at.stop:
         raise OutOfRangeError(f"output feature {feature} fires nowhere in the example texts; give a text.")
@@ -195,6 +212,35 @@ def strongest_example(labelled: LabelledLayer, feature: int) -> tuple[torch.Tens
     return outputs.tokens[row, : min(last, position + CONTEXT_AFTER) + 1], position
 
 
+@dataclass(frozen=True)
+class Report:
+    """Circuits of some features, as one page: a notebook shows it, `.save(path)` writes it as one HTML file.
+
+    Attributes:
+        circuits: one for each feature.
+        title, subtitle: of the page.
+        how: how the features were chosen; empty where they were asked for.
+    """
+
+    circuits: Sequence[FeatureCircuit] = field(repr=False)
+    title: str
+    subtitle: str
+    how: str = field(default="", repr=False)
+
+    def to_page(self) -> Page:
+        return circuit_page(self.circuits, self.title, self.subtitle, self.how)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page, whole or not at all, and return where."""
+        return self.to_page().save(path)
+
+    def _repr_html_(self) -> str:
+        return self.to_page()._repr_html_()
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(circuit) for circuit in self.circuits)
+
+
 def report(
     source: str | os.PathLike[str] | HookedBilinearTransformer | None = None,
     *,
@@ -202,64 +248,64 @@ def report(
     text: str | None = None,
     features: Sequence[int] | None = None,
     n: int = 3,
-    saes: str | os.PathLike[str] | None = None,
+    saes: str | os.PathLike[str] | Sequence[SAE[Any] | str | os.PathLike[str]] | None = None,
     expansion: int | None = None,
     k: int | None = None,
     examples: Sequence[str] | None = None,
     sweep: str | os.PathLike[str] | None = None,
-    out: str | os.PathLike[str] = "bilens_report.html",
     say: Callable[[str], None] = lambda line: None,
-) -> list[FeatureCircuit]:
-    """Write a report on a model's circuits: one self-contained HTML file.
+) -> Report:
+    """Explain features of one MLP, on a text or each on its strongest example.
+
+        bilens.report(model, saes=[input_sae, output_sae], text="Lily did not know").save("report.html")
 
     Args:
         source: a model, or the source of one for `load_model`.
-        layer: the layer of the MLP; `None` takes the middle one.
+        layer: the layer of the MLP; `None` takes the middle one, or the middle one of those that a list of SAEs is on.
         text: the text to explain; `None` shows each feature on its strongest example.
         features: output features; `None` takes the `n` most interesting ones.
         n: the number of interesting features.
         saes: the source of the SAEs for `load_sae`; `None` is the bundled model's, or `<source>-scope` for a hub id.
+            Or a list of SAEs, or of folders of one SAE each, on the input and the output of the MLP.
         expansion, k: features per dimension and active features per token of the SAEs, if the source holds several.
-        examples: texts to see what features fire on; `None` takes the model's own (see `example_texts`).
+        examples: texts to see what features fire on; `None` takes what is kept beside the SAEs (`bilens names`) where
+            that is enough, or else runs the model's own (see `example_texts`).
         sweep: the folder that `bilens sweep` wrote for this model, to find interesting features from.
-        out: the HTML file, which is checked before anything is computed.
         say: a function that is told what is going on.
 
-    Returns:
-        The circuits on the page.
+    Raises:
+        SAEMismatchError: a list of SAEs without one for each side of the MLP.
+        others: the same as for `Decomposer.from_pretrained` and `interesting_circuits`.
     """
     check_sizes(n=n)
-    out = destination(out, PAGE)
     model = source if isinstance(source, HookedBilinearTransformer) else load_model(source)
-    layer = (model.cfg.n_layers - 1) // 2 if layer is None else layer
-    say(f"model {model.cfg.model_name}, layer {layer}")
     check_bilinear(model)  # no SAEs would help
+    if layer is None:
+        listed = saes is not None and not isinstance(saes, str | os.PathLike)
+        layers = (layers_of(saes) if listed else []) or range(model.cfg.n_layers)  # type: ignore[arg-type]
+        layer = layers[(len(layers) - 1) // 2]
     decomposer = Decomposer.from_pretrained(model, layer, saes=saes, expansion=expansion, k=k)
-    texts = list(examples) if examples is not None else example_texts(model)
-    say(f"running {len(texts)} example texts")
+    say(f"model {model.cfg.model_name}, layer {decomposer.layer}")
+    texts = example_texts(model) if examples is None and text is None else examples
+    say("looking up what features fire on" if texts is None else f"running {len(texts)} example texts")
     labelled = label_layers([decomposer], texts)[decomposer.layer]
     say("looking for circuits" if features is None else f"features {list(features)}")
     swept = None if sweep is None else Sweep.load(sweep).of(labelled.decomposer).eigen
     circuits = interesting_circuits(labelled, text, features, n, swept)
-    subtitle = f"Layer {layer} of {model.cfg.model_name}" + (f", on “{text}”" if text else "")
+    subtitle = f"Layer {decomposer.layer} of {model.cfg.model_name}" + (f", on “{text}”" if text else "")
     how = "" if features is not None else HOW_RANKED if text is None else HOW_CHOSEN
     if how:
         say(how)
-    circuit_page(circuits, "Circuits read from the weights", subtitle, how).save(out)
-    return circuits
+    return Report(circuits, "Circuits read from the weights", subtitle, how)
 
 
-def demo(
-    out: str | os.PathLike[str] = "bilens_demo.html", say: Callable[[str], None] = lambda line: None
-) -> list[FeatureCircuit]:
+def demo(say: Callable[[str], None] = lambda line: None) -> Report:
     """The report on the bundled model: the features its authors picked, on the texts they picked."""
-    out = destination(out, PAGE)
     model = load_model()
     picks = json.loads((PRETRAINED / DEFAULT_MODEL / DEMO_FILE).read_text())
-    texts = example_texts(model)
-    say(f"model {model.cfg.model_name}: {len(picks)} features; running {len(texts)} example stories")
+    say(f"model {model.cfg.model_name}: {len(picks)} features")
     needed = sorted({pick["layer"] for pick in picks})
-    layers = label_layers([Decomposer.from_pretrained(model, layer) for layer in needed], texts)
+    layers = label_layers([Decomposer.from_pretrained(model, layer) for layer in needed])
     circuits = []
     for pick in picks:
         labelled = layers[pick["layer"]]
@@ -268,8 +314,7 @@ def demo(
     subtitle = (
         f"Three features of {model.cfg.model_name}, a 6.3 M parameter bilinear transformer trained on TinyStories"
     )
-    circuit_page(circuits, "Circuits read from the weights", subtitle).save(out)
-    return circuits
+    return Report(circuits, "Circuits read from the weights", subtitle)
 
 
 def trace(
@@ -324,9 +369,9 @@ def trace(
     aim = _target(frozen, target, minus, feature, position)
     read_targets(frozen, aim)  # what cannot be explained is refused before the long work
     say("looking up what features fire on")
-    described = describe_features(model, [sae for d in decomposers for sae in saes_of(d)], examples)
-    places = [f"{d.layer}-{point}" for d in decomposers for point in POINTS]
-    features = dict(zip(places, described, strict=True))
+    layers = label_layers(decomposers, examples)
+    features = {f"{layer}-mlp-in": found.inputs for layer, found in layers.items()}
+    features |= {f"{layer}-mlp-out": found.outputs for layer, found in layers.items()}
     names = {name: found.labels() for name, found in features.items()}
     say("tracing")
     circuit = trace_circuit(frozen, aim, max_nodes=max_nodes, names=names)
@@ -334,13 +379,17 @@ def trace(
         say("checking by intervention")
     nodes = circuit.to_frame()
     top = nodes[(nodes.kind == "feature") & (nodes.point == "mlp-out")].drop_duplicates(["layer", "feature"])
-    shown = []
-    for node in top.head(N_EIGENCIRCUITS).itertuples():
-        inputs, outputs = (features[f"{node.layer}-{point}"] for point in POINTS)
-        labels = {"input_names": inputs.labels(), "output_names": outputs.labels()}
-        d = Decomposer(model, node.layer, *saes_of(decomposers[node.layer]), **labels)  # type: ignore[arg-type]
-        at = (text, int(node.feature), int(node.position))
-        shown.append(feature_circuit(d, *at, inputs=inputs, outputs=outputs))
+    shown = [
+        feature_circuit(
+            layers[node.layer].decomposer,
+            text,
+            int(node.feature),
+            int(node.position),
+            inputs=layers[node.layer].inputs,
+            outputs=layers[node.layer].outputs,
+        )
+        for node in top.head(N_EIGENCIRCUITS).itertuples()
+    ]
     circuit.to_page(
         features=features,
         tokens=attribute_tokens(frozen, aim),
@@ -388,7 +437,10 @@ def gallery(
     say(f"model {model.cfg.model_name}, layers {numbers}: running {len(texts)} texts")
     labelled = label_layers(decomposers, texts).values()
     found = motif_gallery(
-        [one.decomposer for one in labelled], [one.inputs for one in labelled], [one.outputs for one in labelled], n
+        [one.decomposer for one in labelled],
+        [one.activations()[0] for one in labelled],
+        [one.activations()[1] for one in labelled],
+        n,
     )
     subtitle = f"Pairs of features in {model.cfg.model_name} that do together what neither does alone"
     found.to_page(subtitle=subtitle).save(out)

@@ -141,7 +141,7 @@ def list_saes(
     """
     found = _entries(source, "*", HubOptions(revision, token, cache_dir, local_files_only))
     if not found:
-        warnings.warn(f"{str(source)!r} holds no SAE folder: {EXPECTED}.", stacklevel=2)
+        warnings.warn(f"{str(source)!r} holds no SAE folder: {EXPECTED}.{_why_empty(source)}", stacklevel=2)
     return SAEList(found)
 
 
@@ -230,6 +230,48 @@ def load_saes(
     return [load_sae(source, point, layer, expansion, k, tag, **options) for layer in layers for point in points]
 
 
+def saes_on_layer(
+    given: Sequence[SAE[Any] | str | os.PathLike[str]], layer: int, **options: Any
+) -> tuple[SAE[Any], SAE[Any]]:
+    """Of some SAEs, the one on the input of a layer's MLP and the one on its output.
+
+    Args:
+        given: SAEs, or folders of one SAE each.
+        layer: the layer.
+        options: the keyword arguments of `load_sae_folder`.
+
+    Raises:
+        ArgumentError: no list of SAEs or folders.
+        SAEMismatchError: an SAE that names no hook, none on the layer's input or output, or several.
+        others: the same as for `load_sae_folder`.
+    """
+    there = _by_hook(given, **options)
+    points = (("mlp-in", "resid-mid"), ("mlp-out",))
+    found = []
+    for which, names in zip(("input", "output"), points, strict=True):
+        fitting = [(hook, sae) for hook, sae in there if hook in [hook_of(name, layer) for name in names]]
+        if len(fitting) != 1:
+            has = "no SAE" if not fitting else f"{len(fitting)} SAEs"
+            raise SAEMismatchError(
+                f"saes holds {has} on the {which} of layer {layer}'s MLP ({hook_of(names[0], layer)}), expected one; "
+                f"the SAEs are on {', '.join(hook for hook, _ in there) or 'nothing'}."
+            )
+        found.append(fitting[0][1])
+    return found[0], found[1]
+
+
+def layers_of(given: Sequence[SAE[Any] | str | os.PathLike[str]], **options: Any) -> list[int]:
+    """The layers that have SAEs on both sides of their MLP; arguments and errors are those of `saes_on_layer`."""
+    hooks = {hook for hook, _ in _by_hook(given, **options)}
+    layers = {int(match[1]) for hook in hooks if (match := re.match(r"blocks\.(\d+)\.", hook))}
+    inputs = ("mlp-in", "resid-mid")
+    return [
+        layer
+        for layer in sorted(layers)
+        if hook_of("mlp-out", layer) in hooks and any(hook_of(point, layer) in hooks for point in inputs)
+    ]
+
+
 def sae_source(model_name: str) -> str:
     """Where a model's SAEs are by convention: with a bundled model, or in `<model>-scope` on the hub or beside it.
 
@@ -260,7 +302,7 @@ def load_sae_folder(
     folder = to_path(folder, "folder")
     entry = _read_entry(folder)
     if entry is None:
-        raise ModelNotFoundError(f"{folder} is no SAE folder: {EXPECTED}.")
+        raise ModelNotFoundError(f"{folder} is no SAE folder: {EXPECTED}.{_without_hook(folder)}")
     config, weights = FORMATS[entry.format]
     if not (folder / weights).exists():
         raise CheckpointError(f"{folder} has {config} but no {weights}; it holds {holds(folder)}.")
@@ -420,6 +462,7 @@ def _select(
     if not there:
         raise ModelNotFoundError(
             f"{str(source)!r} holds no SAE folder: {EXPECTED}. The authors' SAEs of a model are in <model>-scope."
+            + _why_empty(source)
         )
     raise ModelNotFoundError(
         f"{str(source)!r} holds no SAE {asked!r}; {'of that point and layer ' if here else ''}it holds "
@@ -427,8 +470,47 @@ def _select(
     )
 
 
+def _by_hook(given: Sequence[Any], **options: Any) -> list[tuple[str, SAE[Any]]]:
+    """SAEs, or folders of SAEs, with the hooks that they read."""
+    if not isinstance(given, Sequence):
+        raise ArgumentError(f"saes is {given!r:.80}, expected a source of SAEs, or a list of SAEs or of their folders.")
+    found = []
+    for place, one in enumerate(given):
+        if not isinstance(one, SAE | str | os.PathLike):
+            raise ArgumentError(f"saes[{place}] is {one!r:.80}, expected an SAE or the folder of one.")
+        sae = one if isinstance(one, SAE) else load_sae_folder(one, **options)
+        hook = sae.cfg.metadata.hook_name
+        if hook is None:
+            raise SAEMismatchError(
+                f"saes[{place}] does not say which hook it reads: set its cfg.metadata.hook_name, such as "
+                f"{hook_of('mlp-out', 1)!r}."
+            )
+        found.append((hook, sae))
+    return found
+
+
+def _without_hook(folder: Path) -> str:
+    """Why a folder with the files of an SAE is none that could be used; "" where it has no such files."""
+    if not (folder / SAE_CFG_FILENAME).is_file() or _read_entry(folder) is not None:
+        return ""
+    try:
+        read_json(folder / SAE_CFG_FILENAME)
+    except CheckpointError as error:
+        return f" {error}"
+    return (
+        f" {folder / SAE_CFG_FILENAME} does not say which hook of a block the SAE was trained on: add "
+        f"'hook_name' to its 'metadata', such as {hook_of('mlp-out', 1)!r}."
+    )
+
+
+def _why_empty(source: str | os.PathLike[str]) -> str:
+    """What is wrong with the folders of a source that look like SAEs."""
+    path = to_path(source, "source")
+    return next(filter(None, map(_without_hook, [path, *sorted(path.glob("*"))])), "") if path.is_dir() else ""
+
+
 def _names(entries: Iterable[SAEEntry], at_most: int = 12) -> str:
-    names = [entry.folder for entry in entries]
+    names = [e.folder + (f" ({e.hook_name})" if e.tag == e.folder else "") for e in entries]
     return ", ".join(names[:at_most]) + (f", ... ({len(names)} in all)" if len(names) > at_most else "")
 
 

@@ -14,6 +14,7 @@ from bilens.errors import (
     EmptyTextError,
     NotBilinearError,
     OutOfRangeError,
+    SAEMismatchError,
 )
 from bilens.model.files import DEFAULT_MODEL
 from bilens.pages.circuit import circuit_page, emphasised
@@ -27,6 +28,7 @@ from bilens.pages.report import (
 )
 from bilens.sae import example_texts
 from tests.conftest import make_model
+from tests.random_saes import make_sae
 
 LAYER = 1
 TEXT = "Once upon a time, there was a little dog. He did not want to share his toy."
@@ -186,9 +188,7 @@ def test_a_trace_of_nothing_is_refused(request_, error, message, tmp_path):
     assert not (tmp_path / "trace.html").exists()
 
 
-@pytest.mark.parametrize(
-    "write", [bilens.pages.report.report, bilens.pages.report.demo, bilens.pages.report.gallery, trace]
-)
+@pytest.mark.parametrize("write", [bilens.pages.report.gallery, trace])
 def test_where_to_write_is_asked_before_the_work(write, tmp_path):
     (tmp_path / "file").touch()
     said = []
@@ -219,10 +219,52 @@ def test_misspelt_model_is_one_line_with_the_nearest_name(monkeypatch, capsys):
 def test_a_gated_model_is_told_that_it_is_not_bilinear(tmp_path):
     """No SAEs would help, so it is not told that none are known."""
     gated = make_model(gate="relu")
-    for page in (report, trace):
+    for page in (report, lambda *args, **kwargs: trace(*args, **kwargs, out=tmp_path / "page.html")):
         with pytest.raises(NotBilinearError, match="is gated by 'relu'"):
-            page(gated, text="a b", out=tmp_path / "page.html")
+            page(gated, text="a b")
     for n in (0, -1, True, 10.0):
         with pytest.raises(ArgumentError, match="n is"):
-            report(gated, n=n, out=tmp_path / "page.html")
+            report(gated, n=n)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_with_ones_own_saes_is_one_call(text_model, texts, tmp_path):
+    """SAEs, or folders that SAELens wrote, in any order and among others; the layer is the one that they are on."""
+    hooks = {"in": "blocks.1.ln2.hook_normalized", "out": "blocks.1.hook_mlp_out", "other": "blocks.0.hook_mlp_out"}
+    saes = [make_sae("topk", hook, d_sae=48, seed=seed) for seed, hook in enumerate(hooks.values())]
+    for name, sae in zip(hooks, saes, strict=True):
+        sae.save_model(tmp_path / name)
+    text = "the little fox found a red kite"
+    shown = []
+    for given in (saes[::-1], [tmp_path / name for name in hooks], [saes[1], str(tmp_path / "in")], tmp_path):
+        found = report(
+            text_model, saes=given, layer=None if given is not tmp_path else 1, text=text, n=2, examples=texts
+        )
+        shown.append([(c.attribution.layer, c.attribution.feature, str(c)) for c in found.circuits])
+        assert str(found) == "\n\n".join(map(str, found.circuits))
+    assert all(one == shown[0] for one in shown)
+    assert found.save(tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    assert "<iframe" in found._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("places", "layer", "message"),
+    [
+        (["blocks.1.hook_mlp_out"], 1, r"no SAE on the input of layer 1's MLP \(blocks.1.ln2.hook_normalized\)"),
+        (["blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"], 0, "no SAE on the input of layer 0's MLP"),
+        (["blocks.0.ln2.hook_normalized"] * 2 + ["blocks.0.hook_mlp_out"], 0, "2 SAEs on the input of layer 0's MLP"),
+        ([None], None, r"saes\[0\] does not say which hook it reads: set its cfg.metadata.hook_name"),
+        ([], None, "the SAEs are on nothing"),
+    ],
+)
+def test_saes_that_are_not_on_the_layer(text_model, places, layer, message):
+    saes = [make_sae("topk", place, d_sae=48) for place in places]
+    with pytest.raises(SAEMismatchError, match=message):
+        report(text_model, layer=layer, saes=saes, text="the little fox")
+
+
+def test_saes_of_another_kind(text_model):
+    with pytest.raises(ArgumentError, match=r"saes\[0\] is 5, expected an SAE or the folder of one"):
+        report(text_model, saes=[5], text="the little fox")
+    with pytest.raises(ArgumentError, match="saes is 5, expected a source of SAEs, or a list"):
+        report(text_model, saes=5, text="the little fox")

@@ -18,6 +18,7 @@ from bilens.model.hook_points import POINT_TO_HOOK, hook_of, point_of
 from bilens.sae.loading import SAEEntry, folder_name, list_saes, load_sae, load_sae_folder, load_saes, sae_source
 from bilens.sae.scope import ScopeSAE
 from tests.conftest import make_model
+from tests.random_saes import make_sae
 
 SCOPE = Path(__file__).parents[3] / "shared" / "reference" / "ts-micro-scope"
 REFERENCES = sorted(path.parent.name for path in SCOPE.glob("*/expected.safetensors"))
@@ -152,6 +153,28 @@ def test_listing(scope):
     frame = saes.to_frame()
     assert list(frame.columns) == ["folder", "point", "layer", "expansion", "k", "tag", "hook_name", "format"]
     assert frame.query("layer == 10").k.tolist() == [3, 3]
+
+
+def test_a_folder_that_does_not_say_its_hook(tmp_path):
+    """What SAELens wrote of an SAE without a hook: the message says which file to put it in, and then it loads."""
+    folder = tmp_path / "saes" / "mine"
+    make_sae("topk").save_model(folder)
+    message = r"mine/cfg\.json does not say which hook .* add 'hook_name' to its 'metadata'"
+    for call in (
+        lambda: load_sae(tmp_path / "saes", "mlp-out", 1),
+        lambda: load_sae(folder, "mlp-out", 1),
+        lambda: load_sae_folder(folder),
+    ):
+        with pytest.raises(ModelNotFoundError, match=message):
+            call()
+    with pytest.warns(UserWarning, match=message):
+        list_saes(tmp_path / "saes")
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = "blocks.1.hook_mlp_out"
+    (folder / "cfg.json").write_text(json.dumps(config))
+    assert load_sae(tmp_path / "saes", "mlp-out", 1).cfg.metadata.hook_name == "blocks.1.hook_mlp_out"
+    with pytest.raises(ModelNotFoundError, match=r"it holds mine \(blocks\.1\.hook_mlp_out\)"):
+        load_sae(tmp_path / "saes", "mlp-out", 2)
 
 
 def test_an_empty_listing_is_an_empty_frame(tmp_path):

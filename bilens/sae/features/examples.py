@@ -65,6 +65,9 @@ class DescribedFeatures(Protocol):
     def typical_activations(self) -> Float[Tensor, "d_sae"]:
         """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""
 
+    def maxima(self) -> Float[Tensor, "d_sae"]:
+        """The largest activation of each feature; zero for one that is never above."""
+
     def labels(self) -> FeatureNames:
         """The names of the features; see `bilens.sae.features.names`."""
 
@@ -167,6 +170,10 @@ class FeatureActivations:
 
         found = FeatureNames(self.d_sae, find)
         return found if self.kept is None else self.kept.over(found)
+
+    def maxima(self) -> Float[Tensor, "d_sae"]:
+        """The largest activation of each feature; zero for one that is never above."""
+        return torch.zeros(self.d_sae).scatter_reduce(0, self.features, self.values, "amax")
 
     def typical_activations(self) -> Float[Tensor, "d_sae"]:
         """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""

@@ -76,6 +76,14 @@ class KeptFeatures:
         """The mean of each feature's activation over the tokens where it is active; zero for one that never is."""
         return torch.from_numpy(self.arrays["typical"])
 
+    def maxima(self) -> Float[Tensor, "d_sae"]:
+        """The largest activation of each feature, in half precision; zero for one that is never above."""
+        feature = torch.arange(self.d_sae).repeat_interleave(
+            torch.from_numpy(np.diff(self.arrays["offsets"]).astype(int))
+        )
+        values = torch.from_numpy(self.arrays["values"][:, BEFORE].astype(np.float32))
+        return torch.zeros(self.d_sae).scatter_reduce(0, feature, values, "amax")
+
     def labels(self) -> FeatureNames:
         """The names of the features."""
         return self.names

@@ -436,6 +436,10 @@ class StoredFeatures(Tabular):
         fired = self._files.column("fired")
         return torch.from_numpy(self._files.column("sum") / np.maximum(fired, 1)).float()
 
+    def maxima(self) -> Float[Tensor, "d_sae"]:
+        """The largest activation of each feature; zero for one that is never above."""
+        return torch.from_numpy(np.maximum(self._files.column("maximum"), 0))
+
     def to_frame(self) -> pd.DataFrame:
         """One row per feature: how often and how strongly it fires, its name, whether it is dead or dense."""
         fired, total = self._files.column("fired"), self._files.column("sum")
