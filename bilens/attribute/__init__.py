@@ -20,6 +20,7 @@ from bilens.attribute.gradients import (
 )
 from bilens.attribute.imported_graphs import from_attribution_graph
 from bilens.attribute.reading import read_positions
+from bilens.attribute.scores import ScoreSplit, split_score
 from bilens.attribute.splitting import Split, split
 from bilens.attribute.targets import Target
 from bilens.attribute.tokens import TokenAttribution, attribute_tokens
@@ -32,6 +33,7 @@ __all__ = [
     "Faithfulness",
     "FrozenPass",
     "GradientAttribution",
+    "ScoreSplit",
     "Split",
     "Target",
     "TokenAttribution",
@@ -47,6 +49,7 @@ __all__ = [
     "integrated_gradients",
     "read_positions",
     "split",
+    "split_score",
     "trace_chain",
     "trace_circuit",
 ]
