@@ -1,7 +1,7 @@
 """A score is the sum over pairs of parts of two streams, for every head and kind of attention.
 
-The gap is the float32 rounding of the model's own pass: within the contract's 1e-5 of the sum of absolute parts, and within
-1e-6 where the model runs in float64 (in the first layer a score has one part, and float32 rounds what cancels inside it).
+The gap is the float32 rounding of the model's own pass: within the contract's 1e-5 of the sum of absolute parts. Where
+the model runs in float64 it is within 1e-6: in the first layer a score has one part, and cancels inside it.
 """
 
 from pathlib import Path
