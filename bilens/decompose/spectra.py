@@ -31,6 +31,8 @@ from bilens.layer.inner import norms
 
 Criterion = Literal["share", "norm", "trace", "cross_share", "effective_rank", "eigenvalue_1"]
 
+INPUTS_AT_ONCE = 1024  # input directions, at most
+
 
 @dataclass(frozen=True)
 class Spectra(Tabular):
@@ -139,7 +141,7 @@ def cross_shares(
     c = double(hidden_coefficients(layer, u))
     own = torch.zeros_like(whole)
     at_once = memory // (8 * (3 * c.shape[1] + 2 * c.shape[0]))  # two products and theirs, and what outputs read
-    for rows in wide.split(max(1, min(len(wide), at_once))):
+    for rows in wide.split(max(1, min(INPUTS_AT_ONCE, at_once))):
         products = (rows @ double(layer.W_gate)) * (rows @ double(layer.W_in))
         own += (c @ products.T).square().sum(-1)
     return torch.where(whole > 0, 1 - own / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0.0).clamp(0, 1)

@@ -34,7 +34,7 @@ from bilens.errors import SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, double, hidden_coefficients
 from bilens.model.transformer import HookedBilinearTransformer
 
-BLOCK = 2**23  # entries of K at a time, at most: 64 MB
+BLOCK = 2**21  # entries of K at a time, at most: 16 MB
 BLOCK_ENTRY = 32  # bytes of an entry, while it is made
 
 
