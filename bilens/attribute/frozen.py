@@ -29,6 +29,7 @@ from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError, near
 from bilens.layer.bilinear import BilinearLayer, check_model
 from bilens.model.attached import check_attention_scale
 from bilens.model.hook_points import HOOK_TO_POINT, hook_of, point_of
+from bilens.model.tokenization import token_strings
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.store import FeatureStore
 from bilens.sae.passes import SAEPass
@@ -249,7 +250,7 @@ def freeze(
     return FrozenPass(
         model=model,
         tokens=tokens[0],
-        strings=_strings(model, tokens[0]),
+        strings=token_strings(model.tokenizer, tokens[0]),
         cache=cache,
         logits=logits[0],
         saes={hook: SAEPass.of(view, hook, cache[hook], dtype) for hook, view in views.items()},
@@ -309,13 +310,6 @@ def check_saes(model: HookedBilinearTransformer, saes: SAEs) -> dict[str, SAEVie
         check_attention_scale(model, sae, f"the SAE on {hook!r}")
     order = list(HOOK_TO_POINT.values())
     return dict(sorted(views.items(), key=lambda item: (point_of(item[0])[1], order.index(point_of(item[0])[0]))))
-
-
-def _strings(model: HookedBilinearTransformer, tokens: Int[Tensor, "p"]) -> list[str]:
-    """Each token as a string; its number where the model has no tokenizer."""
-    if model.tokenizer is None:
-        return [str(token) for token in tokens.tolist()]
-    return model.tokenizer.batch_decode([[i] for i in tokens.tolist()], clean_up_tokenization_spaces=False)
 
 
 def _hook_by_label(name: str) -> str:

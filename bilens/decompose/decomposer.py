@@ -30,7 +30,7 @@ from bilens.decompose.fidelity import Fidelity, measure_fidelity
 from bilens.decompose.firing import Firing, Fit, circuits_where_it_fires
 from bilens.decompose.interactions import Interactions, PairNames, unequal_rows
 from bilens.decompose.motifs import Motifs, find_motifs
-from bilens.decompose.outputs import Output, read_output
+from bilens.decompose.outputs import Output, check_feature, read_output
 from bilens.decompose.results import Attribution
 from bilens.decompose.similarity import (
     FeatureClusters,
@@ -67,6 +67,7 @@ from bilens.layer.pairs import top_pairs
 from bilens.layer.reading import Lexicon
 from bilens.layer.triples import top_triples
 from bilens.model.loading import load_model
+from bilens.model.tokenization import token_strings
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.features.examples import names_from_texts
 from bilens.sae.features.names import FeatureNames
@@ -821,8 +822,8 @@ class Decomposer:
             input_directions=input_directions,
             layer=self.weights.copy(),
             circuits=self.eigen(output_directions[:k].to(self.weights.W_out), memory=memory),
-            outputs=self.lexicon("output"),
-            inputs=self.lexicon("input"),
+            outputs=self._lexicon("output"),
+            inputs=self._lexicon("input"),
         )
 
     @typed
@@ -839,7 +840,7 @@ class Decomposer:
         """The layer as `rank` hidden units that all outputs share; see `bilens.layer.cp.cp_decompose`."""
         options = {"max_sweeps": max_sweeps, "tolerance": tolerance, "memory": memory, "progress": progress}
         fit = cp_decompose(self.weights, rank, start, **options)  # type: ignore[arg-type]
-        return replace(fit, outputs=self.lexicon("output"), inputs=self.lexicon("input"))
+        return replace(fit, outputs=self._lexicon("output"), inputs=self._lexicon("input"))
 
     @typed
     def cp_curve(
@@ -954,7 +955,7 @@ class Decomposer:
         """
         view_in, view_out = self.input_view, self.output_view
         require_bare(self.model, view_in.sae, view_out.sae)
-        feature = self.check_feature(feature)
+        feature = check_feature(feature, view_out.d_sae)
         if not isinstance(text_or_tokens, str | Tensor):
             text_or_tokens = torch.tensor(text_or_tokens)
         tokens = self.model.input_to_tokens(text_or_tokens)
@@ -981,7 +982,7 @@ class Decomposer:
             "layer": self.layer,
             "feature": feature,
             "position": position,
-            "tokens": self.token_strings(tokens[0]),
+            "tokens": token_strings(self.model.tokenizer, tokens[0]),
             "inputs": inputs,
             "activations": activations,
             "actual": view_out.pre_activations(y)[0, feature].item(),
@@ -1013,7 +1014,7 @@ class Decomposer:
             return read.to(like)
         directions = self.output_view.directions(side).to(like)
         for feature in read.flatten().tolist():
-            self.check_feature(feature)
+            check_feature(feature, len(directions))
         return directions[read.long().to(like.device)]
 
     def _read(self, output: Output) -> Tensor:
@@ -1042,7 +1043,8 @@ class Decomposer:
         read = self._read(output)
         if read.is_floating_point():
             raise ArgumentError("these are directions; this needs output features, as integers.")
-        return torch.tensor([self.check_feature(feature) for feature in read.reshape(-1).tolist()], dtype=torch.long)
+        n = self._need("output").d_sae
+        return torch.tensor([check_feature(feature, n) for feature in read.reshape(-1).tolist()], dtype=torch.long)
 
     def _input_features(self, inputs: Output) -> Int[Tensor, "n"]:
         """Input features as a tensor of their numbers; raises as `_features` does."""
@@ -1076,10 +1078,6 @@ class Decomposer:
             **facts,
         )
 
-    def check_feature(self, feature: SupportsIndex) -> int:
-        """An output feature's index as an int; raises `OutOfRangeError` outside the output SAE."""
-        return check_index(feature, self._need("output").d_sae, "feature {} is outside the output SAE's {}")
-
     @property
     def _reads_layer_input(self) -> bool:
         """Whether there is an input SAE, and on what the layer reads: then features have fixed interactions."""
@@ -1108,22 +1106,16 @@ class Decomposer:
         u, other = self.directions(features, side), self.directions(features, against or side)
         return feature_cosines(self.weights, u, other, self._metric(basis), memory)
 
-    @typed
-    def lexicon(self, which: Literal["input", "output"]) -> Lexicon:
+    def _lexicon(self, which: Literal["input", "output"]) -> Lexicon:
         """What directions on one side of the layer are named after: the SAE's features, or tokens without an SAE."""
         view, names = (self._input, self.input_names) if which == "input" else (self._output, self.output_names)
         if view is not None:
             view = self.input_view if which == "input" else self.output_view
             return Lexicon("feature", view.decoder.to(self.weights.W_out), names)
         rows = (self.model.W_E if which == "input" else self.model.W_U.T).detach().to(self.weights.W_out)
-        strings = None if self.model.tokenizer is None else self.token_strings(torch.arange(len(rows)))
+        tokenizer = self.model.tokenizer
+        strings = None if tokenizer is None else token_strings(tokenizer, torch.arange(len(rows)))
         return Lexicon("token", rows, strings)
-
-    def token_strings(self, tokens: Int[Tensor, "p"]) -> list[str]:
-        """Each token as a string; its number where the model has no tokenizer."""
-        if self.model.tokenizer is None:
-            return [str(token) for token in tokens.tolist()]
-        return self.model.to_str_tokens(tokens)  # type: ignore[return-value]
 
     # --- SAEs ---------------------------------------------------------------------------------------------------------
 

@@ -18,10 +18,12 @@ from bilens._core.bare import require_bare
 from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.explanation import Explanation
+from bilens.decompose.outputs import check_feature
 from bilens.decompose.results import Attribution
 from bilens.draw import plots
 from bilens.layer.bilinear import interaction_matrix
 from bilens.layer.eigen.solve import LeadingEigenpairs, top_eigenpairs
+from bilens.model.tokenization import token_strings
 from bilens.sae.features.examples import DescribedFeatures, FeatureActivations, FeatureSummary
 
 N_CIRCUITS = 2  # eigencircuits whose features are shown
@@ -117,7 +119,7 @@ def feature_circuit(
     )
     y = cache[decomposer.out_hook][0]
     if position is None:
-        pre = view_out.pre_activations(y)[:, decomposer.check_feature(feature)]
+        pre = view_out.pre_activations(y)[:, check_feature(feature, view_out.d_sae)]
         first = min(model.n_bos, len(pre) - 1)
         position = int(pre[first:].argmax()) + first
     attribution = decomposer.attribute(tokens, feature, position)
@@ -152,7 +154,7 @@ def _largest_parts(explanation: Explanation, n: int) -> list[int]:
 
 def _tokens_of(decomposer: Decomposer, effect: Float[Tensor, "d_vocab"], n: int) -> list[tuple[str, float]]:
     top = effect.topk(n)
-    return list(zip(decomposer.token_strings(top.indices), top.values.tolist(), strict=True))
+    return list(zip(token_strings(decomposer.model.tokenizer, top.indices), top.values.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

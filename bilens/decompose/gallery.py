@@ -42,6 +42,7 @@ from bilens.decompose.similarity import cluster
 from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, branches, products, triple_coefficients
+from bilens.model.tokenization import token_strings
 from bilens.sae.features.examples import Example, FeatureActivations
 
 MIN_TOKENS = 30
@@ -580,7 +581,7 @@ def _named(d: Decomposer, triple: tuple[int, int, int]) -> dict[str, Any]:
 
 def _promoted(d: Decomposer, output: int) -> tuple[str, ...]:
     logits = d.output_view.decoder[output] @ d.model.W_U
-    return tuple(d.token_strings(logits.topk(PROMOTED).indices))
+    return tuple(token_strings(d.model.tokenizer, logits.topk(PROMOTED).indices))
 
 
 def _floats(values: Tensor) -> tuple[Any, ...]:

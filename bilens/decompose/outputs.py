@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilens._core.checks import whole_number
+from bilens._core.checks import check_index, whole_number
 from bilens.errors import ArgumentError, SAEMismatchError
 
 
@@ -64,3 +64,8 @@ def read_output(output: Any, d_model: int) -> Int[Tensor, "*n"] | Float[Tensor, 
     if not tensor.isfinite().all():
         raise ArgumentError("the output directions hold NaN or infinite values.")
     return tensor
+
+
+def check_feature(feature: SupportsIndex, d_sae: int) -> int:
+    """A feature's number as an int; raises `OutOfRangeError` outside the output SAE."""
+    return check_index(feature, d_sae, "feature {} is outside the output SAE's {}")

@@ -56,6 +56,13 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return rows if bos == tokenizer.eos_token_id else [[token for token in row if token != bos] for row in rows]
 
 
+def token_strings(tokenizer: Any, tokens: Int[Tensor, "p"]) -> list[str]:
+    """Each token as a string; its number where there is no tokenizer."""
+    if tokenizer is None:
+        return [str(token) for token in tokens.tolist()]
+    return tokenizer.batch_decode([[token] for token in tokens.tolist()], clean_up_tokenization_spaces=False)
+
+
 def attended(
     tokens: Int[Tensor, "batch pos"], pad: int | None, bos: int | None, side: PaddingSide, prepend_bos: bool = True
 ) -> Int[Tensor, "batch pos"]:
@@ -313,7 +320,7 @@ class TokenizationMixin:
         ids = tokens.squeeze().reshape(-1) if tokens.numel() == 1 else tokens.squeeze()
         if ids.ndim != 1:
             raise TokenizationError(f"to_str_tokens takes one sequence, not tokens of shape {tuple(tokens.shape)}.")
-        return tokenizer.batch_decode([[i] for i in ids.tolist()], clean_up_tokenization_spaces=False)
+        return token_strings(tokenizer, ids)
 
     def to_single_token(self, string: str) -> int:
         """The id of a string that is exactly one token.

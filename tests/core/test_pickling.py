@@ -60,7 +60,6 @@ RESULTS: dict[str, Callable[[Setting], Any]] = {
     "clusters": lambda s: s.decomposer.clusters(),
     "motifs": lambda s: s.decomposer.motifs(),
     "hosvd": lambda s: s.decomposer.hosvd(),
-    "lexicon": lambda s: s.decomposer.lexicon("output"),
     "frozen pass": lambda s: s.frozen,
     "circuit": lambda s: s.circuit,
     "split": lambda s: split(s.frozen, TARGET),

@@ -369,7 +369,6 @@ def test_directions_may_be_arrays(models):
         (lambda d: d.attribute("the little fox", 1, "last"), r"position is 'last', expected"),
         (lambda d: d.attribute(torch.ones(2, 3, dtype=torch.long), 1, 1), r"text_or_tokens is i64\[2,3\]"),
         (lambda d: d.attribute(["the little fox", "Mira"], 1, 1), r"text_or_tokens is \["),
-        (lambda d: d.check_feature("walk"), r"'walk' is not an integer"),
     ],
 )
 def test_what_is_no_argument(models, call, message):
