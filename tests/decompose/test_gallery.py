@@ -214,6 +214,6 @@ def test_bad_arguments(labelled):
     with pytest.raises(SAEMismatchError, match="layer 3: activations of 100 input features, and an SAE of 2048"):
         motif_gallery([d], [fewer], [outs])
     with pytest.raises(ArgumentError, match="layer 3: output activations on other texts"):
-        motif_gallery([d], [ins], [replace(outs, tokens=outs.tokens[1:])])
+        motif_gallery([d], [ins], [replace(outs, tokens=outs.tokens[1:], mask=outs.mask[1:])])
     with pytest.raises(MissingSAEError, match="output_sae"):
         motif_gallery([Decomposer(d.model, 3, d.input_view.sae)], [ins], [outs])
