@@ -90,6 +90,16 @@ def test_edges_add_up(frozen_kinds, kind, target, mlps):
         assert sum(circuit.shares.values()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("max_nodes", [5, 40])
+def test_what_arrives_at_a_node_is_its_influence(frozen_kinds, max_nodes):
+    """Edges hand on by absolute parts; where pruned sources of both signs are one edge, by the sum of theirs."""
+    circuit = trace_circuit(frozen_kinds[True, True], TARGETS[0], max_nodes=max_nodes, edge_threshold=0.5)
+    linear, pairs = (frame.groupby("target").influence.sum() for frame in (circuit.edges, circuit.hyperedges))
+    own = circuit.nodes.set_index("id").influence
+    for name, arrived in linear.add(pairs, fill_value=0.0).items():
+        assert arrived == pytest.approx(own[name])
+
+
 def test_nothing_pruned(frozen_small):
     circuit = trace_circuit(frozen_small, TARGETS[0], max_nodes=10_000, node_threshold=1.0, edge_threshold=1.0)
     assert circuit.kept_share == pytest.approx(1.0)
