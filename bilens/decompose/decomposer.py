@@ -93,8 +93,11 @@ class Decomposer:
         input_names, output_names: labels of the features, one each, for tables and plots.
 
     Wherever an `output` is taken, integers (one, or several) mean features of the output SAE and floats, of shape
-    `(d_model,)` or `(n, d_model)`, mean directions in the layer's output space, used as they are. Several outputs put
-    an axis in front of the result; one does not.
+    `(d_model,)` or `(n, d_model)`, mean directions in the layer's output space, used as they are.
+
+    The shapes of answers: `directions`, `interaction`, `linear`, `constant` and `eigen` are indexed as the `output` is.
+    Several outputs put an axis in front of what is found of each; one does not. All other answers are tables, with rows
+    for each output also where there is one, and `inner_products` is outputs by outputs.
 
     SAEs in half precision are read in float32 at least: the expansion is exact only where the SAE's own rounding is.
 

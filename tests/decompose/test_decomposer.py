@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from inspect import signature
 
 import numpy as np
 import pandas as pd
@@ -43,6 +44,72 @@ def make(model, layer=1, kind_in="topk", kind_out="topk", **kwargs):
 @pytest.fixture(scope="module")
 def decomposer(models):
     return make(models(True, True))
+
+
+# --- the shapes of answers (the class' docstring states them) ---------------------------------------------------------
+
+# The tensors that a call answers with, by the shape of what is found of one output.
+INDEXED = {
+    "directions": lambda d, output: {(D,): d.directions(output)},
+    "interaction": lambda d, output: {(D, D): d.interaction(output), (D_SAE,) * 2: d.interaction(output, "features")},
+    "linear": lambda d, output: {(D,): d.linear(output)},
+    "constant": lambda d, output: {(): d.constant(output)},
+    "eigen": lambda d, output: {(5,): d.eigen(output, 5).values, (5, D): d.eigen(output, 5).vectors},
+}
+# The output of each row of the table that a call answers with.
+TABLES = {
+    "top_interactions": lambda d, output: d.top_interactions(output, 2).output,
+    "between": lambda d, output: d.between(output, torch.eye(D), n=2).output,
+    "spectra": lambda d, output: d.spectra(output, progress=False).outputs,
+    "strongest_interactions": lambda d, output: d.strongest_interactions(9, output, progress=False).output,
+    "sparsity": lambda d, output: d.sparsity(output, progress=False).outputs,
+    "outliers": lambda d, output: d.outliers(output, 2, progress=False).output,
+    "motifs": lambda d, output: d.motifs(output, progress=False).outputs,
+}
+OF_FEATURES = {  # these take no directions
+    "fidelity": lambda d, output: d.fidelity(["the little fox"], output, 2).features,
+    "neighbours": lambda d, output: d.neighbours(output, 2).outputs,
+    "clusters": lambda d, output: d.clusters(output).features,
+}
+OUTPUTS = [3, [3], [5, 3, 9], torch.eye(D)[2], torch.eye(D)[:1], torch.eye(D)[1:5]]
+OUTPUT_NAMES = ["a feature", "a list of one", "features", "a direction", "a row of one", "directions"]
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=OUTPUT_NAMES)
+@pytest.mark.parametrize("call", INDEXED)
+def test_tensors_are_indexed_as_the_output_is(decomposer, call, output):
+    front = np.shape(output)[: np.ndim(output) - torch.is_tensor(output)]
+    for own, found in INDEXED[call](decomposer, output).items():
+        assert found.shape == front + own
+        if front:
+            for one, row in zip(output, found, strict=True):  # block sums of one output are taken in another order
+                assert_close(INDEXED[call](decomposer, one)[own], row, **ROUNDING)
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=OUTPUT_NAMES)
+@pytest.mark.parametrize("call", TABLES | OF_FEATURES)
+def test_tables_have_rows_for_each_output(decomposer, call, output):
+    if torch.is_tensor(output) and call in OF_FEATURES:
+        with pytest.raises(ArgumentError, match="these are directions"):
+            OF_FEATURES[call](decomposer, output)
+        return
+    rows = (TABLES | OF_FEATURES)[call](decomposer, output)
+    assert rows.ndim == 1
+    asked = range(len(torch.atleast_2d(output))) if torch.is_tensor(output) else np.atleast_1d(output)
+    found = list(dict.fromkeys(rows.tolist()))
+    assert set(found) <= set(asked) if call in ("strongest_interactions", "motifs", "outliers") else found == [*asked]
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=OUTPUT_NAMES)
+def test_what_is_between_outputs_is_square(decomposer, output):
+    n = np.shape(output)[0] if np.ndim(output) > torch.is_tensor(output) else 1
+    assert decomposer.inner_products(output).shape == (n, n)
+
+
+def test_every_call_that_takes_an_output_is_held_to_a_shape():
+    calls = {name for name, call in vars(Decomposer).items() if name[0] != "_" and callable(call)}
+    takes = {name for name in calls if "output" in signature(getattr(Decomposer, name)).parameters}
+    assert takes == {*INDEXED, *TABLES, *OF_FEATURES, "inner_products"}
 
 
 # --- interaction: what an output may be -------------------------------------------------------------------------------
