@@ -1,7 +1,47 @@
 """One bilinear layer as matrices: interaction matrices, eigenpairs, higher-order SVD, CP, inner products."""
 
-from bilens.layer.bilinear import interaction_matrix
+from bilens.layer.bilinear import (
+    BilinearLayer,
+    Branches,
+    branches,
+    constant_term,
+    hidden_coefficients,
+    interaction_matrix,
+    linear_term,
+    pair_products,
+    triple_coefficients,
+)
+from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.layer.eigen.solve import LeadingEigenpairs, top_eigenpairs
+from bilens.layer.hosvd import HOSVD
+from bilens.layer.inner import LayerSimilarity, inner_products, layer_similarity, norms, traces
+from bilens.layer.pairs import top_pairs
+from bilens.layer.triples import Triples, top_triples
 
-__all__ = ["LeadingEigenpairs", "interaction_matrix", "sorted_eigenpairs", "top_eigenpairs"]
+__all__ = [
+    "HOSVD",
+    "BilinearLayer",
+    "Branches",
+    "CPCurve",
+    "CPDecomposition",
+    "LayerSimilarity",
+    "LeadingEigenpairs",
+    "Triples",
+    "branches",
+    "constant_term",
+    "cp_decompose",
+    "hidden_coefficients",
+    "inner_products",
+    "interaction_matrix",
+    "layer_similarity",
+    "linear_term",
+    "norms",
+    "pair_products",
+    "sorted_eigenpairs",
+    "top_eigenpairs",
+    "top_pairs",
+    "top_triples",
+    "traces",
+    "triple_coefficients",
+]

@@ -9,7 +9,13 @@ from bilens.sae.features.examples import (
 )
 from bilens.sae.features.kept import KeptFeatures, describe_features, keep_features
 from bilens.sae.features.names import FeatureNames
-from bilens.sae.features.store import FeatureRecord, FeatureStore, FeatureStoreConfig, build_feature_store
+from bilens.sae.features.store import (
+    FeatureRecord,
+    FeatureStore,
+    FeatureStoreConfig,
+    StoredFeatures,
+    build_feature_store,
+)
 from bilens.sae.loading import SAEEntry, SAEList, list_saes, load_sae, load_saes, scope_loader
 from bilens.sae.pushing import push_saes
 from bilens.sae.scope import ScopeSAE, ScopeSAEConfig, ScopeTrainingSAE, ScopeTrainingSAEConfig
@@ -40,6 +46,7 @@ __all__ = [
     "ScopeSAEConfig",
     "ScopeTrainingSAE",
     "ScopeTrainingSAEConfig",
+    "StoredFeatures",
     "build_feature_store",
     "describe_features",
     "evaluate_saes",
