@@ -62,7 +62,7 @@ class BilinearLayer:
     def to(self, dtype: torch.dtype) -> "BilinearLayer":
         return BilinearLayer(*(t.to(dtype) for t in vars(self).values()))
 
-    def __call__(self, x: Float[Tensor, "*x d_model"]) -> Float[Tensor, "*x d_model"]:
+    def __call__(self, x: Float[Tensor, "*x d_model"]) -> Float[Tensor, "*x d_out"]:
         """What the layer writes when it reads `x`."""
         made = branches(self, x, x.new_ones(x.shape[:-1]))
         return (made.left * made.right) @ self.W_out + self.b_out

@@ -24,8 +24,9 @@ All mathematics is that of `bilens.decompose`, which reads a `BilinearLayer`:
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -40,6 +41,8 @@ from bilens.model.hook_points import CheckedHooks, eager_while_hooked
 from bilens.model.named_weights import NamedWeight, NamedWeightsMixin
 from bilens.vision.config import ClassifierConfig
 from bilens.vision.published import PublishedClassifierMixin
+
+Images: TypeAlias = Float[Tensor, "batch *image"] | Float[np.ndarray, "batch *image"]
 
 
 class BranchHooks(nn.Module):
@@ -126,12 +129,12 @@ class BilinearClassifier(PublishedClassifierMixin, NamedWeightsMixin, CheckedHoo
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
 
     @eager_while_hooked
-    def forward(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch d_output"]:
+    def forward(self, images: Images) -> Float[Tensor, "batch d_output"]:
         """Logits of the classes.
 
         Args:
-            images: `(batch, height, width)`, `(batch, channels, height, width)` or `(batch, d_input)`; brightness from
-                0 to 1.
+            images: a tensor or an array, `(batch, height, width)`, `(batch, channels, height, width)` or
+                `(batch, d_input)`; brightness from 0 to 1.
 
         Raises:
             ArgumentError: not floating point (bytes have to be divided by 255), or not `d_input` numbers an image.
@@ -141,7 +144,7 @@ class BilinearClassifier(PublishedClassifierMixin, NamedWeightsMixin, CheckedHoo
             x = block(x)
         return self.head(x)
 
-    def flatten(self, images: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch d_input"]:
+    def flatten(self, images: Images) -> Float[Tensor, "batch d_input"]:
         """Images as rows of pixels, in the model's dtype and on its device; raises as `forward`."""
         images = torch.as_tensor(images)
         shape, d_input = tuple(images.shape), self.cfg.d_input

@@ -28,7 +28,7 @@ from typing import Literal, SupportsIndex, TypeAlias
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from bilens._core.bare import require_bare
@@ -281,7 +281,7 @@ def pictures_of(
     return plain if space == "pixels" else plain @ model.W_E.detach().to(plain).T
 
 
-def as_images(pictures: Float[Tensor, "*n d_input"], cfg: ClassifierConfig) -> Float[Tensor, "*n height width"]:
+def as_images(pictures: Shaped[Tensor, "*n d_input"], cfg: ClassifierConfig) -> Shaped[Tensor, "*n height width"]:
     """Pixels in rows and columns.
 
     Raises:
