@@ -71,8 +71,8 @@ def load_checkpoint(
         CheckpointError: it is damaged.
     """
     with open_tensors(path, remedy=REMEDY) as file:
-        facts, wanted = _facts(file, path), json.loads(json.dumps(same))
-        if differ := differences({key: facts.get(key) for key in wanted}, wanted):
+        facts = _facts(file, path)
+        if differ := differences(facts, same):
             raise TrainingError(
                 f"{path} is of another run; (there, here): {differ}. Use another folder, or delete the file."
             )

@@ -5,18 +5,22 @@
    the run that is about to start: the same and finished is returned, the same and interrupted goes on, anything
    else is refused with what differs, or removed where that was asked for
 3. `finish` writes the record of a run that is over
+
+Where the facts of a run stand elsewhere (in an SAE's metadata, a checkpoint, a store's manifest), `differing` compares
+them and `make_room` refuses or removes.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bilens._core.checks import check_flags
 from bilens._core.files import destination_folder, read_json, write_atomically
+from bilens._core.parallel import barrier, is_main
 from bilens.errors import CheckpointError, OverwriteError, WriteError
 
 try:
@@ -105,6 +109,26 @@ def claim(
     return None
 
 
+def make_room(folder: Path, other: str, remove: Callable[[], None], *, overwrite: bool) -> None:
+    """Refuse a folder with other work, or have it removed by one process, when all have looked.
+
+    Args:
+        folder: the folder, for the message.
+        other: what there is to lose, in words; empty if there is nothing.
+        remove: removes it.
+        overwrite: remove it, instead of refusing.
+
+    Raises:
+        OverwriteError: the folder holds other work.
+    """
+    if other and not overwrite:
+        raise other_work(folder, other)
+    barrier()
+    if other and is_main():
+        remove()
+    barrier()
+
+
 def finish(record: Path, identity: Mapping[str, Any], files: Sequence[str], facts: Mapping[str, Any]) -> None:
     """Write the record of a finished run: what decided it, the digests of its files, and what else is to be known."""
     digests = {name: _digest(record.parent / name) for name in files}
@@ -127,10 +151,15 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two runs by name, one level deep: what is there, what is wanted here."""
+    """What differs between two runs by name, one level deep: what is there, what is wanted here.
+
+    Args:
+        there: facts that were read from JSON; those that `here` has no name of are not looked at.
+        here: JSON-able.
+    """
     found: dict[str, tuple[Any, Any]] = {}
-    for key in [*here, *(key for key in there if key not in here)]:
-        a, b = there.get(key), here.get(key)
+    for key, b in json.loads(json.dumps(here)).items():
+        a = there.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found |= {k: (a.get(k), b.get(k)) for k in [*b, *(k for k in a if k not in b)] if a.get(k) != b.get(k)}
         elif a != b:

@@ -27,7 +27,7 @@ from bilens._core.checks import MEMORY, check_choice, check_flags, check_sizes
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, read_json, to_path, write_atomically
 from bilens._core.fingerprint import fingerprint, model_fingerprint, sae_fingerprint
-from bilens._core.folders import alone_in, differing, other_work, write_json
+from bilens._core.folders import alone_in, differing, make_room, write_json
 from bilens._core.typing import typed
 from bilens.decompose.decomposer import Decomposer, Side
 from bilens.decompose.spectra import Spectra
@@ -224,13 +224,13 @@ def _agree(
     if found is None:
         differ = f"it has {results[0].name}, and no {MANIFEST}" if results else ""
     else:
-        differ = differing({key: found.get(key) for key in identity}, identity)
-    if differ and results and not overwrite:
-        raise other_work(folder, f"another sweep, {differ}")
-    parallel.barrier()  # nobody removes before everybody has looked
-    if differ and parallel.is_main():
+        differ = differing(found, identity)
+
+    def remove() -> None:
         for file in [path, *results]:
             file.unlink(missing_ok=True)
+
+    make_room(folder, differ and f"another sweep, {differ}", remove, overwrite=overwrite or not results)
     if parallel.is_main() and not path.is_file():
         facts = identity | {"solver": method}
         write_json(path, facts)

@@ -99,7 +99,7 @@ def test_work_of_somebody_else(record):
 
 
 def test_differences():
-    assert differences(IDENTITY, IDENTITY) == {}
+    assert differences(json.loads(json.dumps(IDENTITY)) | {"step": 3}, IDENTITY) == {}
     assert differences({"config": {"a": 1, "b": 2}}, {"config": {"a": 1, "c": 3}, "d": 4}) == {
         "c": (None, 3),
         "b": (2, None),

@@ -8,7 +8,6 @@
 (`bilens.sae.features.files`); a `FeatureStore` reads from them what is asked for, when it is asked for.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from bilens._core.checks import check_amounts, check_file_name, check_flags, che
 from bilens._core.display import Tabular
 from bilens._core.files import destination_folder, read_json, to_path
 from bilens._core.fingerprint import check_same, fingerprint, model_fingerprint, sae_fingerprint
-from bilens._core.folders import alone_in, differing, other_work, write_json
+from bilens._core.folders import alone_in, differing, make_room, write_json
 from bilens.errors import ArgumentError, CheckpointError, ModelNotFoundError, nearest
 from bilens.model.attached import splice_hooks
 from bilens.model.transformer import HookedBilinearTransformer
@@ -599,20 +598,17 @@ def _claim(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
         CheckpointError: what it holds is damaged.
     """
     manifest, plan = folder / MANIFEST_FILE, folder / CHECKPOINT_FOLDER / PLAN_FILE
-    identity = json.loads(json.dumps(identity))
     finished = manifest.exists()
     there = read_json(manifest, remedy=BUILD_ANEW).get("identity", {}) if finished else None
     if there is None and plan.exists():
         there = read_json(plan, remedy=BUILD_ANEW)
     if there is not None and not isinstance(there, dict):
         raise CheckpointError(f"{manifest} is no manifest that bilens wrote. {BUILD_ANEW}")
-    if there is not None and there != identity:
+    if there is not None and (differ := differing(there, identity)):
         # A pass that was stopped before its first checkpoint has come to nothing.
-        if not overwrite and (finished or any(plan.parent.glob("*.safetensors"))):
-            raise other_work(folder, f"a feature store that differs in {differing(there, identity)}")
-        parallel.barrier()  # nobody removes before everybody has looked
-        if parallel.is_main():
-            _remove(folder, there)
+        nothing = not finished and not any(plan.parent.glob("*.safetensors"))
+        other = f"a feature store that differs in {differ}"
+        make_room(folder, other, lambda: _remove(folder, there), overwrite=overwrite or nothing)
         finished = False
     parallel.barrier()
     if not finished and parallel.is_main():

@@ -14,7 +14,6 @@ Source: Karvonen 2025, "Revisiting end-to-end sparse autoencoder training: a sho
 (arXiv 2503.17272).
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from bilens._core.checkpoint import WEIGHT, load_checkpoint, read_facts, save_ch
 from bilens._core.checks import check_file_name, check_flags, check_rates, check_seeds, check_sizes
 from bilens._core.files import destination_folder, read_json
 from bilens._core.fingerprint import model_fingerprint, sae_fingerprint
-from bilens._core.folders import alone_in, differing, other_work
+from bilens._core.folders import alone_in, differing, make_room
 from bilens.errors import ArgumentError, SAEMismatchError, TrainingError
 from bilens.model.transformer import HookedBilinearTransformer
 from bilens.sae.loading import FORMATS, load_sae_folder
@@ -124,16 +123,19 @@ def finetune_saes(
             FinetuneRun(model, sae, pieces, config, out / name / CHECKPOINT_FILE, name) for name, sae in saes.items()
         ]
         finished = [run.is_finished() for run in runs]
-        if not overwrite and (refused := [reason for run in runs if (reason := run.other_work())]):
-            raise other_work(out, "; ".join(refused))
+        others = {run: reason for run in runs if (reason := run.other_work())}
+
+        def start_over() -> None:
+            for run in others:
+                run.start_over()
+
+        make_room(out, "; ".join(others.values()), start_over, overwrite=overwrite)
         for run, is_finished in zip(runs, finished, strict=True):
             if is_finished:
                 run.take_over()
                 continue
             folder = run.checkpoint.parent
             folder.mkdir(exist_ok=True)
-            if run.other_work():
-                run.start_over()
             run.fit()
             run.sae.cfg.metadata.finetuning = asdict(config)
             run.sae.cfg.metadata.finetuning_source = run.source
@@ -214,15 +216,14 @@ class FinetuneRun:
         """What there is to lose in the folder, in words; empty where it is this run's own, or nothing."""
         folder = self.checkpoint.parent
         if self.checkpoint.exists():
-            facts, wanted = read_facts(self.checkpoint), json.loads(json.dumps(self._identity))
-            found = differing({key: facts.get(key) for key in wanted}, wanted)
+            found = differing(read_facts(self.checkpoint), self._identity)
             return f"the checkpoint of {self.name} differs in {found}" if found else ""
         if self.is_finished() or not any((folder / config).exists() for config, _ in FORMATS.values()):
             return ""
         there = self._on_disk()
         tuned = there.cfg.metadata.finetuning
         if tuned is not None:
-            found = differing(tuned, json.loads(json.dumps(asdict(self.config)))) or "the model, the texts or the SAE"
+            found = differing(tuned, asdict(self.config)) or "the model, the texts or the SAE"
             return f"{self.name} was fine-tuned already, by a run that differs in {found}"
         return "" if sae_fingerprint(there) == self.before else f"{self.name} is another SAE than the one given"
 

@@ -45,7 +45,7 @@ from bilens._core.checks import (
     check_sizes,
 )
 from bilens._core.files import destination_folder, read_json, write_atomically
-from bilens._core.folders import alone_in, differing, other_work
+from bilens._core.folders import alone_in, differing, make_room
 from bilens._core.parallel import barrier, is_main, processes, share
 from bilens.errors import ArgumentError, SAEMismatchError, TrainingError
 from bilens.model.hook_points import HOOK_TO_POINT, hook_of
@@ -309,16 +309,15 @@ class SAERun:
     ):
         self.model, self.rows, self.config, self.out = model, rows, config, out
         self.source = {"model": _checksum(model), **rows.identity()}
-        refused = [reason for target in targets if (reason := self._other_work(target))]
-        if refused and not overwrite:
-            raise other_work(out, "; ".join(refused))
-        barrier()  # nothing is removed before everybody has looked
-        if overwrite and is_main():
-            for target in targets:
-                if self._other_work(target):
-                    for file in (*(file for files in FORMATS.values() for file in files), CHECKPOINT_FILE):
-                        (out / target.name / file).unlink(missing_ok=True)
-        barrier()
+        others = {target.name: reason for target in targets if (reason := self._other_work(target))}
+        files = [file for files in FORMATS.values() for file in files] + [CHECKPOINT_FILE]
+
+        def remove() -> None:
+            for name in others:
+                for file in files:
+                    (out / name / file).unlink(missing_ok=True)
+
+        make_room(out, "; ".join(others.values()), remove, overwrite=overwrite)
         self.targets = [target for target in share(targets) if not self._is_finished(target)]
         self.trainers: dict[str, SAETrainer[Any, Any]] = {}
         self.scales: dict[str, list[float]] = {}
@@ -504,12 +503,10 @@ class SAERun:
                 "hooks": [metadata[key] for key in ("hook_name", "hook_name_out") if metadata.get(key)],
                 "source": metadata.get("training_source"),
             }
-            wanted = json.loads(json.dumps(self._identity(target)))
-            return "" if facts == wanted else f"{target.name} differs in {differing(facts, wanted)}"
+            found = differing(facts, self._identity(target))
+            return f"{target.name} differs in {found}" if found else ""
         if (folder / CHECKPOINT_FILE).exists():
-            wanted = json.loads(json.dumps(self._identity(target)))
-            facts = read_facts(folder / CHECKPOINT_FILE)
-            found = differing({key: facts.get(key) for key in wanted}, wanted)
+            found = differing(read_facts(folder / CHECKPOINT_FILE), self._identity(target))
             return f"the checkpoint of {target.name} differs in {found}" if found else ""
         return f"{target.name} has {', '.join(there)}, which is not of a training here" if there else ""
 
