@@ -92,7 +92,7 @@ def test_a_silent_feature_and_one_that_writes_nowhere(read):
         tokens=(),
         top=(),
         random=((), ()),
-        histogram=np.zeros(5),
+        histogram=np.zeros(5, int),
         promoted=None,
         suppressed=None,
     )
