@@ -379,7 +379,7 @@ def _prune(found: Propagation, max_nodes: int, threshold: float) -> tuple[Int[Te
     return torch.tensor(sorted(kept - set(found.nodes.targets)), dtype=torch.long), reached / total, n_found
 
 
-def _gather(found: Propagation, kept: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+def _gather(found: Propagation, kept: Int[Tensor, "n"]) -> Int[Tensor, "m"]:
     """The nodes to keep, with the rest of each one's eigencircuits, to which those that are not kept now belong.
 
     Where none but the rest would be there, a node has its input's sources directly.

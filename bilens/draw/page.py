@@ -147,13 +147,11 @@ class Page:
     Args:
         title: the page's heading, and the browser's.
         subtitle: a line under it.
-        lang: the language of the prose.
     """
 
-    def __init__(self, title: str, subtitle: str = "", lang: str = "en"):
+    def __init__(self, title: str, subtitle: str = ""):
         self.title = title
         self.subtitle = subtitle
-        self.lang = lang
         self._body: list[str] = []
         self._contents: list[tuple[int, str, str]] = []
 
@@ -184,7 +182,7 @@ class Page:
         embedded = "".join(f"<script>{script}</script>\n" for script in scripts)
         needs_scripts = "<noscript><p>The interactive views need JavaScript.</p></noscript>" if scripts else ""
         return f"""<!DOCTYPE html>
-<html lang="{escape(self.lang)}">
+<html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">

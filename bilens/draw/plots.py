@@ -251,19 +251,18 @@ def line(
     x_title: str = "",
     y_title: str = "",
     log_x: bool = False,
-    log_y: bool = False,
 ) -> go.Figure:
     """Named curves over one x.
 
     Raises:
-        ViewError: a curve of another length than `x`, a value that is not finite, or none above zero on a log axis.
+        ViewError: a curve of another length than `x`, a value that is not finite, or `log_x` with an `x` of zero or less.
     """
     across = numbers(x, "x", None)
+    if log_x and (across <= 0).any():
+        raise ViewError("x is not above zero everywhere, which a logarithmic axis needs.")
     figure = _figure(title, x_title, y_title, height=360)
     for name, curve in series.items():
         up = numbers(curve, f"series {name!r} (one per x)", len(across))
-        if (log_x and (across <= 0).any()) or (log_y and (up <= 0).any()):
-            raise ViewError(f"series {name!r} is not above zero everywhere, which a logarithmic axis needs.")
         figure.add_trace(
             go.Scatter(
                 x=across,
@@ -277,7 +276,6 @@ def line(
         )
     figure.update_layout(showlegend=len(series) > 1, margin_t=72 if len(series) > 1 else None)
     figure.update_xaxes(type="log" if log_x else "linear")
-    figure.update_yaxes(type="log" if log_y else "linear")
     return figure
 
 

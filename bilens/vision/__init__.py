@@ -4,7 +4,6 @@ from bilens.vision.config import ClassifierConfig
 from bilens.vision.data import ImageDataset, load_images
 from bilens.vision.explanation import Explanation, explain
 from bilens.vision.from_the_top import TopDown, top_down
-from bilens.vision.loading import load_classifier
 from bilens.vision.masks import Mask, MaskStudy, adversarial_mask, mask_study, pseudo_inverse_masks
 from bilens.vision.model import BilinearClassifier, class_layer, class_matrices, with_one
 from bilens.vision.regularisation import RegularisationStudy, regularisation_study
@@ -38,7 +37,6 @@ __all__ = [
     "eigenfeatures",
     "explain",
     "feature_similarity",
-    "load_classifier",
     "load_images",
     "mask_study",
     "pseudo_inverse_masks",

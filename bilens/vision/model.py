@@ -210,7 +210,7 @@ class BilinearClassifier(PublishedClassifierMixin, NamedWeightsMixin, CheckedHoo
         return over_homogeneous(plain, reads if self.cfg.residual else None)
 
 
-def class_layer(model: BilinearClassifier, *, homogeneous: bool = False) -> BilinearLayer:
+def class_layer(model: BilinearClassifier, *, pixels: bool | None = None, homogeneous: bool = False) -> BilinearLayer:
     """The last layer with the head folded in, and the embedding where it is also the first: directions are classes.
 
     Of a one-layer model this is the whole classifier, `logits = class_layer(pixels)` (plus the residual addition, which
@@ -218,9 +218,11 @@ def class_layer(model: BilinearClassifier, *, homogeneous: bool = False) -> Bili
 
     Args:
         model: the classifier.
+        pixels: fold the embedding in; by default where the last layer is also the first.
         homogeneous: over `(x, 1)`, with biases and the residual addition in the tensor.
     """
-    last = model.layer(-1, pixels=model.cfg.n_layer == 1, homogeneous=homogeneous)
+    pixels = model.cfg.n_layer == 1 if pixels is None else pixels
+    last = model.layer(-1, pixels=pixels, homogeneous=homogeneous)
     writes = last.W_out @ _exact(model.W_U)
     return replace(last, W_out=writes, b_out=torch.zeros_like(writes[0]))
 

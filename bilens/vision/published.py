@@ -60,7 +60,18 @@ class PublishedClassifierMixin:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """Load the authors' format; arguments and exceptions are those of `bilens.vision.load_classifier`."""
+        """Load an image classifier in the authors' format.
+
+        Args:
+            source: a folder, or a Hugging Face hub id.
+            device: `None` takes CUDA where there is one.
+            dtype: the type of the weights in memory; `"auto"` keeps the file's.
+            revision, token, cache_dir, local_files_only: the options for a hub repository; see `bilens.load_model`.
+
+        Raises:
+            ModelNotFoundError: there is no such folder, it has no such files, or the hub does not give it.
+            CheckpointError: the files are truncated, incomplete, of the wrong shapes, or hold NaN.
+        """
         folder = _find(source, HubOptions(revision, token, cache_dir, local_files_only))
         cfg = classifier_config_from_published(read_json(folder / CONFIG_FILE))
         path = folder / WEIGHTS_FILE

@@ -40,7 +40,7 @@ from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.pairs import signed, sorted_eigenpairs
 from bilens.vision.config import ClassifierConfig
-from bilens.vision.model import BilinearClassifier, with_one
+from bilens.vision.model import BilinearClassifier, class_layer, with_one
 
 Space = Literal["embedding", "pixels"]
 Class: TypeAlias = SupportsIndex | str
@@ -255,9 +255,7 @@ def last_layer(model: BilinearClassifier, *, space: Space, homogeneous: bool) ->
     Raises:
         ArgumentError: pixels of a model of several layers.
     """
-    layer = model.layer(-1, pixels=space == "pixels", homogeneous=homogeneous).to(torch.float64)
-    writes = layer.W_out @ model.W_U.detach().double()
-    return BilinearLayer(layer.W_gate, layer.W_in, writes, layer.b_gate, layer.b_in, torch.zeros_like(writes[0]))
+    return class_layer(model, pixels=space == "pixels", homogeneous=homogeneous).to(torch.float64)
 
 
 def read_by_last_layer(

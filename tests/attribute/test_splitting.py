@@ -178,9 +178,9 @@ def test_pairs_are_those_of_the_decomposer(frozen):
     found = split(frozen, Target.feature("1-mlp-out", 6, 4), mlps="pairs")
     frame = found.to_frame()
     pairs = frame[frame.kind == "pair"].set_index(["i", "j"]).value
-    for row in expected.to_frame().itertuples():
+    for row in expected.pair_frame().itertuples():
         assert pairs[row.i, row.j] == pytest.approx(row.contribution, abs=1e-6 * expected.absolute_sum)
-    assert len(pairs) == len(expected.to_frame())
+    assert len(pairs) == len(expected.pair_frame())
     assert found.groups["error x error"] == pytest.approx(
         expected.groups["error x error"], abs=1e-6 * expected.absolute_sum
     )

@@ -80,8 +80,8 @@ def test_scripts_are_embedded_only_where_they_are_used(read):
 
 
 def test_the_head(read):
-    page = read(Page("A <title>", lang="de").to_html())
-    assert page.elements[0] == ("html", {"lang": "de"})
+    page = read(Page("A <title>").to_html())
+    assert page.elements[0] == ("html", {"lang": "en"})
     assert page.tags("meta")[0] == {"charset": "utf-8"}
     assert "A <title>" in page.text
 
