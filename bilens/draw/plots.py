@@ -255,7 +255,7 @@ def line(
     """Named curves over one x.
 
     Raises:
-        ViewError: a curve of another length than `x`, a value that is not finite, or `log_x` with an `x` of zero or less.
+        ViewError: a curve of another length than `x`, a value that is not finite, or `log_x` and zero or less in `x`.
     """
     across = numbers(x, "x", None)
     if log_x and (across <= 0).any():
