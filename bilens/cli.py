@@ -1,9 +1,9 @@
 """The `bilens` command: arguments in, library calls, a few lines out. Heavy imports happen inside the commands."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -12,6 +12,8 @@ from bilens import __version__
 from bilens._core.checks import check_amounts, check_rates, check_seeds, check_shares, check_sizes
 from bilens._core.files import PAGE, destination, destination_folder
 from bilens.errors import ArgumentError, BilensError
+
+T = TypeVar("T")
 
 
 class _Panels(TyperGroup):
@@ -72,6 +74,12 @@ def _folder(about: str) -> Any:
     return typer.Argument(
         help=f"{about} Run the command again to go on after an interruption.", callback=folder_to_write
     )
+
+
+def _config(kind: type[T], given: dict[str, Any]) -> T:
+    """A configuration from the options that have its fields' names, of all that a command was given."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in given.items() if name in names})
 
 
 # Arguments and options that mean the same in every command that has them.
@@ -280,7 +288,7 @@ def features(
         if unknown := [name for name in sae or () if name not in found]:
             raise ArgumentError(f"there is no SAE {unknown[0]!r} among {', '.join(found)}.")
         found = {name: found[name] for name in sae or found}
-        config = FeatureStoreConfig(max_texts=max_texts, n_top=n_top, seed=seed)
+        config = _config(FeatureStoreConfig, locals())
         store = build_feature_store(
             loaded, found, data, out, config=config, split=split, column=column, overwrite=overwrite
         )
@@ -377,23 +385,7 @@ def train_lm(
     from bilens.train.language_model import TrainConfig
     from bilens.train.language_model import train_lm as train
 
-    config = TrainConfig(
-        d_model=d_model,
-        n_layer=n_layer,
-        n_head=n_head,
-        d_hidden=d_hidden,
-        n_ctx=n_ctx,
-        bias=bias,
-        gate=gate,
-        attention=attention,
-        normalization=normalization,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        bf16=bf16,
-        seed=seed,
-    )
+    config = _config(TrainConfig, locals())
     result = train(
         data,
         out,
@@ -449,19 +441,7 @@ def train_sae(
     from bilens.model.loading import load_model
     from bilens.sae.train.training import SAETrainConfig, train_saes
 
-    config = SAETrainConfig(
-        architecture=architecture,
-        expansion=expansion,
-        k=k,
-        l1=l1,
-        bilinear_encoder=bilinear_encoder,
-        encoder_bias=encoder_bias,
-        tokens=tokens,
-        batch_size=batch_size,
-        lr=lr,
-        bf16=bf16,
-        seed=seed,
-    )
+    config = _config(SAETrainConfig, locals())
     pairs = [name.partition(":") for name in hook or []]
     hooks = [(read, write) if write else read for read, _, write in pairs] or None
     with parallel.processes():
@@ -509,7 +489,7 @@ def finetune_sae(
         name: load_sae_folder(folder / name, n_layers=loaded.cfg.n_layers, scale_attn=loaded.cfg.scale_attn)
         for name in sae
     }
-    config = FinetuneConfig(tokens=tokens, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed)
+    config = _config(FinetuneConfig, locals())
     finetune_saes(loaded, saes, data, folder, config, column=column, overwrite=overwrite)
     typer.echo(f"{len(saes)} SAEs in {folder} fine-tuned: {', '.join(saes)}")
 
@@ -543,22 +523,7 @@ def train_image(
     """Train a bilinear image classifier."""
     from bilens.vision.training import ImageTrainConfig, train_classifier
 
-    config = ImageTrainConfig(
-        d_hidden=d_hidden,
-        n_layer=n_layer,
-        bias=bias,
-        residual=residual,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        noise=noise,
-        latent_noise=latent_noise,
-        rotation=rotation,
-        translation=translation,
-        blur=blur,
-        seed=seed,
-    )
+    config = _config(ImageTrainConfig, locals())
     trained = train_classifier(data, config, out, device=device, overwrite=overwrite)
     typer.echo(f"{trained}\nmodel written to {out}")
 
@@ -593,9 +558,7 @@ def anneal(
     from bilens.train.annealing import AnnealConfig
     from bilens.train.annealing import anneal as run
 
-    config = AnnealConfig(
-        normalization=normalization, ramp=ramp, epochs=epochs, batch_size=batch_size, lr=lr, bf16=bf16, seed=seed
-    )
+    config = _config(AnnealConfig, locals())
     result = run(model, data, out, config, valid=valid, scratch=scratch, column=column, overwrite=overwrite)
     typer.echo(f"{result}\nmodel written to {out}")
 

@@ -4,13 +4,15 @@ Written beside and renamed, so that a kill leaves the checkpoint before; nothing
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from bilens._core.files import open_tensors, parse_json, write_atomically
 from bilens._core.folders import differences
@@ -39,6 +41,29 @@ def save_checkpoint(
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {key: json.dumps(value) for key, value in facts.items()}
     write_atomically(path, lambda beside: save_file(stored, beside, metadata=metadata))
+
+
+@contextmanager
+def resumable(
+    title: str, total: int, done: int, save: Callable[[], int] | None, *, hidden: bool = False
+) -> Iterator[Any]:
+    """The bar of a loop over tokens; Ctrl-C in the loop leaves a checkpoint, and says how to go on.
+
+    Args:
+        title: the title of the bar.
+        total, done: the tokens of the whole run, and of the steps taken before.
+        save: writes the checkpoint, and returns its step; `None` if the run keeps none.
+        hidden: show no bar.
+    """
+    bar = tqdm(desc=title, total=total, initial=done, unit="tok", unit_scale=True, mininterval=1.0, disable=hidden)
+    try:
+        yield bar
+    except KeyboardInterrupt:
+        if save is not None:
+            bar.write(f"interrupted at step {save()}; run the same command to go on.")
+        raise
+    finally:
+        bar.close()
 
 
 def read_facts(path: Path) -> dict[str, Any]:

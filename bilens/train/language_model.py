@@ -21,10 +21,9 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.checkpoint import load_checkpoint, save_checkpoint
+from bilens._core.checkpoint import load_checkpoint, resumable, save_checkpoint
 from bilens._core.checks import (
     check_amounts,
     check_flags,
@@ -325,16 +324,9 @@ class TrainingRun:
         if self.checkpoint is not None and self.checkpoint.exists():
             self.load_checkpoint()
         tokens_per_step = config.batch_size * config.n_ctx
-        bar = tqdm(
-            total=self.n_steps * tokens_per_step,
-            initial=self.step * tokens_per_step,
-            unit="tok",
-            unit_scale=True,
-            desc="training",
-            mininterval=1.0,
-        )
+        total, done = self.n_steps * tokens_per_step, self.step * tokens_per_step
         self.model.train()
-        try:
+        with resumable("training", total, done, self.save_checkpoint if self.checkpoint else None) as bar:
             self._validate_if_due(bar)  # Ctrl-C may have come in the middle of one
             for batch in self._batches():
                 loss = self._take_step(batch)
@@ -345,13 +337,6 @@ class TrainingRun:
                     self.save_checkpoint()
                 if self.step % 20 == 0:
                     bar.set_postfix(loss=f"{loss.item():.3f}")
-        except KeyboardInterrupt:
-            if self.checkpoint is not None:
-                self.save_checkpoint()
-                bar.write(f"interrupted at step {self.step}; run the same command to go on.")
-            raise
-        finally:
-            bar.close()
         return self.validations
 
     def _is_due(self, every: int) -> bool:
@@ -397,11 +382,12 @@ class TrainingRun:
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self) -> None:
-        """Weights, optimiser state and history, whole or not at all."""
+    def save_checkpoint(self) -> int:
+        """Weights, optimiser state and history, whole or not at all; the step."""
         assert self.checkpoint is not None
         history = {"step": self.step, "validations": [asdict(v) for v in self.validations]}
         save_checkpoint(self.checkpoint, dict(self.model.named_parameters()), self.optimizer, self._identity | history)
+        return self.step
 
     def load_checkpoint(self) -> None:
         """Go back to where `save_checkpoint` was called.

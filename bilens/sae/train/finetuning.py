@@ -27,10 +27,9 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from safetensors import safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.checkpoint import WEIGHT, load_checkpoint, read_facts, save_checkpoint
+from bilens._core.checkpoint import WEIGHT, load_checkpoint, read_facts, resumable, save_checkpoint
 from bilens._core.checks import check_file_name, check_flags, check_rates, check_seeds, check_sizes
 from bilens._core.files import destination_folder, read_json
 from bilens._core.fingerprint import model_fingerprint, sae_fingerprint
@@ -252,21 +251,16 @@ class FinetuneRun:
         frozen = [weight for weight in self.model.parameters() if weight.requires_grad]
         for weight in frozen:
             weight.requires_grad_(False)
-        bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc=f"fine-tuning {self.name}")
         try:
-            for batch in self._batches():
-                divergence = self._take_step(batch)
-                bar.update(tokens_per_step)
-                if self.step % 20 == 0:
-                    bar.set_postfix(KL=f"{divergence:.4f}")
-                if self.step % self.config.checkpoint_every == 0 or self.step == self.n_steps:
-                    self._save()
-        except KeyboardInterrupt:
-            self._save()
-            bar.write(f"interrupted at step {self.step}; run the same command to go on.")
-            raise
+            with resumable(f"fine-tuning {self.name}", total, done, self._save) as bar:
+                for batch in self._batches():
+                    divergence = self._take_step(batch)
+                    bar.update(tokens_per_step)
+                    if self.step % 20 == 0:
+                        bar.set_postfix(KL=f"{divergence:.4f}")
+                    if self.step % self.config.checkpoint_every == 0 or self.step == self.n_steps:
+                        self._save()
         finally:
-            bar.close()
             for weight in frozen:
                 weight.requires_grad_(True)
 
@@ -317,8 +311,9 @@ class FinetuneRun:
         self.step += 1
         return divergence.item()
 
-    def _save(self) -> None:
+    def _save(self) -> int:
         save_checkpoint(self.checkpoint, self.weights, self.optimizer, self._identity | {"step": self.step})
+        return self.step
 
     @property
     def _identity(self) -> dict[str, Any]:

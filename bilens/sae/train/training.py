@@ -31,10 +31,9 @@ from sae_lens.saes.sae import SAEMetadata, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from bilens._core.bare import require_bare
-from bilens._core.checkpoint import load_checkpoint, read_facts, save_checkpoint
+from bilens._core.checkpoint import load_checkpoint, read_facts, resumable, save_checkpoint
 from bilens._core.checks import (
     check_amounts,
     check_choice,
@@ -336,15 +335,9 @@ class SAERun:
         if earliest:
             self.rows.seek(earliest)
         batch_size = self.config.batch_size
-        bar = tqdm(
-            total=self.config.n_steps * batch_size,
-            initial=self.stream.step * batch_size,
-            unit="tok",
-            unit_scale=True,
-            disable=not is_main(),
-            desc=f"training {len(self.targets)} SAE{'s' if len(self.targets) > 1 else ''}",
-        )
-        try:
+        title = f"training {len(self.targets)} SAE{'s' if len(self.targets) > 1 else ''}"
+        total, done = self.config.n_steps * batch_size, self.stream.step * batch_size
+        with resumable(title, total, done, self._save, hidden=not is_main()) as bar:
             while self.stream.step < self.config.n_steps:
                 losses = self._take_step()
                 bar.update(batch_size)
@@ -352,12 +345,6 @@ class SAERun:
                     bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
                 if self.stream.step % self.config.checkpoint_every == 0:
                     self._save()
-        except KeyboardInterrupt:
-            self._save()
-            bar.write(f"interrupted at step {self.stream.step}; run the same command to go on.")
-            raise
-        finally:
-            bar.close()
         for target in self.targets:
             self._finish(target)
 
@@ -515,8 +502,8 @@ class SAERun:
     def _checkpoint(self, target: Target) -> Path:
         return self.out / target.name / CHECKPOINT_FILE
 
-    def _save(self) -> None:
-        """A checkpoint of every SAE, each whole or not at all."""
+    def _save(self) -> int:
+        """A checkpoint of every SAE, each whole or not at all; the step."""
         for target in self.targets:
             trainer, path = self.trainers[target.name], self._checkpoint(target)
             if trainer.n_training_steps > self.stream.step:  # its own checkpoint is newer than this run has come
@@ -534,6 +521,7 @@ class SAERun:
                 "position": self.rows.position(),
             }
             save_checkpoint(path, _tensors(trainer), trainer.optimizer, facts)
+        return self.stream.step
 
     def _identity(self, target: Target) -> dict[str, Any]:
         """What a checkpoint has to agree on to be of this run."""
