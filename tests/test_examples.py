@@ -83,7 +83,7 @@ def test_documented_names_can_be_imported_from_packages(path: Path) -> None:
         members = re.search(r"members: \[(.*)\]", options)
         assert not too_deep(name) or members, f"{name} is in no package, and an entry of a module lists its members"
         if members:
-            missing = set(members[1].split(", ")) - exported(home)
+            missing = set(filter(None, members[1].split(", "))) - exported(home)
             assert not missing, f"{home} does not export {missing}"
 
 

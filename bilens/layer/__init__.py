@@ -12,6 +12,8 @@ from bilens.layer.bilinear import (
     triple_coefficients,
 )
 from bilens.layer.cp import CPCurve, CPDecomposition, cp_decompose
+from bilens.layer.eigen.fitted import best_squares
+from bilens.layer.eigen.metric import metric_eigenpairs, moment, shares_of
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 from bilens.layer.eigen.solve import LeadingEigenpairs, top_eigenpairs
 from bilens.layer.hosvd import HOSVD
@@ -28,6 +30,7 @@ __all__ = [
     "LayerSimilarity",
     "LeadingEigenpairs",
     "Triples",
+    "best_squares",
     "branches",
     "constant_term",
     "cp_decompose",
@@ -36,8 +39,11 @@ __all__ = [
     "interaction_matrix",
     "layer_similarity",
     "linear_term",
+    "metric_eigenpairs",
+    "moment",
     "norms",
     "pair_products",
+    "shares_of",
     "sorted_eigenpairs",
     "top_eigenpairs",
     "top_pairs",
