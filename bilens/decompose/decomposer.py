@@ -14,7 +14,7 @@ Source: Pearce et al. 2025 (arXiv 2410.08417), sections 3 and 5; the expansion i
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, SupportsIndex, get_args, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from bilens._core.bare import require_bare
 from bilens._core.checks import MEMORY, check_budget, check_index, check_sizes, how_many_fit
 from bilens._core.typing import typed
+from bilens.decompose.comparison import FidelityComparison, compare_methods
 from bilens.decompose.explanation import explain
 from bilens.decompose.fidelity import Fidelity, measure_fidelity
 from bilens.decompose.firing import Firing, Fit, circuits_where_it_fires
@@ -346,14 +347,14 @@ class Decomposer:
             note=note,
         )
 
-    def _firing(self, fit: Fit | None) -> Firing:
+    def _firing(self, fit: Fit | None, **options: int) -> Firing:
         """What `fit` stands for, checked.
 
         Raises:
             SAEMismatchError: of another layer or SAE.
         """
         if not isinstance(fit, Firing):
-            return self.firing(fit)
+            return self.firing(fit, **options)
         d_sae, d_model = self.output_view.d_sae, self.model.cfg.d_model
         if (fit.layer, len(fit.n_active), fit.inputs.shape[1]) != (self.layer, d_sae, d_model):
             raise SAEMismatchError(
@@ -496,22 +497,52 @@ class Decomposer:
         found = find_spectra(self.weights, u, k, inputs=inputs, **options)  # type: ignore[arg-type]
         return replace(found, outputs=self._numbers(output), names=self._output_names_of(output))
 
-    @torch.no_grad()
+    @overload
     def fidelity(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         output: Output | None = None,
         k: int = 10,
         *,
+        fit: None = None,
         batch_size: int = 16,
         memory: int = MEMORY,
-    ) -> Fidelity:
+    ) -> Fidelity: ...
+
+    @overload
+    def fidelity(
+        self,
+        texts: Fit,
+        output: Output | None = None,
+        k: int = 10,
+        *,
+        fit: Fit,
+        batch_size: int = 16,
+        memory: int = MEMORY,
+    ) -> FidelityComparison: ...
+
+    @torch.no_grad()
+    def fidelity(
+        self,
+        texts: Fit,
+        output: Output | None = None,
+        k: int = 10,
+        *,
+        fit: Fit | None = None,
+        batch_size: int = 16,
+        memory: int = MEMORY,
+    ) -> Fidelity | FidelityComparison:
         """How well the `k` leading eigencircuits, and every smaller number of them, reproduce features on texts.
 
+        With `fit`, other texts, the ways to choose or find eigencircuits by what they do there are compared: by
+        variance, by mean, in the firing metric, with a linear term, and fitted (see `eigen`). That takes a tenth of a
+        second or more for each feature.
+
         Args:
-            texts: each is run from its `[BOS]`, cut to the context.
+            texts: each is run from its `[BOS]`, cut to the context; with `fit` also what `firing` gave.
             output: output features; `None` is all of them.
             k: the largest number of eigenpairs.
+            fit: other texts, or what `firing` gave of them.
             batch_size: texts at a time.
             memory: bytes to work in besides the model's pass, and at most as many for the result; 1 GiB by default.
 
@@ -522,10 +553,19 @@ class Decomposer:
             EmptyTextError: no texts, or one with nothing in it.
             MissingSAEError: no output SAE.
             OutOfRangeError: no such feature, or more eigenpairs than `d_model`.
+            SAEMismatchError: `fit` is of another layer or SAE.
         """
         view = self.output_view
         require_bare(self.model, view.sae)
         features = self._features(self._every(output))
+        if fit is not None:
+            check_pairs(self.model.cfg.d_model, k, "size")
+            on = [self._firing(given, batch_size=batch_size, memory=memory) for given in (texts, fit)]
+            return compare_methods(self.weights, self.directions(features), features, *on, k)
+        if isinstance(texts, Firing):
+            raise ArgumentError(
+                "texts is what firing gave, which only a comparison takes: give `fit` besides, or texts."
+            )
         run = self.run_texts(texts, batch_size)
         tokens = max(1, memory // (4 * view.d_sae * 24))  # a quarter of it for the activations of all features
         parts = (part for x, y in run for part in zip(x.split(tokens), y.split(tokens), strict=True))

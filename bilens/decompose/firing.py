@@ -119,7 +119,8 @@ def circuits_where_it_fires(
         firing: what the layer reads on them.
         k: how many squares of each.
         metric: how they are found.
-        order: which come first; by size or sign, `mu = lambda v^T M v` counts, with `M` the moment of the metric.
+        order: which come first; by size or sign, `lambda` of the weights or `lambda v^T M v` counts, with `M` the
+            moment of the metric.
     """
     found: dict[str, list[Tensor]] = {}
     for direction, feature in zip(u, features.tolist(), strict=True):
@@ -139,7 +140,8 @@ def circuits_where_it_fires(
         else:
             values, vectors = metric_eigenpairs(Q, M)
         of_terms = terms(values, vectors, x - mean)
-        chosen = _places(order, of_terms, values * ((vectors @ M) * vectors).sum(1))[:k]
+        mu = values if metric == "weights" else values * ((vectors @ M) * vectors).sum(1)
+        chosen = places(order, of_terms, mu)[:k]
         shares = shares_of(of_terms[:, chosen], whole)
         parts |= {"values": values[chosen], "vectors": vectors[chosen]}
         parts |= {"variance_shares": shares[0], "mean_shares": shares[1]}
@@ -148,7 +150,7 @@ def circuits_where_it_fires(
     return {name: torch.stack(parts) for name, parts in found.items()}
 
 
-def _places(order: Order | Ranking, of_terms: Float[Tensor, "p k"], mu: Float[Tensor, "k"]) -> Int[Tensor, "k"]:
+def places(order: Order | Ranking, of_terms: Float[Tensor, "p k"], mu: Float[Tensor, "k"]) -> Int[Tensor, "k"]:
     """The places of terms, the first in an order first; without inputs to rank them on, by size."""
     if order == "variance" and len(of_terms):
         size = of_terms.var(0, correction=0)

@@ -41,6 +41,17 @@ def best_squares(
         M: their second moment, positive definite.
         k: how many.
     """
+    return squares_by_number(Q, x, M, k)[-1]
+
+
+@torch.no_grad()
+def squares_by_number(
+    Q: Float[Tensor, "d_model d_model"],
+    x: Float[Tensor, "p d_model"],
+    M: Float[Tensor, "d_model d_model"],
+    k: int,
+) -> list[tuple[Float[Tensor, "j"], Float[Tensor, "j d_model"]]]:
+    """The best square, the best two, and so on up to `k`: `best_squares` with every smaller number on its way."""
     root, inverse = roots(M.double())
     dtype = torch.promote_types(x.dtype, torch.float32)
     kept = x[torch.linspace(0, len(x) - 1, MOST).long()] if len(x) > MOST else x
@@ -50,12 +61,13 @@ def best_squares(
     scale = target.std(correction=0) if len(x) > 1 else form.norm()
     scale = torch.where(scale > 0, scale, form.norm()).clamp_min(torch.finfo(dtype).tiny)
     problem = _Problem(white, (target / scale).to(dtype), (form / scale).to(dtype))
-    signs, rows = white.new_zeros(0), white.new_zeros(0, len(Q))
+    signs, rows, found = white.new_zeros(0), white.new_zeros(0, len(Q)), []
     for _ in range(k):
         sign, row = problem.next(signs, rows)
         signs, rows = torch.cat([signs, sign]), torch.cat([rows, row])
         rows = problem.descend(signs, rows)
-    return as_unit(signs.double() * scale, rows.double() @ inverse)
+        found.append(as_unit(signs.double() * scale, rows.double() @ inverse))
+    return found
 
 
 class _Problem:
@@ -87,15 +99,16 @@ class _Problem:
         return values[best].sign(), pairs[best]
 
     def descend(self, signs: Float[Tensor, "k"], rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-        rows = rows.clone()
+        start, rows = rows, rows.clone()
         search = torch.optim.LBFGS([rows], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             value, rows.grad = self.value_and_gradient(signs, rows)
             return value
 
-        search.step(closure)
-        return rows
+        before = search.step(closure)
+        after, _ = self.value_and_gradient(signs, rows)
+        return rows if after <= before else start  # a line search may leave the numbers that float32 has
 
     def value_and_gradient(
         self, signs: Float[Tensor, "k"], rows: Float[Tensor, "k d"]
