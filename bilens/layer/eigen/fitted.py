@@ -6,8 +6,9 @@ Looked for are `k` squares `P = sum_j s_j w_j w_j^T` such that what is left of `
     on Gaussian inputs of second moment M, times rho    2 ||M^1/2 R M^1/2||_F^2
 
 The second alone gives the eigenpairs in the metric (`metric`), the first alone learns the inputs by heart: the second
-counts as `PRIOR` inputs do, `rho = PRIOR / n`. One square after the other: the pair in the metric of what is left that
-helps most, then all of them together by L-BFGS from there. What is left is kept, so that
+counts as `PRIOR` inputs do, `rho = PRIOR / n`. For the same reason, and because it is faster, they are looked for
+among combinations of the `SPAN` leading pairs in the metric. One square after the other: the pair in the metric of what
+is left that helps most, then all of them together by L-BFGS from there. What is left is kept, so that
 
     x^T Q x = sum_j s_j (w_j . x)^2 + x^T R x
 
@@ -18,9 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilens.layer.bilinear import double
 from bilens.layer.eigen.metric import as_unit, roots
+from bilens.layer.eigen.pairs import sorted_eigenpairs
 
-PRIOR = 500  # inputs
+PRIOR = 300  # inputs
+SPAN = 64  # pairs
 MOST = 2048  # inputs looked at, evenly spaced
 CANDIDATES = 16
 ITERATIONS = 40
@@ -52,26 +56,27 @@ def squares_by_number(
     k: int,
 ) -> list[tuple[Float[Tensor, "j"], Float[Tensor, "j d_model"]]]:
     """The best square, the best two, and so on up to `k`: `best_squares` with every smaller number on its way."""
-    root, inverse = roots(M.double())
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    kept = x[torch.linspace(0, len(x) - 1, MOST).long()] if len(x) > MOST else x
-    white = (kept.double() @ inverse).to(dtype)
-    form = root @ Q.double() @ root
-    target = ((white.double() @ form) * white.double()).sum(1)
-    scale = target.std(correction=0) if len(x) > 1 else form.norm()
-    scale = torch.where(scale > 0, scale, form.norm()).clamp_min(torch.finfo(dtype).tiny)
-    problem = _Problem(white, (target / scale).to(dtype), (form / scale).to(dtype))
-    signs, rows, found = white.new_zeros(0), white.new_zeros(0, len(Q)), []
+    root, inverse = roots(double(M))
+    Q, dtype = double(Q), torch.promote_types(x.dtype, torch.float32)
+    kept = double(x[torch.linspace(0, len(x) - 1, MOST).long()] if len(x) > MOST else x)
+    mu, y = sorted_eigenpairs(root @ Q @ root, min(max(SPAN, k), len(Q)))
+    back = y @ inverse
+    target = ((kept @ Q) * kept).sum(1)
+    scale = target.std(correction=0) if len(x) > 1 else mu.norm()
+    scale = torch.where(scale > 0, scale, mu.norm()).clamp_min(torch.finfo(dtype).tiny)
+    white = (kept @ back.T).to(dtype)
+    problem = _Problem(white, (target / scale).to(dtype), torch.diag(mu / scale).to(dtype))
+    signs, rows, found = white.new_zeros(0), white.new_zeros(0, len(mu)), []
     for _ in range(k):
         sign, row = problem.next(signs, rows)
         signs, rows = torch.cat([signs, sign]), torch.cat([rows, row])
         rows = problem.descend(signs, rows)
-        found.append(as_unit(signs.double() * scale, rows.double() @ inverse))
+        found.append(as_unit(double(signs) * scale, double(rows) @ back))
     return found
 
 
 class _Problem:
-    """The objective in whitened inputs, of a form whose values on them have variance one."""
+    """The objective in the leading pairs of the metric, of a form whose values on the inputs have variance one."""
 
     def __init__(self, x: Float[Tensor, "p d"], target: Float[Tensor, "p"], form: Float[Tensor, "d d"]):
         self.x, self.form = x, form
