@@ -29,20 +29,15 @@ from torch import Tensor, nn
 ARCHITECTURE = "bilens_scope"
 
 
-@dataclass
-class ScopeSAEConfig(SAEConfig):
-    """Configuration of a published SAE.
+class _Published:
+    """What the configurations of a published SAE, trained or in training, have in common; before SAELens' class."""
 
-    Args:
-        k: the number of features that stay active, those with the largest signed pre-activations.
-        bilinear_encoder: pre-activations are products of two linear maps.
-    """
-
-    k: int = 30
-    bilinear_encoder: bool = False
+    k: int
+    d_sae: int
+    bilinear_encoder: bool
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
         if not 1 <= self.k <= self.d_sae:
             raise ValueError(f"k is {self.k}, expected between 1 and d_sae = {self.d_sae}.")
 
@@ -54,6 +49,19 @@ class ScopeSAEConfig(SAEConfig):
     @classmethod
     def architecture(cls) -> str:
         return ARCHITECTURE
+
+
+@dataclass
+class ScopeSAEConfig(_Published, SAEConfig):
+    """Configuration of a published SAE.
+
+    Args:
+        k: the number of features that stay active, those with the largest signed pre-activations.
+        bilinear_encoder: pre-activations are products of two linear maps.
+    """
+
+    k: int = 30
+    bilinear_encoder: bool = False
 
 
 def signed_topk(pre_acts: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
@@ -96,7 +104,7 @@ class ScopeSAE(SAE[ScopeSAEConfig]):
 
 
 @dataclass
-class ScopeTrainingSAEConfig(TopKTrainingSAEConfig):
+class ScopeTrainingSAEConfig(_Published, TopKTrainingSAEConfig):
     """Configuration of one that is to be trained: SAELens' of top-k, with decoder norms left alone, and what differs.
 
     Args:
@@ -112,17 +120,6 @@ class ScopeTrainingSAEConfig(TopKTrainingSAEConfig):
         super().__post_init__()
         if self.rescale_acts_by_decoder_norm:
             raise ValueError("rescale_acts_by_decoder_norm is not what a published SAE computes.")
-        if not 1 <= self.k <= self.d_sae:
-            raise ValueError(f"k is {self.k}, expected between 1 and d_sae = {self.d_sae}.")
-
-    @property
-    def d_enc(self) -> int:
-        """Columns of `W_enc`, as in `ScopeSAEConfig`."""
-        return 2 * self.d_sae if self.bilinear_encoder else self.d_sae
-
-    @classmethod
-    def architecture(cls) -> str:
-        return ARCHITECTURE
 
 
 class ScopeTrainingSAE(TopKTrainingSAE):

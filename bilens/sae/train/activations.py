@@ -22,7 +22,7 @@ from torch import Tensor
 from bilens._core.bare import require_bare
 from bilens.errors import EmptyTextError, SAEMismatchError, TrainingError
 from bilens.model.transformer import HookedBilinearTransformer
-from bilens.train.data import TokenizedTexts, pack
+from bilens.train.data import TokenizedTexts, pack, pieces_identity
 
 BATCHES_PER_BLOCK = 16
 ROWS_PER_PASS = 16
@@ -77,10 +77,7 @@ class PackedRows:
         return self._packed[epoch]
 
     def identity(self) -> dict[str, Any]:
-        checksum = 0
-        for piece in self.pieces:
-            checksum = zlib.crc32(torch.tensor(piece).numpy().data, checksum)
-        return {"n_tokens": sum(map(len, self.pieces)), "checksum": checksum}
+        return pieces_identity(self.pieces)
 
     def position(self) -> dict[str, int]:
         return {}

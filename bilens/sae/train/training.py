@@ -44,6 +44,7 @@ from bilens._core.checks import (
     check_sizes,
 )
 from bilens._core.files import destination_folder, read_json, write_atomically
+from bilens._core.fingerprint import model_fingerprint
 from bilens._core.folders import alone_in, differing, make_room
 from bilens._core.parallel import barrier, is_main, processes, share
 from bilens.errors import ArgumentError, SAEMismatchError, TrainingError
@@ -307,7 +308,7 @@ class SAERun:
         overwrite: bool = False,
     ):
         self.model, self.rows, self.config, self.out = model, rows, config, out
-        self.source = {"model": _checksum(model), **rows.identity()}
+        self.source = {"model": model_fingerprint(model), **rows.identity()}
         others = {target.name: reason for target in targets if (reason := self._other_work(target))}
         files = [file for files in FORMATS.values() for file in files] + [CHECKPOINT_FILE]
 
@@ -588,11 +589,3 @@ def _place(hook: str) -> tuple[str, int]:
             "every layer is at blocks.{layer}.hook_resid_pre and blocks.{layer}.hook_resid_post."
         )
     return HOOK_TO_POINT.get(match[2], match[2]), int(match[1])
-
-
-def _checksum(model: HookedBilinearTransformer) -> int:
-    """Of the weights."""
-    checksum = 0
-    for weight in model.parameters():
-        checksum = zlib.crc32(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data, checksum)
-    return checksum

@@ -392,7 +392,7 @@ def test_other_work_is_not_replaced(run, tmp_path, monkeypatch, interrupted):
     """Other texts, arguments or another model: refused by what differs, all files as they were; then overwritten."""
     others = {
         "lr": {"config": replace(GOING_ON, lr=1e-4)},
-        "checksum": {"data": run.texts[1:]},
+        "sha256": {"data": run.texts[1:]},
         "model": {"model": make_model(tokenizer=run.model.tokenizer, seed=1)},
     }
     if interrupted:
