@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from bilens.attribute.circuit_tables import CircuitTables
 
@@ -71,8 +71,8 @@ class Paths:
         goes_on = shown & (np.bincount(self.targets, minlength=len(self.start)) > 0)
         return np.where(goes_on, 0.0, self.arriving(shown))
 
-    def strongest(self, start: Bool[np.ndarray, "node"], down: bool) -> Int[np.ndarray, "node"]:
-        """The next node on each node's strongest path to where `start` is true, down or up the edges; -1: none."""
+    def strongest(self, start: Shaped[np.ndarray, "node"], down: bool) -> Int[np.ndarray, "node"]:
+        """The next node on each node's strongest path to where `start` is positive, down or up the edges; -1: none."""
         here, there = (self.targets, self.sources) if down else (self.sources, self.targets)
         usable = ~self.rest[self.sources]
         here, there, shares = here[usable], there[usable], self.shares[usable]
