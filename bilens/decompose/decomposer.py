@@ -986,8 +986,9 @@ class Decomposer:
             text_or_tokens: one text (`[BOS]` is prepended), or its tokens as they are.
             feature: a feature of the output SAE, active there or not.
             position: `[BOS]` counted; negative counts from the end.
-            circuits: the sum of squares to tell it by, such as `eigen(feature)` gives; all of it, for the parts have
-                to add up. `None` takes the eigenpairs of the interaction matrix.
+            circuits: the sum of squares to tell it by; all of it, for the parts have to add up. Fewest are needed of
+                `eigen(feature, metric="firing")`, found where the feature fires on texts (`fit=firing()` runs these
+                once for all features). `None` takes the eigenpairs of the interaction matrix, from the weights alone.
 
         Raises:
             AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.

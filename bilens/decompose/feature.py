@@ -22,6 +22,7 @@ from bilens.decompose.outputs import check_feature
 from bilens.decompose.results import Attribution
 from bilens.draw import plots
 from bilens.layer.bilinear import interaction_matrix
+from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.solve import LeadingEigenpairs, top_eigenpairs
 from bilens.model.tokenization import token_strings
 from bilens.sae.features.examples import DescribedFeatures, FeatureActivations, FeatureSummary
@@ -94,6 +95,7 @@ def feature_circuit(
     *,
     inputs: DescribedFeatures | None = None,
     outputs: DescribedFeatures | None = None,
+    circuits: Eigencircuits | None = None,
     n_inputs: int = 8,
     note: str = "",
 ) -> FeatureCircuit:
@@ -105,6 +107,7 @@ def feature_circuit(
         feature: a feature of the output SAE.
         position: `None` takes where the feature's pre-activation is largest, `[BOS]` left out.
         inputs, outputs: the activations of the two SAEs' features on example texts.
+        circuits: the same as for `Decomposer.attribute`.
         n_inputs: the number of input features to show of each eigencircuit.
         note: what a person says of the feature.
 
@@ -122,7 +125,7 @@ def feature_circuit(
         pre = view_out.pre_activations(y)[:, check_feature(feature, view_out.d_sae)]
         first = min(model.n_bos, len(pre) - 1)
         position = int(pre[first:].argmax()) + first
-    attribution = decomposer.attribute(tokens, feature, position)
+    attribution = decomposer.attribute(tokens, feature, position, circuits=circuits)
 
     direction = decomposer.directions(feature)
     shown = _largest_parts(attribution.explanation, n_inputs)

@@ -4,14 +4,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SECOND_FAMILY = 0.35  # of the largest family's part: a second one with less is not named
+SECOND_FAMILY = 0.5  # of the largest family's part: a second one with less is not named
 WEAK = 0.3  # of the projection: families that make less are one of many
 ALMOST_ALL = 0.6  # of what the layer writes: circuits with less are not all there is to say
 TAKES_OFF = 0.1  # of what the layer writes: a circuit that takes off less is not named
 ERROR = 0.3  # of a projection: more than that is said to be the SAE's error
 MEMBERS = 3  # features of a family that are named
-READ = 0.08  # of a projection: positions that make less are not quoted
-QUOTED = 5  # positions quoted at most
+READ = 0.1  # of a projection: positions that make less are not quoted
+QUOTED = 4  # positions quoted at most
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DENSE = "dense"  # the family of features that fire nearly everywhere, and so mean little
 
@@ -88,9 +88,13 @@ def families(members: Sequence[tuple[int, str, float]], token: str = "") -> list
 
 
 def quote(tokens: Sequence[str], shares: Sequence[float]) -> str:
-    """The positions that make most of a projection, in the order of the text; ... stands for what is between them."""
-    largest = sorted((place for place, share in enumerate(shares) if share >= READ), key=lambda place: -shares[place])
-    places = sorted(largest[:QUOTED])
+    """The positions that make most of a projection, and the last, in the order of the text.
+
+    Punctuation is quoted at the end alone; ... stands for what is left out.
+    """
+    last = len(shares) - 1
+    large = [place for place in range(last) if shares[place] >= READ and re.search(r"\w", tokens[place])]
+    places = sorted([*sorted(large, key=lambda place: -shares[place])[: QUOTED - 1], last])
     words: list[str] = []
     for before, place in zip([None, *places], places, strict=False):
         words += ["…"] * (before is not None and place > before + 1)
@@ -125,7 +129,7 @@ def tell(circuits: Sequence[Circuit], needed: int, active: bool, written: float,
         given = f"one direction gives {percent(first.share)}"
     elif two >= ALMOST_ALL:
         given = f"two directions give {percent(two)}"
-        if not _words(both[1]) <= _words(first) and not _is_weak(both[1]):
+        if not (_words(both[1]) & _words(first) or _is_weak(both[1])):
             reason += f", and {_reason(both[1])}"
     else:
         given = f"{count} directions give 80 %, this one {percent(first.share)}"
@@ -164,7 +168,8 @@ def _made_of(circuit: Circuit, joined: str = " with ") -> str:
 
 def _reason(circuit: Circuit, read: str = "") -> str:
     """Why a circuit is large: one family, two that meet, or many features; and the words that it is read from."""
-    if read and _is_weak(circuit):
+    known = not _is_weak(circuit) or (_words(circuit) & set(read.lower().split()[-1:]))
+    if read and not known:
         return f"because of “{read}”, read by many features"
     of = "of " * (len(_leading(circuit)) < 2)
     return f"because {of}{_made_of(circuit, ' meets ')}" + f", read from “{read}”" * bool(read)

@@ -52,6 +52,8 @@ HOW_TO_READ = (
     "Percentages are of what the layer writes along the feature: its pre-activation without the output SAE's own bias. "
     "They can pass 100 % where other directions take off. Each direction also splits over the positions of the text "
     "that it is read from, exactly, with attention patterns and the norm's scale as they are on this text. "
+    "On a report the directions are those found where the feature fires in example texts: an exact sum of squares too, "
+    "of which fewer are needed than of the eigenvectors of the weights alone.\n\n"
     "Features are named by their index and what they fire on. In examples, colour is how strongly the feature fires."
 )
 

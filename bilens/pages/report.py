@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,13 @@ from bilens.attribute.faithfulness import MODES
 from bilens.attribute.targets import read_targets
 from bilens.decompose import Decomposer
 from bilens.decompose.feature import N_CIRCUITS, FeatureCircuit, feature_circuit, rank_features
+from bilens.decompose.firing import Firing
 from bilens.decompose.gallery import MotifGallery, motif_gallery
 from bilens.decompose.sweep import Sweep
 from bilens.draw.page import Page
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import check_bilinear
+from bilens.layer.eigen.circuits import Eigencircuits
 from bilens.layer.eigen.solve import LeadingEigenpairs
 from bilens.model.files import DEFAULT_MODEL, PRETRAINED
 from bilens.model.loading import load_model
@@ -49,7 +52,7 @@ from bilens.pages.circuit import circuit_page
 from bilens.sae.features.examples import DescribedFeatures, FeatureActivations
 from bilens.sae.features.kept import describe_features
 from bilens.sae.loading import layers_of, list_saes, load_sae, sae_source
-from bilens.sae.texts import example_texts
+from bilens.sae.texts import bundled_texts, example_texts
 from bilens.sae.train.evaluation import SAEScores, evaluate_saes
 from bilens.train.data import TokenizedTexts
 from bilens.train.language_model import validate
@@ -57,6 +60,7 @@ from bilens.train.language_model import validate
 DEMO_FILE = "demo.json"
 N_EIGENCIRCUITS = 3  # features of a traced circuit whose eigencircuits are shown
 N_CANDIDATES = 24  # features of a text that are explained before the best are chosen
+N_FITTED = 48  # texts on which eigencircuits are found: a quarter of the bundled ones, for a quarter of the time
 DENSE = 0.1  # of the tokens: a feature that fires on more of them tells little
 RARE = 1e-3  # of the tokens: a feature that fires on more of them tells less, by the logarithm
 CONTEXT_AFTER = 6  # tokens of a story kept after the one explained
@@ -75,11 +79,12 @@ HOW_RANKED = (
 
 @dataclass(frozen=True)
 class LabelledLayer:
-    """A decomposer whose features have names, and what they fire on."""
+    """A decomposer whose features have names, what they fire on, and texts on which eigencircuits are found."""
 
     decomposer: Decomposer
     inputs: DescribedFeatures
     outputs: DescribedFeatures
+    texts: Sequence[str] = field(default=(), repr=False)
 
     def activations(self) -> tuple[FeatureActivations, FeatureActivations]:
         """The same of inputs and outputs, token by token.
@@ -93,6 +98,15 @@ class LabelledLayer:
             )
         return self.inputs, self.outputs
 
+    @cached_property
+    def _firing(self) -> Firing:
+        return self.decomposer.firing(self.texts[:N_FITTED])
+
+    def circuits(self, feature: int) -> Eigencircuits | None:
+        """An output feature's squares, found where it fires in the first of the texts: fewer of them are needed there
+        than eigenpairs of the weights alone. `None` without texts."""
+        return self.decomposer.eigen(feature, metric="firing", fit=self._firing) if self.texts else None
+
 
 def label_layers(decomposers: Sequence[Decomposer], texts: Sequence[str] | None = None) -> dict[int, LabelledLayer]:
     """Decomposers of several layers, with both SAEs, whose features have names.
@@ -104,11 +118,12 @@ def label_layers(decomposers: Sequence[Decomposer], texts: Sequence[str] | None 
     """
     model, flat = decomposers[0].model, [sae for d in decomposers for sae in saes_of(d)]
     described = describe_features(model, flat, texts)
+    fit = bundled_texts(model) if texts is None else texts
     layers = {}
     for place, d in enumerate(decomposers):
         inputs, outputs = described[2 * place : 2 * place + 2]
         names = {"input_names": inputs.labels(), "output_names": outputs.labels()}
-        layers[d.layer] = LabelledLayer(Decomposer(d.model, d.layer, *saes_of(d), **names), inputs, outputs)  # type: ignore[arg-type]
+        layers[d.layer] = LabelledLayer(Decomposer(d.model, d.layer, *saes_of(d), **names), inputs, outputs, fit)  # type: ignore[arg-type]
     return layers
 
 
@@ -160,7 +175,14 @@ def explained(
     """`feature_circuit` with names and examples, and where in the text its first eigencircuits are read."""
     d = labelled.decomposer
     found = feature_circuit(
-        d, text_or_tokens, feature, position, inputs=labelled.inputs, outputs=labelled.outputs, note=note
+        d,
+        text_or_tokens,
+        feature,
+        position,
+        inputs=labelled.inputs,
+        outputs=labelled.outputs,
+        circuits=labelled.circuits(feature),
+        note=note,
     )
     tokens = d.model.input_to_tokens(text_or_tokens)[0, : found.attribution.position + 1]
     return replace(found, attribution=read_positions(freeze(d.model, tokens), found.attribution, N_CIRCUITS))
@@ -180,7 +202,8 @@ def well_explained(labelled: LabelledLayer, text: str, n: int) -> list[int]:
     candidates = [f for f in strength.argsort(descending=True)[:N_CANDIDATES].tolist() if strongest[f] > 0]
     scores = {}
     for feature in candidates:
-        told = d.attribute(tokens, feature, int(places[feature]) + d.model.n_bos).explanation
+        at = int(places[feature]) + d.model.n_bos
+        told = d.attribute(tokens, feature, at, circuits=labelled.circuits(feature)).explanation
         leading = told.shares[:N_CIRCUITS].sum().item()
         read = told.parts[0, :-2].sum().item() / told.projections[0].item()
         rarity = outputs.density()[feature].clamp_min(RARE).log() / math.log(RARE)

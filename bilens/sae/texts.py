@@ -20,11 +20,16 @@ N_SAMPLED = 192
 
 def example_texts(model: HookedBilinearTransformer) -> list[str]:
     """Texts to see features fire on: those that come with a bundled model, or else sampled from the model itself."""
+    return bundled_texts(model) or [text for text in sample_texts(model, N_SAMPLED) if text.strip()]
+
+
+def bundled_texts(model: HookedBilinearTransformer) -> list[str]:
+    """The texts that come with a bundled model; none for another."""
     bundled = PRETRAINED / model.cfg.model_name / STORIES_FILE
-    if model.cfg.model_name in list_models() and bundled.exists():
-        with gzip.open(bundled, "rt", encoding="utf-8") as file:
-            return [json.loads(line)["text"] for line in file]
-    return [text for text in sample_texts(model, N_SAMPLED) if text.strip()]
+    if model.cfg.model_name not in list_models() or not bundled.exists():
+        return []
+    with gzip.open(bundled, "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
 
 
 def checked_texts(texts: Iterable[str], at_most: int | None = None) -> list[str]:
