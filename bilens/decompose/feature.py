@@ -105,7 +105,7 @@ def feature_circuit(
         decomposer: a decomposer with both SAEs.
         text_or_tokens: the same as for `Decomposer.attribute`.
         feature: a feature of the output SAE.
-        position: `None` takes where the feature's pre-activation is largest, `[BOS]` left out.
+        position: `None` takes where the feature fires most, or else its pre-activation is largest, `[BOS]` left out.
         inputs, outputs: the activations of the two SAEs' features on example texts.
         circuits: the same as for `Decomposer.attribute`.
         n_inputs: the number of input features to show of each eigencircuit.
@@ -122,9 +122,9 @@ def feature_circuit(
     )
     y = cache[decomposer.out_hook][0]
     if position is None:
-        pre = view_out.pre_activations(y)[:, check_feature(feature, view_out.d_sae)]
-        first = min(model.n_bos, len(pre) - 1)
-        position = int(pre[first:].argmax()) + first
+        first, feature = min(model.n_bos, len(y) - 1), check_feature(feature, view_out.d_sae)
+        active, pre = (values[first:, feature] for values in (view_out.activations(y), view_out.pre_activations(y)))
+        position = int((active if active.any() else pre).argmax()) + first
     attribution = decomposer.attribute(tokens, feature, position, circuits=circuits)
 
     direction = decomposer.directions(feature)

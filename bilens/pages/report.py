@@ -67,9 +67,9 @@ CONTEXT_AFTER = 6  # tokens of a story kept after the one explained
 
 
 HOW_CHOSEN = (
-    "Of the features that fire on this text, these fire strongly for what they do in the example texts, and two "
-    "eigencircuits, read in input features, give most of what the layer writes along them. Rare features come first; "
-    "those that fire on more than a tenth of all tokens are left out."
+    "Of the features that fire on this text, these fire strongly, both for what they do in the example texts and among "
+    "the features at their token, and two eigencircuits, read in input features, give most of what the layer writes "
+    "along them. Rare features come first; those that fire on more than a tenth of all tokens are left out."
 )
 HOW_RANKED = (
     "These are the features whose activation two eigencircuits reproduce best over the example texts, by pairs of "
@@ -197,16 +197,19 @@ def well_explained(labelled: LabelledLayer, text: str, n: int) -> list[int]:
     _, cache = d.model.run_with_cache(
         tokens, names_filter=d.out_hook, stop_at_layer=d.layer + 1, return_cache_object=False
     )
-    strongest, places = d.output_view.activations(cache[d.out_hook][0, d.model.n_bos :]).cpu().max(0)
-    strength = (strongest / outputs.maxima().clamp_min(1e-6)).clamp(0, 1) * (outputs.density() <= DENSE)
-    candidates = [f for f in strength.argsort(descending=True)[:N_CANDIDATES].tolist() if strongest[f] > 0]
+    activations = d.output_view.activations(cache[d.out_hook][0, d.model.n_bos :]).cpu()
+    strongest, places = activations.max(0)
+    usual, density = outputs.maxima(), outputs.density()
+    strength = (strongest / usual.clamp_min(1e-6)).clamp(0, 1) * (strongest / activations.max(1).values[places])
+    strength *= (usual > 0) & (density <= DENSE)
+    candidates = [f for f in strength.argsort(descending=True)[:N_CANDIDATES].tolist() if strength[f] > 0]
     scores = {}
     for feature in candidates:
         at = int(places[feature]) + d.model.n_bos
         told = d.attribute(tokens, feature, at, circuits=labelled.circuits(feature)).explanation
         leading = told.shares[:N_CIRCUITS].sum().item()
         read = told.parts[0, :-2].sum().item() / told.projections[0].item()
-        rarity = outputs.density()[feature].clamp_min(RARE).log() / math.log(RARE)
+        rarity = density[feature].clamp_min(RARE).log() / math.log(RARE)
         scores[feature] = strength[feature].item() * _nearness(leading) * _nearness(read) * rarity.item()
     ranked = sorted(candidates, key=lambda feature: -scores[feature])
     # One feature for each word: two of the same token would say the same.
