@@ -58,11 +58,11 @@ class Made:
         return feature_activations(self.model, self.saes[2:], self.texts)
 
     def run(self, memory: int) -> object:
-        return feature_activations(self.model, self.saes[2:], self.texts, memory=memory)
+        return feature_activations(self.model, self.saes[2:], self.texts, batch_size=4, memory=memory)
 
     def gallery(self, memory: int) -> object:
         inputs, outputs = self.activations
-        return motif_gallery([self.d], [inputs], [outputs], min_tokens=3, memory=memory, progress=False)
+        return motif_gallery([self.d], [inputs], [outputs], min_tokens=10, memory=memory, progress=False)
 
     def trace(self, memory: int, mlps: Any) -> object:
         return Circuit.trace(self.model, self.saes, self.texts[0], TARGET, max_nodes=50, mlps=mlps, memory=memory)
@@ -92,9 +92,9 @@ CALLS: dict[str, tuple[str, int, Callable[[Made, int], object]]] = {
     "inner_products": (EVERY, 256, lambda m, n: m.d.inner_products(m.every, memory=n)),
     "neighbours": (EVERY, 256, lambda m, n: m.d.neighbours(memory=n)),
     "clusters": (EVERY, 256, lambda m, n: m.d.clusters(memory=n)),
-    "hosvd": ("the layer", 128, lambda m, n: m.d.hosvd(memory=n)),
+    "hosvd": ("the layer", 256, lambda m, n: m.d.hosvd(memory=n)),
     "cp, rank 256": ("the layer, 2 sweeps", 256, lambda m, n: m.d.cp(256, max_sweeps=2, memory=n, **QUIET)),
-    "feature_activations": ("64 texts, 2 SAEs", 64, Made.run),
+    "feature_activations": ("64 texts, 2 SAEs, 4 texts at a time", 64, Made.run),
     "cofiring": ("64 texts", 128, lambda m, n: m.activations[0].cofiring(memory=n)),
     "token_cosines": ("64 texts", 128, lambda m, n: m.activations[0].token_cosines(memory=n)),
     "motif_gallery": ("64 texts", 1024, Made.gallery),

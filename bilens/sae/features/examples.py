@@ -255,13 +255,13 @@ class FeatureActivations:
     ) -> Float[Tensor, "d_sae d_sae"]:
         """The sum over places of products of every two features' values there, a few places at a time."""
         besides = 4 * self.d_sae**2 + 48 * len(values)
-        most = how_many_fit(f"{call} of {self.d_sae:,} features", 4 * self.d_sae, memory, besides=besides)
+        most = how_many_fit(f"{call} of {self.d_sae:,} features", 8 * self.d_sae, memory, besides=besides)
         order = places.argsort(stable=True)
         features, values = self.features[order], values[order]
         places = places[order].unique_consecutive(return_inverse=True)[1]
         total = torch.zeros(self.d_sae, self.d_sae)
         n = int(places[-1]) + 1 if len(places) else 0
-        step = min(most, max(1, 2**24 // self.d_sae), max(n, 1))
+        step = min(most, max(1, 2**23 // self.d_sae), max(n, 1))
         edges = torch.searchsorted(places, torch.arange(0, n + step, step)).tolist()
         for chunk, (low, high) in enumerate(pairwise(edges)):
             dense = torch.zeros(step, self.d_sae)

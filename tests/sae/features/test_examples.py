@@ -241,7 +241,7 @@ def test_the_memory_changes_nothing(text_model, sample, found):
     for one, other in zip(cheap, expected, strict=True):
         for name in ("rows", "positions", "values", "offsets"):
             assert_close(getattr(one, name), getattr(other, name))
-        memory = 4 * D_SAE**2 + 48 * len(other.values) + 4 * D_SAE
+        memory = 4 * D_SAE**2 + 48 * len(other.values) + 8 * D_SAE
         for call in ("cofiring", "cofiring_counts", "token_cosines"):
             # float32 sums of a few hundred terms in another order
             assert_close(getattr(one, call)(memory=memory), getattr(other, call)(), atol=1e-5, rtol=1e-4)
