@@ -49,6 +49,7 @@ class Made:
         ]
         self.d = Decomposer(self.model, 1, *self.saes[2:])
         self.every, self.many, self.some = torch.arange(FEATURES), torch.arange(1024), torch.arange(16)
+        self.tokens = torch.arange(TOKENS)
         self.vocabulary = torch.randn(20_000, D_MODEL, generator=generator)
         for dtype in (torch.float64, torch.bfloat16):  # what libraries set up once
             _ = torch.ones(256, 256, dtype=dtype) @ torch.ones(256, 256, dtype=dtype)
@@ -65,10 +66,10 @@ class Made:
         return motif_gallery([self.d], [inputs], [outputs], min_tokens=10, memory=memory, progress=False)
 
     def trace(self, memory: int, mlps: Any) -> object:
-        return Circuit.trace(self.model, self.saes, self.texts[0], TARGET, max_nodes=50, mlps=mlps, memory=memory)
+        return Circuit.trace(self.model, self.saes, self.tokens, TARGET, max_nodes=50, mlps=mlps, memory=memory)
 
     def of_text(self, name: str, memory: int, *args: object, **options: object) -> object:
-        frozen = freeze(self.model, self.texts[0], self.saes, memory=memory)
+        frozen = freeze(self.model, self.tokens, self.saes, memory=memory)
         if name.startswith("check"):
             args = (attribute.trace_circuit(frozen, TARGET, max_nodes=20), *args)
         return getattr(attribute, name)(frozen, *args, **options)
@@ -98,7 +99,7 @@ CALLS: dict[str, tuple[str, int, Callable[[Made, int], object]]] = {
     "cofiring": ("64 texts", 128, lambda m, n: m.activations[0].cofiring(memory=n)),
     "token_cosines": ("64 texts", 128, lambda m, n: m.activations[0].token_cosines(memory=n)),
     "motif_gallery": ("64 texts", 1024, Made.gallery),
-    "freeze": (TEXT, 256, lambda m, n: freeze(m.model, m.texts[0], m.saes, memory=n)),
+    "freeze": (TEXT, 256, lambda m, n: freeze(m.model, m.tokens, m.saes, memory=n)),
     "Circuit.trace": (TEXT, 512, lambda m, n: m.trace(n, "eigencircuits")),
     'Circuit.trace, mlps="pairs"': (TEXT, 512, lambda m, n: m.trace(n, "pairs")),
     'split, mlps="pairs"': (TEXT, 256, lambda m, n: m.of_text("split", n, TARGET, attention="paths", mlps="pairs")),
@@ -124,7 +125,7 @@ def main(*names: str) -> None:
         try:
             peak = f"{peak_within(lambda: call(made, memory), limit) / MIB:,.0f} MiB"  # noqa: B023
         except AssertionError as error:
-            peak = f"failed: {str(error).strip().splitlines()[-1]}"
+            peak = f"failed: {(str(error).strip() or 'it was ended').splitlines()[-1]}"
         print(
             f"| `{name}` | {size} | {mib} MiB | {limit // MIB:,} MiB | {peak} | {time.perf_counter() - start:.1f} |",
             flush=True,
