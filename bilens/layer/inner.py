@@ -247,30 +247,7 @@ def tensor_norm(
     return tensor_inner(layer, layer, metric, memory).clamp_min(0).sqrt()
 
 
-def tensor_cosine(
-    layer: BilinearLayer, other: BilinearLayer, metric: Float[Tensor, "d_model d_model"] | None = None
-) -> Float[Tensor, ""]:
-    """Cosine of two layers' tensors, in float64."""
-    return tensor_inner(layer, other, metric) / (tensor_norm(layer, metric) * tensor_norm(other, metric))
-
-
-def tensor_distance(
-    layer: BilinearLayer, other: BilinearLayer, metric: Float[Tensor, "d_model d_model"] | None = None
-) -> Float[Tensor, ""]:
-    """`||T - T'||`, in float64: below 1e-8 of the norms it is rounding."""
-    inner = tensor_inner(layer, other, metric)
-    squares = tensor_norm(layer, metric) ** 2 + tensor_norm(other, metric) ** 2
-    return (squares - 2 * inner).clamp_min(0).sqrt()
-
-
 # --- the factors ------------------------------------------------------------------------------------------------------
-
-
-def factor_gram(
-    layer: BilinearLayer, other: BilinearLayer | None = None, metric: Float[Tensor, "d_model d_model"] | None = None
-) -> Float[Tensor, "d_mlp other_d_mlp"]:
-    """The matrix `K` of the module's header, whole."""
-    return torch.cat([block for _, block in factor_gram_blocks(layer, other, metric)])
 
 
 def factor_gram_blocks(
