@@ -4,24 +4,26 @@
 texts, and a motif counts only if the texts show it, too:
 
 1. pairs of input features that fire on one token at least `MIN_TOKENS` times, each of them without the other as often.
+   Features that fire on more than a tenth of all tokens are left out, on both sides: they go with everything.
    Two features of the same word say little about combining: what they fire on must differ (cosine of their activation
    by token up to `SAME_TOKENS`)
 2. for all of them and every output feature that fires as often, the truth table from the weights at the features'
    typical activations (`motifs.classify`), its strength in units of the output's typical activation. What is below
-   `FLOOR` is no motif here; for each kind the `CANDIDATES` strongest go on
+   `FLOOR` is no motif here; for each kind the `CANDIDATES` strongest go on. A pair is multiplied only with outputs that
+   it may reach: the cross term is `2 u . g`, and by Cauchy-Schwarz at most `2 |u| |g|` (`layer.triples`)
 3. the same table measured: the output's mean pre-activation on tokens with the first alone, the second alone and both,
    less that on tokens with neither. A motif holds if the measured table is of the same kind, the output fires more
    often in the cases of `FIRING` than in the others, and the pair's own cross term on tokens with both has the sign it
    should; its strength is then the least of the two gaps and the mean of that cross term
-4. families: input features by the cosine of their decoder directions, outputs by that of their interaction matrices
-   (`neighbours.cluster`). Motifs between the same families count once; of those with outputs of one family the
-   strongest is shown, the others are named with it
+4. families, among the features of these motifs: input features by the cosine of their decoder directions, outputs by
+   that of their interaction matrices (`neighbours.cluster`). Motifs between the same families count once; of those with
+   outputs of one family the strongest is shown, the others are named with it
 
 The measured table is of everything that goes with a pair being active, not of the pair alone: what the pair itself adds
 is the cross term, `2 Q_ij f_i f_j`, token by token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -42,16 +44,18 @@ from bilens.decompose.similarity import cluster
 from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, branches, products, triple_coefficients
+from bilens.layer.triples import factor_outputs
 from bilens.model.tokenization import token_strings
 from bilens.sae.features.examples import Example, FeatureActivations
+from bilens.sae.train.evaluation import DENSE
 
 MIN_TOKENS = 30
 SAME_TOKENS = 0.5
 FLOOR = 0.02  # of the output's typical activation
 CANDIDATES = 400  # of each kind and layer, measured on texts
 INPUT_COSINE, OUTPUT_COSINE = 0.3, 0.2  # at which families are cut
-PAIRS = 256  # at a time, for all outputs
-ROWS = 32  # texts at a time
+PAIRS, OUTPUTS = 1024, 512  # at a time
+ROWS, TOKENS = 32, 1024  # texts at a time, tokens at a time for all outputs
 POINTS = 60  # of each case in the plane of an entry
 EXAMPLES, BEFORE, AFTER = 4, 14, 5
 PROMOTED = 6
@@ -114,6 +118,22 @@ class GalleryEntry:
     def formula(self) -> str:
         """`602 little ← 1064 little AND 1963 big`; an inhibition has ⊣."""
         return formula(self.kind, self.output_name, self.i_name, self.j_name)
+
+    @property
+    def meaning(self) -> str:
+        """The motif in a sentence: `“little” fires where “little” and “big” come together, and for neither alone.`"""
+        output, i, j = (f"“{_words(name)}”" for name in (self.output_name, self.i_name, self.j_name))
+        return {
+            "and": f"{output} fires where {i} and {j} come together, and for neither of them alone.",
+            "xor": f"{output} fires for {i} or for {j}, and not where they come together.",
+            "negation": f"{output} fires for {i}, unless {j} is there as well.",
+            "inhibition": f"{i} and {j} together keep {output} from firing; neither of them does so alone.",
+        }[self.kind]
+
+
+def _words(name: str) -> str:
+    """A name without its index, if it has more."""
+    return name.partition(" ")[2] or name
 
 
 def formula(kind: str, output: str, i: str, j: str) -> str:
@@ -224,10 +244,12 @@ def _needed(d: Decomposer, inputs: FeatureActivations) -> tuple[str, int]:
     """What a layer's part of the gallery is called in words, and the bytes that it takes: the most of its steps."""
     n_in, n_out, n_tokens = d.input_view.d_sae, d.output_view.d_sae, int(inputs.mask.sum())
     d_model, d_mlp = d.weights.W_gate.shape
+    some_in, some_out = min(n_in, 2 * len(MOTIFS) * CANDIDATES), min(n_out, len(MOTIFS) * CANDIDATES)
     together = 8 * n_in**2 + 48 * len(inputs.values) + 4 * n_in  # of two features: counts and cosines
-    by_weights = 4 * n_in * (4 * d_mlp + n_out + d_model) + PAIRS * (128 * n_out + 24 * d_mlp)
-    on_texts = 4 * n_tokens * (n_in + 3 * n_out + 2 * d_model)
-    families = 16 * n_in**2
+    by_weights = 4 * n_in * (2 * d_mlp + n_out + d_model) + 8 * n_out * d_model + 4 * d_mlp * d_model
+    by_weights += PAIRS * (128 * min(n_out, OUTPUTS) + 24 * d_mlp + 8 * d_model)
+    on_texts = 4 * n_tokens * (some_out + d_model + len(MOTIFS)) + 4 * TOKENS * n_out
+    families = 16 * some_in**2
     return f"the gallery of layer {d.layer} on {n_tokens:,} tokens", max(together, by_weights, on_texts + families)
 
 
@@ -244,7 +266,8 @@ def _layer_entries(
     """The `n` first families of each kind of one layer, and how many of everything there are."""
     directions = d.input_directions()
     typical = outputs.typical_activations().to(directions)
-    often = ((outputs.offsets.diff() >= min_tokens) & (typical.cpu() > 0)).nonzero().flatten()
+    often = (outputs.offsets.diff() >= min_tokens) & (typical.cpu() > 0) & (outputs.density() <= DENSE)
+    often = often.nonzero().flatten()
     candidates = pair_motifs(
         d.weights,
         d.directions(often),
@@ -257,7 +280,7 @@ def _layer_entries(
         progress=progress,
     )
     candidates = replace(candidates, outputs=often[candidates.outputs])
-    texts = _OnTexts.of(d, inputs)
+    texts = _OnTexts.of(d, inputs, outputs, candidates.outputs.unique())
     coefficients = triple_coefficients(
         d.weights,
         d.directions(candidates.outputs),
@@ -301,7 +324,7 @@ def _layer_entries(
                 alike=tuple(_labels(d, triple) for triple in triples[1:]),
                 part=measured[best].part,
                 whole=measured[best].means[-1].item(),
-                **texts.shown(d, inputs, triples[0], coefficients[best].item()),
+                **texts.shown(d, triples[0], coefficients[best].item()),
             )
         )
     counted: list[dict[str, object]] = [
@@ -341,9 +364,12 @@ class Candidates:
 def pairs_together(
     inputs: FeatureActivations, min_tokens: int, memory: int = MEMORY
 ) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
-    """Pairs `i < j` that fire on one token at least so often, each as often without the other, and on other tokens."""
+    """Pairs `i < j` that fire on one token at least so often, each as often without the other, and on other tokens.
+
+    Dense features are in none of them.
+    """
     both, cosines = inputs.cofiring_counts(memory=memory), inputs.token_cosines(memory=memory)
-    fires, found = both.diagonal(), []
+    fires, found = both.diagonal().where(inputs.density() <= DENSE, 0), []
     for i in torch.arange(len(both)).split(max(1, 2**22 // max(len(both), 1))):
         together = both[i]
         some = (together >= min_tokens) & (cosines[i] <= SAME_TOKENS)
@@ -378,38 +404,72 @@ def pair_motifs(
         n: the number of motifs of each kind.
         title, progress: the progress bar's title, and if it is shown.
     """
-    made = branches(layer, inputs * activations[:, None])
-    write = layer.W_out @ outputs.T
-    alone = torch.cat(
-        [products(some, some) @ write for some in map(made.__getitem__, torch.arange(len(inputs)).split(PAIRS))]
-    )
-    i, j = i.to(outputs.device), j.to(outputs.device)
-    counts, none = i.new_zeros(len(MOTIFS)), i.new_zeros(0)
+    used, place = torch.cat([i, j]).unique(return_inverse=True)
+    firsts, seconds = place.to(outputs.device).view(2, -1)
+    used = used.to(outputs.device)
+    scaled = inputs[used] * activations[used, None]
+    made = branches(layer, scaled)
+    outputs = outputs / units[:, None]
+    hidden, factor = factor_outputs(layer, outputs, scaled) if len(used) else (layer.W_out @ outputs.T, None)
+    alone = torch.cat([products(made[some], made[some]) @ hidden for some in torch.arange(len(used)).split(PAIRS)])
+    if factor is None:
+        norms, order, blocks = hidden.new_zeros(0), torch.arange(len(outputs), device=outputs.device), []
+    else:
+        norms, order = factor.norm(dim=1).sort(descending=True)
+        blocks = list(factor[order].split(OUTPUTS))
+        alone = alone @ factor.T
+    counts, none = i.new_zeros(len(MOTIFS), device=outputs.device), i.new_zeros(0, device=outputs.device)
     best = [[none, none, none, alone.new_zeros(0, 3), alone.new_zeros(0)] for _ in MOTIFS]
     for rows in tqdm(
         torch.arange(len(i)).split(PAIRS), desc=title, unit="pair", unit_scale=PAIRS, disable=not progress
     ):
-        a, b = i[rows], j[rows]
-        cross = 2 * products(made[a], made[b]) @ write
-        # A motif is decided by its cross term: that is at least half of the largest case, so of the strength.
-        row, output = (2 * cross.abs() >= FLOOR * units).nonzero(as_tuple=True)
-        first, second = alone[a[row], output], alone[b[row], output]
-        table = torch.stack([first, second, first + second + cross[row, output]], 1)
-        kinds, strengths = classify(*table.T)
-        strengths = strengths / units[output]
-        kinds = torch.where(strengths >= FLOOR, kinds, -1)
-        counts += kinds.add(1).bincount(minlength=len(MOTIFS) + 1)[1:]
-        for kind, kept in enumerate(best):
-            least = kept[-1][-1] if len(kept[-1]) == n else 0
-            at = ((kinds == kind) & (strengths > least)).nonzero().flatten()
-            found = [output[at], a[row[at]], b[row[at]], table[at], strengths[at]]
-            merged = [torch.cat(parts) for parts in zip(kept, found, strict=True)]
-            order = merged[-1].argsort(descending=True, stable=True)[:n]
-            best[kind] = [part[order] for part in merged]
-    outs, firsts, seconds, tables, strengths = (torch.cat(parts).cpu() for parts in zip(*best, strict=True))
+        a, b = firsts[rows], seconds[rows]
+        g = 2 * products(made[a], made[b]) @ hidden
+        for row, output, cross in _crossing(g, blocks, norms):
+            output = order[output]
+            first, second = alone[a[row], output], alone[b[row], output]
+            table = torch.stack([first, second, first + second + cross], 1)
+            kinds, strengths = classify(*table.T)
+            kinds = torch.where(strengths >= FLOOR, kinds, -1)
+            counts += kinds.add(1).bincount(minlength=len(MOTIFS) + 1)[1:]
+            for kind, kept in enumerate(best):
+                least = kept[-1][-1] if len(kept[-1]) == n else 0
+                at = ((kinds == kind) & (strengths > least)).nonzero().flatten()
+                found = [output[at], used[a[row[at]]], used[b[row[at]]], table[at] * units[output[at], None]]
+                merged = [torch.cat(parts) for parts in zip(kept, [*found, strengths[at]], strict=True)]
+                by_strength = merged[-1].argsort(descending=True, stable=True)[:n]
+                best[kind] = [part[by_strength] for part in merged]
+    outs, i, j, tables, strengths = (torch.cat(parts).cpu() for parts in zip(*best, strict=True))
     kinds = torch.repeat_interleave(torch.arange(len(MOTIFS)), torch.tensor([len(kept[0]) for kept in best]))
-    firsts, seconds, tables = negated_first(kinds, firsts, seconds, tables)
-    return Candidates(outs, firsts, seconds, kinds, tables, strengths, counts.cpu())
+    i, j, tables = negated_first(kinds, i, j, tables)
+    return Candidates(outs, i, j, kinds, tables, strengths, counts.cpu())
+
+
+def _crossing(
+    g: Float[Tensor, "pair p"], blocks: Sequence[Float[Tensor, "n p"]], norms: Float[Tensor, "n_out"]
+) -> Iterator[tuple[Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n"]]]:
+    """Pair, output and cross term, in the output's unit, where that can make a motif of strength `FLOOR`.
+
+    A motif is decided by its cross term: that is at least half of the largest case, so of the strength.
+
+    Args:
+        g: the pairs; without blocks, their cross terms with every output.
+        blocks: the outputs, of falling norm.
+        norms: their norms.
+    """
+    if not blocks:
+        row, output = (2 * g.abs() >= FLOOR).nonzero(as_tuple=True)
+        yield row, output, g[row, output]
+        return
+    sizes, start = g.norm(dim=1), 0
+    for block in blocks:
+        some = (2.001 * sizes * norms[start] >= FLOOR).nonzero().flatten()  # the norms are rounded
+        if not len(some):
+            return
+        cross = g[some] @ block.T
+        row, output = (2 * cross.abs() >= FLOOR).nonzero(as_tuple=True)
+        yield some[row], output + start, cross[row, output]
+        start += len(block)
 
 
 # --- on texts ---------------------------------------------------------------------------------------------------------
@@ -459,42 +519,45 @@ def _strength(found: Measured, kind: int, weights: float, typical: float, min_to
 
 @dataclass(frozen=True)
 class _OnTexts:
-    """A layer on all tokens of the texts: its input, its input features' activations, the outputs' pre-activations."""
+    """A layer on all tokens of the texts: its input, and the pre-activations of some outputs."""
 
-    places: Int[Tensor, "text pos"]
-    acts: Float[Tensor, "d_sae token"]
+    inputs: FeatureActivations
+    outputs: FeatureActivations
+    columns: dict[int, int]
     x: Float[Tensor, "token d_model"]
-    z: Float[Tensor, "token d_sae_out"]
-    fires: Bool[Tensor, "token d_sae_out"]
+    z: Float[Tensor, "token n_out"]
 
     @classmethod
-    def of(cls, d: Decomposer, inputs: FeatureActivations) -> "_OnTexts":
+    def of(
+        cls, d: Decomposer, inputs: FeatureActivations, outputs: FeatureActivations, some: Int[Tensor, "n_out"]
+    ) -> "_OnTexts":
         mask = inputs.mask.bool()
-        places = mask.flatten().cumsum(0).view_as(mask) - 1
-        found: list[tuple[Tensor, ...]] = []
+        xs, zs = [], []
         for rows, kept in zip(inputs.tokens.split(ROWS), mask.split(ROWS), strict=True):
             x, y = (part[kept.to(part.device)] for part in d.run(rows))
-            found.append((x.cpu(), d.output_view.pre_activations(y).cpu(), d.output_view.activations(y).cpu() > 0))
-        x, z, fires = (torch.cat(parts) for parts in zip(*found, strict=True))
-        acts = torch.zeros(inputs.d_sae, len(x))
-        acts[inputs.features, places[inputs.rows, inputs.positions]] = inputs.values
-        return cls(places, acts, x, z, fires)
+            xs.append(x.cpu())
+            zs += [d.output_view.pre_activations(part)[:, some.to(part.device)].cpu() for part in y.split(TOKENS)]
+        columns = {output: column for column, output in enumerate(some.tolist())}
+        return cls(inputs, outputs, columns, torch.cat(xs), torch.cat(zs))
+
+    def fires(self, which: FeatureActivations, feature: int) -> Float[Tensor, "token"]:
+        """A feature's activation on every token."""
+        return which.dense(feature)[which.mask.bool()]
 
     def cases(self, i: int, j: int) -> Int[Tensor, "token"]:
-        return cases_of(self.acts[i] != 0, self.acts[j] != 0)
+        return cases_of(self.fires(self.inputs, i) != 0, self.fires(self.inputs, j) != 0)
 
     def cross(self, i: int, j: int, coefficient: float) -> Float[Tensor, "token"]:
-        return coefficient * self.acts[i] * self.acts[j]
+        return coefficient * self.fires(self.inputs, i) * self.fires(self.inputs, j)
 
     def truth_table(self, output: int, i: int, j: int, coefficient: float) -> Measured:
-        return measure(self.z[:, output], self.fires[:, output], self.cases(i, j), self.cross(i, j, coefficient))
+        z, fires = self.z[:, self.columns[output]], self.fires(self.outputs, output) > 0
+        return measure(z, fires, self.cases(i, j), self.cross(i, j, coefficient))
 
-    def shown(
-        self, d: Decomposer, inputs: FeatureActivations, triple: tuple[int, int, int], coefficient: float
-    ) -> dict[str, Any]:
+    def shown(self, d: Decomposer, triple: tuple[int, int, int], coefficient: float) -> dict[str, Any]:
         """The fields of an entry that are single tokens."""
         output, i, j = triple
-        cases, z = self.cases(i, j), self.z[:, output]
+        cases, z = self.cases(i, j), self.z[:, self.columns[output]]
         both = cases == CASES.index("both")
         ends = d.input_directions()[[i, j]].cpu()
         part = self.cross(i, j, coefficient)
@@ -502,7 +565,7 @@ class _OnTexts:
         drawn = torch.cat([_some((cases == case).nonzero().flatten(), generator) for case in range(len(CASES))])
         across, up = (self.x[drawn] @ torch.nn.functional.normalize(ends, dim=-1).T).T
         # Those with the coefficient's sign, the largest first.
-        examples = self._examples(inputs, part, (part if coefficient > 0 else -part).where(both, -torch.inf))
+        examples = self._examples(part, (part if coefficient > 0 else -part).where(both, -torch.inf))
         return {
             "x": across,
             "y": up,
@@ -512,10 +575,9 @@ class _OnTexts:
             "wholes": tuple(z[place].item() for _, place in examples),
         }
 
-    def _examples(
-        self, inputs: FeatureActivations, part: Float[Tensor, "token"], order_by: Float[Tensor, "token"]
-    ) -> list[tuple[Example, int]]:
+    def _examples(self, part: Float[Tensor, "token"], order_by: Float[Tensor, "token"]) -> list[tuple[Example, int]]:
         """The cross term around where `order_by` is largest: one place of each text, none where it is `-inf`."""
+        inputs = self.inputs
         rows, positions = inputs.mask.bool().nonzero(as_tuple=True)
         found: dict[int, tuple[Example, int]] = {}
         for place in order_by.argsort(descending=True)[: int(order_by.isfinite().sum())].tolist():
@@ -525,7 +587,7 @@ class _OnTexts:
             first, last = (int(end) for end in inputs.mask[row].nonzero().aminmax())
             window = range(max(first, position - BEFORE), min(last, position + AFTER) + 1)
             tokens = [inputs.strings[token] for token in inputs.tokens[row, window.start : window.stop].tolist()]
-            values = part[self.places[row, window.start : window.stop]].tolist()
+            values = part[place - position + window.start : place - position + window.stop].tolist()
             found[row] = Example(tokens, values, position - window.start), place
             if len(found) == EXAMPLES:
                 break
@@ -544,8 +606,10 @@ Family = tuple[int, int, tuple[int, ...]]
 
 def _families(d: Decomposer, candidates: Candidates, held: Sequence[int], memory: int) -> dict[Family, int]:
     """The strongest of those that hold between the same families of features: `(kind, output's, inputs')`."""
-    unit = torch.nn.functional.normalize(d.input_directions(), dim=-1).cpu()
-    family_in = cluster(unit @ unit.T, INPUT_COSINE).tolist()
+    ends = sorted({end for place in held for end in candidates.triples[place][1:]})
+    unit = torch.nn.functional.normalize(d.input_directions()[ends], dim=-1).cpu()
+    labels = cluster(unit @ unit.T, INPUT_COSINE).tolist() if len(ends) > 1 else [0] * len(ends)
+    family_in = dict(zip(ends, labels, strict=True))
     outputs = sorted({candidates.triples[place][0] for place in held})
     labels = (
         d.clusters(outputs, OUTPUT_COSINE, memory=memory).labels.tolist() if len(outputs) > 1 else [0] * len(outputs)
@@ -554,8 +618,8 @@ def _families(d: Decomposer, candidates: Candidates, held: Sequence[int], memory
     found: dict[Family, int] = {}
     for place in held:
         (output, i, j), kind = candidates.triples[place], int(candidates.kinds[place])
-        ends = (family_in[i], family_in[j])
-        ordered = ends if MOTIFS[kind] == "negation" else tuple(sorted(ends))
+        families = (family_in[i], family_in[j])
+        ordered = families if MOTIFS[kind] == "negation" else tuple(sorted(families))
         found.setdefault((kind, family_out[output], ordered), place)
     return found
 

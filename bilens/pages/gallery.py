@@ -25,8 +25,8 @@ HOW_TO_READ = (
     "its cross term, which is exact on every token. It is the first number beside each text and the colour of the "
     "tokens (blue adds, red takes away); the second number is the whole pre-activation there. Each plane shows a "
     "sample of tokens by the layer's input along the two features' directions. A point is blue if the output's "
-    "pre-activation is above zero and red if it is below, and it is outlined if both features are active. Features "
-    "are named by their index and the tokens they fire on most."
+    "pre-activation is above zero and red if it is below, and it is outlined if both features are active.\n\n"
+    "Features that fire on more than a tenth of all tokens are left out: they go with everything."
 )
 HEADINGS = {
     "and": ("AND", "Two features together drive the output, and neither does alone."),
@@ -107,6 +107,7 @@ def _entry(entry: GalleryEntry, wordpiece: bool) -> list[Html | str]:
         for example, whole in zip(entry.examples, entry.wholes, strict=True)
     ]
     contents: list[Html | str] = [
+        entry.meaning,
         prose,
         columns(truth, Plane(entry)),
         table(rows, ["pair", "whole", "where both are active"]),

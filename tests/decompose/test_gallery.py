@@ -1,11 +1,13 @@
 """What stands in a gallery is in the weights and in the data, and all of it is found."""
 
+import html
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import bilens.decompose.gallery
 from bilens.decompose import Decomposer
 from bilens.decompose.gallery import (
     CASES,
@@ -25,6 +27,7 @@ from bilens.errors import ArgumentError, MissingSAEError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, in_basis, interaction_matrix
 from bilens.pages.report import LabelledLayer, label_layers
 from bilens.sae import example_texts
+from bilens.sae.train.evaluation import DENSE
 
 MIN_TOKENS = 12
 
@@ -47,7 +50,10 @@ def test_pairs_that_fire_together(labelled):
     i, j = pairs_together(labelled.inputs, MIN_TOKENS)
     assert len(i) > 100
     assert (i < j).all()
-    cosines = labelled.inputs.token_cosines()
+    cosines, rare = labelled.inputs.token_cosines(), labelled.inputs.density() <= DENSE
+    assert (~rare).sum() > 0
+    assert rare[i].all()
+    assert rare[j].all()
     for at in range(0, len(i), len(i) // 20):
         first, second = (labelled.inputs.dense(int(feature)) != 0 for feature in (i[at], j[at]))
         counts = cases_of(first.flatten(), second.flatten()).bincount(minlength=4)
@@ -58,7 +64,8 @@ def test_pairs_that_fire_together(labelled):
     for a in range(24):
         for b in range(a + 1, 24):
             counts = cases_of(dense[a].flatten(), dense[b].flatten()).bincount(minlength=4)
-            assert ((a, b) in listed) == bool(counts[1:].min() >= MIN_TOKENS and cosines[a, b] <= SAME_TOKENS)
+            some = rare[a] and rare[b] and counts[1:].min() >= MIN_TOKENS and cosines[a, b] <= SAME_TOKENS
+            assert ((a, b) in listed) == bool(some)
 
 
 def test_cosines_by_token(labelled):
@@ -77,13 +84,16 @@ def test_cosines_by_token(labelled):
             )
 
 
-def test_all_motifs_of_pairs_are_found():
-    """Against the truth table of every output and pair, one at a time."""
+@pytest.mark.parametrize(("n_out", "size"), [(20, 512), (20, 3), (4, 3)])
+def test_all_motifs_of_pairs_are_found(monkeypatch, n_out, size):
+    """Against the truth table of every output and pair, one at a time; in one block or many, which bounds skip."""
+    monkeypatch.setattr(bilens.decompose.gallery, "OUTPUTS", size)
+    monkeypatch.setattr(bilens.decompose.gallery, "PAIRS", size)
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 8), (5, 8), (8, 5)]
     layer = BilinearLayer(*(torch.randn(s, generator=generator) for s in shapes), *(torch.zeros(n) for n in (8, 8, 5)))
-    outputs, inputs = torch.randn(20, 5, generator=generator), torch.randn(9, 5, generator=generator)
-    usual, units = torch.rand(9, generator=generator) + 0.5, 10 * torch.rand(20, generator=generator) + 5
+    outputs, inputs = torch.randn(n_out, 5, generator=generator), torch.randn(9, 5, generator=generator)
+    usual, units = torch.rand(9, generator=generator) + 0.5, 10 * torch.rand(n_out, generator=generator) + 5
     i, j = torch.triu_indices(9, 9, 1)
     found = pair_motifs(layer, outputs, inputs, i, j, usual, units, 1000, progress=False)
     expected = {}
@@ -100,7 +110,7 @@ def test_all_motifs_of_pairs_are_found():
         assert expected[key][0] == kind
         assert strength == pytest.approx(expected[key][1], rel=1e-4)
     assert found.counts.tolist() == found.kinds.bincount(minlength=4).tolist()
-    assert (found.counts > 0).all()
+    assert (found.counts > 0).all() or n_out == 4
     negations = found.kinds == MOTIFS.index("negation")
     assert (found.table[negations, 0] > found.table[negations, 1]).all()
     for o, a, b in torch.stack([found.outputs, found.i, found.j], 1)[negations].tolist():
@@ -172,6 +182,29 @@ def test_entries_hold_in_weights_and_data(labelled, gallery):
         * inputs.dense(entry.j)[row, position]
     )
     assert pair.contribution == pytest.approx(part.item(), rel=1e-3)
+
+
+def test_no_dense_feature_is_in_it(labelled, gallery):
+    dense = [(each.density() > DENSE).nonzero().flatten().tolist() for each in (labelled.inputs, labelled.outputs)]
+    assert all(dense)
+    for entry in gallery.entries:
+        assert entry.i not in dense[0]
+        assert entry.j not in dense[0]
+        assert entry.output not in dense[1]
+
+
+def test_the_meaning_of_an_entry(gallery):
+    entry = replace(gallery.entries[0], output_name="3 did not → know", i_name="5 know", j_name="7 not")
+    meanings = {kind: replace(entry, kind=kind).meaning for kind in MOTIFS}
+    assert meanings == {
+        "and": "“did not → know” fires where “know” and “not” come together, and for neither of them alone.",
+        "xor": "“did not → know” fires for “know” or for “not”, and not where they come together.",
+        "negation": "“did not → know” fires for “know”, unless “not” is there as well.",
+        "inhibition": "“know” and “not” together keep “did not → know” from firing; neither of them does so alone.",
+    }
+    assert replace(entry, output_name="3", kind="and").meaning.startswith("“3” fires")
+    page = gallery.to_page().to_html()
+    assert all(html.escape(entry.meaning) in page for entry in gallery.entries)
 
 
 def test_counts_narrow_down(gallery):
