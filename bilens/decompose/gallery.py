@@ -23,11 +23,13 @@ The measured table is of everything that goes with a pair being active, not of t
 is the cross term, `2 Q_ij f_i f_j`, token by token.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -55,6 +57,7 @@ FLOOR = 0.02  # of the output's typical activation
 CANDIDATES = 400  # of each kind and layer, measured on texts
 INPUT_COSINE, OUTPUT_COSINE = 0.3, 0.2  # at which families are cut
 PAIRS, OUTPUTS = 1024, 512  # at a time
+COUNTED = 2**21  # pairs whose tokens are counted at a time
 ROWS, TOKENS = 32, 1024  # texts at a time, tokens at a time for all outputs
 POINTS = 60  # of each case in the plane of an entry
 EXAMPLES, BEFORE, AFTER = 4, 14, 5
@@ -245,7 +248,7 @@ def _needed(d: Decomposer, inputs: FeatureActivations) -> tuple[str, int]:
     n_in, n_out, n_tokens = d.input_view.d_sae, d.output_view.d_sae, int(inputs.mask.sum())
     d_model, d_mlp = d.weights.W_gate.shape
     some_in, some_out = min(n_in, 2 * len(MOTIFS) * CANDIDATES), min(n_out, len(MOTIFS) * CANDIDATES)
-    together = 8 * n_in**2 + 48 * len(inputs.values) + 4 * n_in  # of two features: counts and cosines
+    together = 64 * len(inputs.values) + 48 * COUNTED  # tokens of each feature, and of every two of some
     by_weights = 4 * n_in * (2 * d_mlp + n_out + d_model) + 8 * n_out * d_model + 4 * d_mlp * d_model
     by_weights += PAIRS * (128 * min(n_out, OUTPUTS) + 24 * d_mlp + 8 * d_model)
     on_texts = 4 * n_tokens * (some_out + d_model + len(MOTIFS)) + 4 * TOKENS * n_out
@@ -272,7 +275,7 @@ def _layer_entries(
         d.weights,
         d.directions(often),
         directions,
-        *pairs_together(inputs, min_tokens, memory),
+        *pairs_together(inputs, min_tokens),
         inputs.typical_activations().to(directions),
         typical[often],
         CANDIDATES,
@@ -361,22 +364,27 @@ class Candidates:
         return list(zip(self.outputs.tolist(), self.i.tolist(), self.j.tolist(), strict=True))
 
 
-def pairs_together(
-    inputs: FeatureActivations, min_tokens: int, memory: int = MEMORY
-) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+def pairs_together(inputs: FeatureActivations, min_tokens: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
     """Pairs `i < j` that fire on one token at least so often, each as often without the other, and on other tokens.
 
     Dense features are in none of them.
     """
-    both, cosines = inputs.cofiring_counts(memory=memory), inputs.token_cosines(memory=memory)
-    fires, found = both.diagonal().where(inputs.density() <= DENSE, 0), []
-    for i in torch.arange(len(both)).split(max(1, 2**22 // max(len(both), 1))):
-        together = both[i]
-        some = (together >= min_tokens) & (cosines[i] <= SAME_TOKENS)
-        some &= (fires[i][:, None] - together >= min_tokens) & (fires - together >= min_tokens)
-        row, j = (some & (i[:, None] < torch.arange(len(both)))).nonzero(as_tuple=True)
-        found.append(torch.stack([i[row], j]))
-    first, second = torch.cat(found, 1)
+    fires = inputs.offsets.diff().where(inputs.density() <= DENSE, 0).numpy()
+    kept = np.flatnonzero(fires >= 2 * min_tokens)
+    where, words = inputs.by_place()[kept], inputs.by_token()[kept]
+    words = words.multiply(1 / np.sqrt(words.multiply(words).sum(1))[:, None]).tocsr()
+    found = [np.zeros((2, 0), dtype=np.int64)]
+    step = max(1, COUNTED // max(len(kept), 1))
+    for start in range(0, len(kept), step):
+        rows = np.arange(start, min(start + step, len(kept)))
+        together = (where[rows] @ where.T).toarray()
+        least = np.minimum(fires[kept[rows]][:, None], fires[kept]) - together
+        i, j = ((together >= min_tokens) & (least >= min_tokens) & (rows[:, None] < np.arange(len(kept)))).nonzero()
+        pairs = np.stack([rows[i], j])
+        for some in np.array_split(pairs, max(1, pairs.shape[1] * len(inputs.strings) // 2**26), axis=1):
+            cosines = np.asarray(words[some[0]].multiply(words[some[1]]).sum(1)).ravel()
+            found.append(some[:, cosines <= SAME_TOKENS])
+    first, second = torch.from_numpy(kept[np.concatenate(found, axis=1)])
     return first, second
 
 
@@ -412,12 +420,15 @@ def pair_motifs(
     outputs = outputs / units[:, None]
     hidden, factor = factor_outputs(layer, outputs, scaled) if len(used) else (layer.W_out @ outputs.T, None)
     alone = torch.cat([products(made[some], made[some]) @ hidden for some in torch.arange(len(used)).split(PAIRS)])
+    blocks: list[tuple[slice, Tensor | None, float]]
     if factor is None:
-        norms, order, blocks = hidden.new_zeros(0), torch.arange(len(outputs), device=outputs.device), []
+        order, blocks = torch.arange(len(outputs), device=outputs.device), [(slice(None), None, math.inf)]
     else:
         norms, order = factor.norm(dim=1).sort(descending=True)
-        blocks = list(factor[order].split(OUTPUTS))
+        factor = factor[order]
         alone = alone @ factor.T
+        places = [slice(start, start + OUTPUTS) for start in range(0, len(order), OUTPUTS)]
+        blocks = [(at, factor[at], norms[at.start].item()) for at in places]
     counts, none = i.new_zeros(len(MOTIFS), device=outputs.device), i.new_zeros(0, device=outputs.device)
     best = [[none, none, none, alone.new_zeros(0, 3), alone.new_zeros(0)] for _ in MOTIFS]
     for rows in tqdm(
@@ -425,51 +436,33 @@ def pair_motifs(
     ):
         a, b = firsts[rows], seconds[rows]
         g = 2 * products(made[a], made[b]) @ hidden
-        for row, output, cross in _crossing(g, blocks, norms):
-            output = order[output]
-            first, second = alone[a[row], output], alone[b[row], output]
+        sizes = g.norm(dim=1)
+        for at, block, largest in blocks:
+            some = (2.001 * sizes * largest >= FLOOR).nonzero().flatten()  # the norms are rounded
+            if not len(some):
+                break
+            cross = g[some] if block is None else g[some] @ block.T
+            first, second = alone[a[some], at], alone[b[some], at]
+            # A motif is decided by its cross term: that is at least half of the largest case, so of the strength.
+            most = 2 * cross.abs()
+            row, output = ((most >= FLOOR) & (first.abs() <= most) & (second.abs() <= most)).nonzero(as_tuple=True)
+            first, second, cross = (part[row, output] for part in (first, second, cross))
+            row, output = some[row], order[at][output]
             table = torch.stack([first, second, first + second + cross], 1)
             kinds, strengths = classify(*table.T)
             kinds = torch.where(strengths >= FLOOR, kinds, -1)
             counts += kinds.add(1).bincount(minlength=len(MOTIFS) + 1)[1:]
             for kind, kept in enumerate(best):
                 least = kept[-1][-1] if len(kept[-1]) == n else 0
-                at = ((kinds == kind) & (strengths > least)).nonzero().flatten()
-                found = [output[at], used[a[row[at]]], used[b[row[at]]], table[at] * units[output[at], None]]
-                merged = [torch.cat(parts) for parts in zip(kept, [*found, strengths[at]], strict=True)]
+                new = ((kinds == kind) & (strengths > least)).nonzero().flatten()
+                found = [output[new], used[a[row[new]]], used[b[row[new]]], table[new] * units[output[new], None]]
+                merged = [torch.cat(parts) for parts in zip(kept, [*found, strengths[new]], strict=True)]
                 by_strength = merged[-1].argsort(descending=True, stable=True)[:n]
                 best[kind] = [part[by_strength] for part in merged]
     outs, i, j, tables, strengths = (torch.cat(parts).cpu() for parts in zip(*best, strict=True))
     kinds = torch.repeat_interleave(torch.arange(len(MOTIFS)), torch.tensor([len(kept[0]) for kept in best]))
     i, j, tables = negated_first(kinds, i, j, tables)
     return Candidates(outs, i, j, kinds, tables, strengths, counts.cpu())
-
-
-def _crossing(
-    g: Float[Tensor, "pair p"], blocks: Sequence[Float[Tensor, "n p"]], norms: Float[Tensor, "n_out"]
-) -> Iterator[tuple[Int[Tensor, "n"], Int[Tensor, "n"], Float[Tensor, "n"]]]:
-    """Pair, output and cross term, in the output's unit, where that can make a motif of strength `FLOOR`.
-
-    A motif is decided by its cross term: that is at least half of the largest case, so of the strength.
-
-    Args:
-        g: the pairs; without blocks, their cross terms with every output.
-        blocks: the outputs, of falling norm.
-        norms: their norms.
-    """
-    if not blocks:
-        row, output = (2 * g.abs() >= FLOOR).nonzero(as_tuple=True)
-        yield row, output, g[row, output]
-        return
-    sizes, start = g.norm(dim=1), 0
-    for block in blocks:
-        some = (2.001 * sizes * norms[start] >= FLOOR).nonzero().flatten()  # the norms are rounded
-        if not len(some):
-            return
-        cross = g[some] @ block.T
-        row, output = (2 * cross.abs() >= FLOOR).nonzero(as_tuple=True)
-        yield some[row], output + start, cross[row, output]
-        start += len(block)
 
 
 # --- on texts ---------------------------------------------------------------------------------------------------------

@@ -352,7 +352,7 @@ def trace(
     feature: str | None = None,
     position: int = -1,
     max_nodes: int = 200,
-    saes: str | os.PathLike[str] | None = None,
+    saes: str | os.PathLike[str] | Sequence[SAE[Any] | str | os.PathLike[str]] | None = None,
     expansion: int | None = None,
     k: int | None = None,
     examples: Sequence[str] | None = None,
@@ -371,6 +371,7 @@ def trace(
         position: the target's position; a negative one counts from the end.
         max_nodes: the largest number of nodes in the graph.
         saes: the source of the SAEs for `load_sae`; `None` is the bundled model's, or `<source>-scope` for a hub id.
+            Or a list of SAEs, or of folders of one SAE each.
         expansion, k: features per dimension and active features per token of the SAEs, if the source holds several.
         examples: texts to see what features fire on; `None` takes what is kept beside the SAEs (`bilens names`), or
             else runs the model's own (see `example_texts`).
@@ -432,7 +433,7 @@ def gallery(
     *,
     layers: Sequence[int] | None = None,
     n: int = 3,
-    saes: str | os.PathLike[str] | None = None,
+    saes: str | os.PathLike[str] | Sequence[SAE[Any] | str | os.PathLike[str]] | None = None,
     expansion: int | None = None,
     k: int | None = None,
     examples: Sequence[str] | None = None,
@@ -446,6 +447,7 @@ def gallery(
         layers: `None` is all of them.
         n: the number of entries of each kind and layer.
         saes: the source of the SAEs for `load_sae`; `None` is the bundled model's, or `<source>-scope` for a hub id.
+            Or a list of SAEs, or of folders of one SAE each.
         expansion, k: features per dimension and active features per token of the SAEs, if the source holds several.
         examples: texts to see what features fire on together; `None` takes the model's own (see `example_texts`).
         out: the HTML file, which is checked before anything is computed.

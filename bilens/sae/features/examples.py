@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from bilens._core.bare import require_bare
@@ -228,6 +229,21 @@ class FeatureActivations:
         order = order[np.sort(np.unique(key, return_index=True)[1])]
         rank = np.arange(len(order)) - np.searchsorted(features[order], features[order])
         return torch.from_numpy(order[rank < n])
+
+    def by_place(self) -> csr_array:
+        """1 where each feature fires, sparse: `(d_sae, text * pos)`."""
+        places = self.rows * self.tokens.shape[1] + self.positions
+        ones = np.ones(len(places), dtype=np.int32)
+        shape = (self.d_sae, self.tokens.numel())
+        return csr_array((ones, places.numpy(), self.offsets.numpy()), shape=shape, copy=True)
+
+    def by_token(self) -> csr_array:
+        """Each feature's absolute activation, summed by token of the vocabulary, sparse: `(d_sae, d_vocab)`."""
+        words, shape = self.tokens[self.rows, self.positions].numpy(), (self.d_sae, len(self.strings))
+        values = self.values.abs().double().numpy()
+        mass = csr_array((values, words, self.offsets.numpy()), shape=shape, copy=True)
+        mass.sum_duplicates()  # in place
+        return mass
 
     def around(self, entries: Int[Tensor, "n"], before: int, after: int) -> Float[Tensor, "n width"]:
         """The activations of each entry's feature around it; zero outside of the text."""
