@@ -199,6 +199,9 @@ def trace(
         int, typer.Option(help="The position of the target in the text. Negative numbers count from the end.")
     ] = -1,
     max_nodes: Annotated[int, _size("The largest number of nodes in the graph.")] = 200,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Show MLPs as pairs of their input's features, not as eigencircuits.")
+    ] = False,
     saes: SAEs = None,
     expansion: Expansion = None,
     k: K = None,
@@ -219,6 +222,7 @@ def trace(
         feature=feature,
         position=position,
         max_nodes=max_nodes,
+        mlps="pairs" if pairs else "eigencircuits",
         saes=saes,
         expansion=expansion,
         k=k,

@@ -14,6 +14,8 @@ What the two viewers take for granted, and the format's classes and schema do no
                     probability what stands after `(p=`; without it the file does not open
     names           of embeddings and errors (`mlp reconstruction error`) are made from the token, whatever the label
                     says; a `bias` and an `unknown` node keep theirs
+    subgraph        shows the pinned nodes alone, a group as one node; circuit-tracer takes groups from its page's
+                    address (`supernodes=` and the list as JSON) and passes over those of the file
     pruning         a node is shown if its cumulative influence is at most the threshold, at most 1
     file names      `slug` and `scan` are of letters, digits, dots, hyphens and underscores
     edits           are saved into `qParams`, as lists by the one and as texts by the other: new labels (`clerps`) by
@@ -28,9 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from bilens.attribute.circuit_tables import FRAMES, CircuitTables, scalars
+from bilens.attribute.paths import Paths
 from bilens.errors import ArgumentError
 
 FEATURE, ERROR = "cross layer transcoder", "mlp reconstruction error"
+PINNED = 20
 RANKS = 2**14  # more than there are eigencircuits of one feature
 NAMELESS = {"error": -1, "mlp": -1, "bias": -2}  # the indices of nodes that have none
 NAMELESS |= {
@@ -82,7 +86,7 @@ def to_attribution_graph(circuit: CircuitTables, slug: str = "bilens") -> dict[s
             },
         },
         "qParams": {
-            "pinnedIds": [foreign[name]["node_id"] for name in circuit.pinned if name in foreign],
+            "pinnedIds": [foreign[name]["node_id"] for name in exported_pins(circuit)],
             "supernodes": [
                 [label, *(foreign[name]["node_id"] for name in names if name in foreign)]
                 for label, *names in circuit.supernodes
@@ -105,6 +109,16 @@ def _plain(text: str) -> str:
 def _prompt(tokens: list[str]) -> str:
     """The text that tokens spell: by the spaces they bring, or by WordPiece's marks."""
     return "".join(tokens) if any(token[:1] == " " for token in tokens) else " ".join(tokens).replace(" ##", "")
+
+
+def exported_pins(circuit: CircuitTables) -> list[str]:
+    """What is pinned; where nothing is, the nodes to look at first, and groups whole: viewers draw what is pinned as a
+    graph of its own, and nothing else."""
+    if circuit.pinned:
+        return [name for name in circuit.pinned if name in set(circuit.nodes.id)]
+    chosen = set(circuit.nodes.id.iloc[Paths.of(circuit).choose(PINNED)])
+    chosen |= {name for _, *group in circuit.supernodes if chosen & set(group) for name in group}
+    return circuit.nodes.id[circuit.nodes.id.isin(chosen) | (circuit.nodes.kind == "target")].tolist()
 
 
 def exported_nodes(circuit: CircuitTables) -> dict[str, dict[str, Any]]:

@@ -216,7 +216,14 @@ class Circuit(CircuitTables, Paged, Tabular):
         chosen = self.nodes.id.iloc[Paths.of(self).choose(n)]
         inner = self.nodes[~self.nodes.kind.isin(["target", "bias", "other"])]
         part = inner[inner.id.isin(chosen)].influence.sum() / max(inner.influence.sum(), 1e-300)
-        found = replace(self, **narrow(self, set(chosen)), kept_share=float(self.kept_share * part))
+        groups = [[label, *(name for name in group if name in set(chosen))] for label, *group in self.supernodes]
+        found = replace(
+            self,
+            **narrow(self, set(chosen)),
+            kept_share=float(self.kept_share * part),
+            pinned=[name for name in self.pinned if name in set(chosen)],
+            supernodes=[group for group in groups if len(group) > 2],
+        )
         return replace(found, shares=_ends(found))
 
     def edited(self, address: str) -> "Circuit":
@@ -230,7 +237,8 @@ class Circuit(CircuitTables, Paged, Tabular):
         """
         edits = read_edits(address, self)
         nodes = self.nodes.assign(name=self.nodes.id.map(edits.names).fillna(self.nodes.name))
-        return replace(self, nodes=nodes, pinned=edits.pinned, supernodes=edits.supernodes)
+        groups = self.supernodes if edits.supernodes is None else edits.supernodes
+        return replace(self, nodes=nodes, pinned=edits.pinned, supernodes=groups)
 
     def to_frame(self) -> pd.DataFrame:
         """The nodes, most influential first."""

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bilens._core.files import parse_json
-from bilens.attribute.attribution_graphs import ERROR, FEATURE, exported_nodes
+from bilens.attribute.attribution_graphs import ERROR, FEATURE, exported_nodes, exported_pins
 from bilens.attribute.circuit import Circuit
 from bilens.attribute.circuit_tables import COLUMNS, FRAMES
 from bilens.errors import CheckpointError
@@ -67,10 +67,13 @@ def _edited(circuit: Circuit, foreign: Mapping[str, Mapping[str, Any]], graph: M
     ]
     pinned = asked.get("pinnedIds") or []
     pinned = pinned.split(",") if isinstance(pinned, str) else pinned
+    pinned = [ids[name] for name in pinned if name in ids]
+    if pinned == exported_pins(circuit):
+        pinned = circuit.pinned  # not a reader's
     return replace(
         circuit,
         nodes=nodes.assign(name=bare),
-        pinned=[ids[name] for name in pinned if name in ids],
+        pinned=pinned,
         supernodes=[
             [str(label), *(ids[name] for name in names if name in ids)]
             for label, *names in _listed(asked.get("supernodes"))

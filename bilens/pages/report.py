@@ -35,6 +35,7 @@ from bilens.attribute import (
 )
 from bilens.attribute.faithfulness import MODES
 from bilens.attribute.targets import read_targets
+from bilens.attribute.tracing import MLPs
 from bilens.decompose import Decomposer
 from bilens.decompose.feature import N_CIRCUITS, FeatureCircuit, feature_circuit, rank_features
 from bilens.decompose.firing import Firing
@@ -352,6 +353,7 @@ def trace(
     feature: str | None = None,
     position: int = -1,
     max_nodes: int = 200,
+    mlps: MLPs = "eigencircuits",
     saes: str | os.PathLike[str] | Sequence[SAE[Any] | str | os.PathLike[str]] | None = None,
     expansion: int | None = None,
     k: int | None = None,
@@ -370,6 +372,7 @@ def trace(
         feature: explain a feature instead: `2-mlp-in/137`, or `2-mlp-in/137@11` with its position, as nodes are named.
         position: the target's position; a negative one counts from the end.
         max_nodes: the largest number of nodes in the graph.
+        mlps: what features of MLPs' outputs are made of: `"eigencircuits"`, or `"pairs"` of features of their inputs.
         saes: the source of the SAEs for `load_sae`; `None` is the bundled model's, or `<source>-scope` for a hub id.
             Or a list of SAEs, or of folders of one SAE each.
         expansion, k: features per dimension and active features per token of the SAEs, if the source holds several.
@@ -401,7 +404,7 @@ def trace(
     features |= {f"{layer}-mlp-out": found.outputs for layer, found in layers.items()}
     names = {name: found.labels() for name, found in features.items()}
     say("tracing")
-    circuit = trace_circuit(frozen, aim, max_nodes=max_nodes, names=names)
+    circuit = trace_circuit(frozen, aim, max_nodes=max_nodes, mlps=mlps, names=names)
     if check:
         say("checking by intervention")
     nodes = circuit.to_frame()

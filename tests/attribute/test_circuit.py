@@ -342,6 +342,23 @@ def test_names_and_display(frozen_small, circuit):
     assert circuit.largest_completeness_error == (completeness["sum"] - completeness.value).abs().max()
 
 
+def test_siblings_are_put_together(frozen_small):
+    """Features of one name at one position that lead to the same node; numbers before the names do not part them."""
+    one = [f"{feature} the same" for feature in range(40)]
+    names = {f"{layer}-{point}": one for layer in range(N_LAYERS) for point in ("mlp-in", "mlp-out")}
+    found = trace_circuit(frozen_small, TARGETS[0], max_nodes=40, names=names)
+    nodes = found.nodes.set_index("id")
+    assert len(found.supernodes) > 3
+    members = [name for _, *group in found.supernodes for name in group]
+    assert len(members) == len(set(members))
+    for label, *group in found.supernodes:
+        assert label == f"{nodes.name[group[0]]} ({len(group)} alike)"
+        assert len({(nodes.hook[name], nodes.position[name]) for name in group}) == 1
+    assert not trace_circuit(frozen_small, TARGETS[0], max_nodes=40).supernodes  # neither named nor alike
+    shown = found.strongest(10)
+    assert all(len(group) > 2 and set(group[1:]) <= set(shown.nodes.id) for group in shown.supernodes)
+
+
 def test_names_from_a_feature_store(text_model, texts, tmp_path):
     """The store may know SAEs that are not traced."""
     hooks = {"0-mlp-out": "blocks.0.hook_mlp_out", "1-mlp-out": "blocks.1.hook_mlp_out"}

@@ -1,15 +1,29 @@
 """What is kept and removed, against passes of the model whose hooks say it once more."""
 
+import pandas as pd
 import pytest
 import torch
 
-from bilens.attribute import Target, check_circuit, freeze, trace_circuit
+from bilens.attribute import Faithfulness, Target, check_circuit, freeze, trace_circuit
+from bilens.attribute.faithfulness import MODES
 from tests.attribute.conftest import TOKENS, model_of, saes_of
 
 
 @pytest.fixture(scope="module")
 def frozen():
     return freeze(model_of(True, True), TOKENS, saes_of(kind="topk", k=5, apply_b_dec_to_input=False))
+
+
+@pytest.mark.parametrize(
+    ("part", "word", "number"),
+    [(0.93, "faithful", "93 %"), (1.3, "weak", "130 %"), (0.6, "partial", "60 %"), (0.1, "weak", "10 %"),
+     (float("nan"), "unclear", "")],
+)  # fmt: skip
+def test_the_verdict_is_a_word_and_its_number(part, word, number):
+    rows = [{"attention": mode, "kept": "circuit", "nodes": 7, "value": 1.0, "recovered": part} for mode in MODES]
+    found = Faithfulness("t", pd.DataFrame(rows)).verdict
+    assert found[:2] == (word, number)
+    assert "7 features and errors" in found[2] or word == "unclear"
 
 
 @pytest.mark.parametrize("errors", ["circuit", "all"])

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -247,6 +248,44 @@ def test_edits_come_back(circuit, own, as_text):
         assert "written over" not in set(read.nodes.name)
         graph["qParams"] = {}
         assert from_attribution_graph(graph).nodes.set_index("id").name[read.pinned[0]] == "written over"
+
+
+def test_what_is_not_pinned_opens_with_the_nodes_to_look_at_first(circuit):
+    """Groups whole; and they are not taken for a reader's pins when the file comes back."""
+    group = circuit.nodes.id[circuit.nodes.kind == "feature"].tolist()[-2:]
+    grouped = replace(circuit, supernodes=[["both", *group]])
+    graph = exported(grouped)
+    pinned = set(graph["qParams"]["pinnedIds"])
+    kinds = {node["feature_type"] for node in graph["nodes"] if node["node_id"] in pinned}
+    assert "logit" in kinds
+    assert len(pinned) >= 20
+    members = graph["qParams"]["supernodes"][0][1:]
+    assert not set(members) & pinned or set(members) <= pinned
+    same(from_attribution_graph(graph), grouped)
+
+
+def test_edits_of_a_page(circuit):
+    first, second = circuit.nodes.id[circuit.nodes.kind == "feature"].tolist()[:2]
+    values = {"pins": [first], "names": {second: "mine & “yours”"}, "groups": [["both", first, second]]}
+    address = "file:///graph.html#graph?n=12&" + "&".join(f"{k}={quote(json.dumps(v))}" for k, v in values.items())
+    edited = circuit.edited(address)
+    assert edited.pinned == [first]
+    assert edited.supernodes == [["both", first, second]]
+    changed = edited.nodes.set_index("id").name != circuit.nodes.set_index("id").name
+    assert changed[changed].index.tolist() == [second]
+    assert edited.nodes.set_index("id").name[second] == "mine & “yours”"
+    same(from_attribution_graph(exported(edited)), edited)
+    assert circuit.edited("#graph?n=3").supernodes == []
+    for wrong in ("", 7, "#graph", "#how-to-read-it"):
+        with pytest.raises(ArgumentError, match="holds no edits of a graph"):
+            circuit.edited(wrong)
+    with pytest.raises(ArgumentError, match="names the node 'nowhere', which is not in this circuit"):
+        circuit.edited('#graph?pins=["nowhere"]')
+    with pytest.raises(ArgumentError, match=r"names the node \[1\]"):
+        circuit.edited("#graph?pins=[[1]]")
+    for broken in ("pins=[", "pins={}", "names=[]", "groups=3", "groups=[3]", "groups=[[]]"):
+        with pytest.raises(ArgumentError, match="of this address"):
+            circuit.edited(f"#graph?{broken}")
 
 
 def test_edits_are_saved(circuit, tmp_path):
