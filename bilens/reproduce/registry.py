@@ -121,6 +121,14 @@ _RECIPES: list[tuple[str, str, str, tuple[str, ...], str]] = [
 ]
 
 RECIPES: dict[str, Recipe] = {entry[0]: Recipe(*entry) for entry in _RECIPES}
+RECIPES["programs"] = Recipe(
+    "programs",
+    "known programs",
+    "how often the rules of models are found of which it is known what they compute",
+    ("model",),
+    "programs:programs",
+    paper="no paper: a scoreboard",
+)
 """All there are, by name."""
 
 

@@ -137,6 +137,7 @@ class Recipe:
         about: What is seen, in a line.
         reads: The settings it takes notice of, besides `reduced` and `seed`.
         make: The module and the function that makes it, imported when it is run.
+        paper: The paper.
     """
 
     name: str
@@ -144,11 +145,12 @@ class Recipe:
     about: str
     reads: tuple[str, ...]
     make: str = field(repr=False)
+    paper: str = PEARCE_2025
 
     @property
     def source(self) -> str:
         """The paper and the place in it."""
-        return f"{PEARCE_2025}, {self.where}"
+        return f"{self.paper}, {self.where}"
 
     def run(self, settings: Settings | None = None) -> Reproduction:
         """Make it; `None` takes the settings' defaults."""

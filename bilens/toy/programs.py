@@ -1,8 +1,8 @@
 """Programs compiled into bilinear transformers by hand: models of which everything is known.
 
 Every one reads tokens of a small vocabulary and is a polynomial: bilinear attention of one head, bilinear MLPs, no
-norms, no biases. The residual stream is three slots of one entry for each token: the token itself, what attention fetched, and
-what is unembedded. A head is made of three things:
+norms, no biases. The residual stream is three slots of one entry for each token: the token itself, what attention
+fetched, and what is unembedded. A head is made of three things:
 
 1. where it looks: weights by distance, exact within the context: with rotary positions a query and a key of one plane
    make `a cos(theta d) + b sin(theta d)` of a distance `d`, and with some planes more than distances any weights can be
@@ -259,6 +259,7 @@ _PROGRAMS: dict[str, Callable[[], Program]] = {
     "brackets": _brackets,
 }
 PROGRAMS = tuple(_PROGRAMS)
+"""The names of all programs."""
 
 
 def compile_program(name: str) -> Program:
