@@ -38,7 +38,7 @@ def programs(settings: Settings) -> Made:
     """The scoreboard."""
     names = PROGRAMS[:2] if settings.reduced else PROGRAMS
     rows: list[tuple[str, str, str]] = []
-    scores = {method: [] for method in METHODS}
+    scores: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
     for name in names:
         program = compile_program(name)
         start = time.monotonic()
@@ -155,7 +155,7 @@ def _under_noise(names: Sequence[str], seed: int) -> dict[str, list[float]]:
             with torch.no_grad():
                 for weight in program.model.parameters():
                     noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-                    weight += level * weight.pow(2).mean().sqrt() * noise
+                    weight.add_(level * weight.pow(2).mean().sqrt() * noise)
             for method, score in METHODS.items():
                 found[method].append(auroc(score(program.model, program), _edges(program)))
         for method in METHODS:
@@ -210,7 +210,8 @@ def _bigrams(model: Any, rules: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _skips(model: Any, rules: dict[str, Any]) -> list[tuple[str, str, str]]:
     known = {(rule["adj"], rule["loc"], rule["conn"]) for rule in rules["skip"]["rules"]}
-    start, window, rows = time.monotonic(), rules["skip"]["window"], []
+    start, window = time.monotonic(), rules["skip"]["window"]
+    rows: list[tuple[str, str, str]] = []
     reach = [0]
     for distance in range(1, window + 4):
         if distance >= model.cfg.n_ctx:
@@ -228,7 +229,7 @@ def _skips(model: Any, rules: dict[str, Any]) -> list[tuple[str, str, str]]:
     next_of = {(loc, adj): conn for adj, loc, conn in known}
     places, adjectives = sorted({loc for loc, _ in next_of}), sorted({adj for _, adj in next_of})
     both = model.expand(3, (0, 3, 7), tokens={0: adjectives, 3: places, 7: places}).values[0, 3, 7].argmax(-1)
-    right = n = 0
+    right, n = 0, 0
     for (a, adj), (b, late), (c, early) in itertools.product(*map(enumerate, (adjectives, places, places))):
         wanted, other = next_of.get((late, adj)), next_of.get((early, adj))
         if wanted is not None and other is not None and wanted != other:

@@ -120,8 +120,7 @@ _RECIPES: list[tuple[str, str, str, tuple[str, ...], str]] = [
     ),
 ]
 
-RECIPES: dict[str, Recipe] = {entry[0]: Recipe(*entry) for entry in _RECIPES}
-RECIPES["programs"] = Recipe(
+_PROGRAMS = Recipe(
     "programs",
     "known programs",
     "how often the rules of models are found of which it is known what they compute",
@@ -129,6 +128,7 @@ RECIPES["programs"] = Recipe(
     "programs:programs",
     paper="no paper: a scoreboard",
 )
+RECIPES: dict[str, Recipe] = {one.name: one for one in (*(Recipe(*entry) for entry in _RECIPES), _PROGRAMS)}
 """All there are, by name."""
 
 

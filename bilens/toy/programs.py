@@ -15,6 +15,7 @@ The first two are the first score of bilinear attention; the second score is 1 e
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,7 +39,7 @@ class Program:
         vocabulary: its tokens.
         model: a model that computes it, in float64.
         offsets: the offsets of the tokens that the edges are of, 0 first.
-        edges: every choice of tokens there, and logit, that they move and no fewer of them do, and by how much.
+        edges: every choice of tokens there, and logit (an `Edge`), that they move and no fewer of them do, and by how much.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Program:
     vocabulary: Sequence[str]
     model: HookedBilinearTransformer = field(repr=False)
     offsets: tuple[int, ...]
-    edges: Mapping[Edge, float] = field(repr=False)
+    edges: Mapping[Any, float] = field(repr=False)
 
 
 @dataclass
