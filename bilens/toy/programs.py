@@ -39,7 +39,8 @@ class Program:
         vocabulary: its tokens.
         model: a model that computes it, in float64.
         offsets: the offsets of the tokens that the edges are of, 0 first.
-        edges: every choice of tokens there, and logit (an `Edge`), that they move and no fewer of them do, and by how much.
+        edges: every choice of tokens there, and logit (an `Edge`), that they move and no fewer of them do, and by how
+            much.
     """
 
     name: str
