@@ -1,5 +1,6 @@
 """Interaction tensors, eigencircuits, and the `Decomposer` over them."""
 
+from bilens.decompose.comparison import FidelityComparison
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.directions import head_basis, through_ov, token_basis
 from bilens.decompose.explanation import Explanation
@@ -28,6 +29,7 @@ __all__ = [
     "FeatureClusters",
     "FeatureCosines",
     "Fidelity",
+    "FidelityComparison",
     "Firing",
     "GalleryEntry",
     "Interactions",

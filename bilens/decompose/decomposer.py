@@ -560,8 +560,8 @@ class Decomposer:
         features = self._features(self._every(output))
         if fit is not None:
             check_pairs(self.model.cfg.d_model, k, "size")
-            on = [self._firing(given, batch_size=batch_size, memory=memory) for given in (texts, fit)]
-            return compare_methods(self.weights, self.directions(features), features, *on, k)
+            measured, fitted = (self._firing(given, batch_size=batch_size, memory=memory) for given in (texts, fit))
+            return compare_methods(self.weights, self.directions(features), features, measured, fitted, k)
         if isinstance(texts, Firing):
             raise ArgumentError(
                 "texts is what firing gave, which only a comparison takes: give `fit` besides, or texts."
