@@ -135,7 +135,7 @@ def _by_gradient(steps: Sequence[float]) -> Callable[[Any, Program], Float[Tenso
 def _logits(model: Any, stream: Float[Tensor, "b n d"], at: Int[Tensor, "1 n"]) -> Float[Tensor, "b d_vocab"]:
     for block in model.blocks:
         stream = block(stream, at, None, None)
-    return model.unembed(model.ln_final(stream[:, -1]))
+    return model.unembed(model.ln_final(stream[:, -1:]))[:, 0]
 
 
 METHODS: Mapping[str, Callable[[Any, Program], Tensor]] = {
