@@ -9,8 +9,8 @@ texts, and a motif counts only if the texts show it, too:
    by token up to `SAME_TOKENS`)
 2. for all of them and every output feature that fires as often, the truth table from the weights at the features'
    typical activations (`motifs.classify`), its strength in units of the output's typical activation. What is below
-   `FLOOR` is no motif here; for each kind the `CANDIDATES` strongest go on. A pair is multiplied only with outputs that
-   it may reach: the cross term is `2 u . g`, and by Cauchy-Schwarz at most `2 |u| |g|` (`layer.triples`)
+   `FLOOR` is no motif here; for each kind the `CANDIDATES` strongest go on. What a pair writes, `g`, is d_model wide,
+   and its cross term is `u . g` for every output `u`
 3. the same table measured: the output's mean pre-activation on tokens with the first alone, the second alone and both,
    less that on tokens with neither. A motif holds if the measured table is of the same kind, the output fires more
    often in the cases of `FIRING` than in the others, and the pair's own cross term on tokens with both has the sign it
@@ -23,7 +23,6 @@ The measured table is of everything that goes with a pair being active, not of t
 is the cross term, `2 Q_ij f_i f_j`, token by token.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -46,7 +45,6 @@ from bilens.decompose.similarity import cluster
 from bilens.draw import plots
 from bilens.errors import ArgumentError, SAEMismatchError
 from bilens.layer.bilinear import BilinearLayer, branches, products, triple_coefficients
-from bilens.layer.triples import factor_outputs
 from bilens.model.tokenization import token_strings
 from bilens.sae.features.examples import Example, FeatureActivations
 from bilens.sae.train.evaluation import DENSE
@@ -418,17 +416,11 @@ def pair_motifs(
     scaled = inputs[used] * activations[used, None]
     made = branches(layer, scaled)
     outputs = outputs / units[:, None]
-    hidden, factor = factor_outputs(layer, outputs, scaled) if len(used) else (layer.W_out @ outputs.T, None)
+    # Through the layer's output space, where that is narrower than the outputs are many.
+    through = len(outputs) > outputs.shape[1]
+    hidden = layer.W_out if through else layer.W_out @ outputs.T
     alone = torch.cat([products(made[some], made[some]) @ hidden for some in torch.arange(len(used)).split(PAIRS)])
-    blocks: list[tuple[slice, Tensor | None, float]]
-    if factor is None:
-        order, blocks = torch.arange(len(outputs), device=outputs.device), [(slice(None), None, math.inf)]
-    else:
-        norms, order = factor.norm(dim=1).sort(descending=True)
-        factor = factor[order]
-        alone = alone @ factor.T
-        places = [slice(start, start + OUTPUTS) for start in range(0, len(order), OUTPUTS)]
-        blocks = [(at, factor[at], norms[at.start].item()) for at in places]
+    alone = alone @ outputs.T if through else alone
     counts, none = i.new_zeros(len(MOTIFS), device=outputs.device), i.new_zeros(0, device=outputs.device)
     best = [[none, none, none, alone.new_zeros(0, 3), alone.new_zeros(0)] for _ in MOTIFS]
     for rows in tqdm(
@@ -436,18 +428,15 @@ def pair_motifs(
     ):
         a, b = firsts[rows], seconds[rows]
         g = 2 * products(made[a], made[b]) @ hidden
-        sizes = g.norm(dim=1)
-        for at, block, largest in blocks:
-            some = (2.001 * sizes * largest >= FLOOR).nonzero().flatten()  # the norms are rounded
-            if not len(some):
-                break
-            cross = g[some] if block is None else g[some] @ block.T
-            first, second = alone[a[some], at], alone[b[some], at]
+        for start in range(0, len(outputs), OUTPUTS):
+            at = slice(start, start + OUTPUTS)
+            cross = g @ outputs[at].T if through else g[:, at]
+            first, second = alone[a, at], alone[b, at]
             # A motif is decided by its cross term: that is at least half of the largest case, so of the strength.
             most = 2 * cross.abs()
             row, output = ((most >= FLOOR) & (first.abs() <= most) & (second.abs() <= most)).nonzero(as_tuple=True)
             first, second, cross = (part[row, output] for part in (first, second, cross))
-            row, output = some[row], order[at][output]
+            output = output + start
             table = torch.stack([first, second, first + second + cross], 1)
             kinds, strengths = classify(*table.T)
             kinds = torch.where(strengths >= FLOOR, kinds, -1)

@@ -161,7 +161,7 @@ class _Search:
         self.weights = None if weights is None else weights.to(inputs.device)
         self.order = _by_size(layer, outputs, inputs, weights)
         self.inputs = inputs[self.order]
-        self.hidden, factor = factor_outputs(layer, outputs, self.inputs)
+        self.hidden, factor = _factor_outputs(layer, outputs, self.inputs)
         self.p = self.hidden.shape[1]
         self.best = _Best(n, floor, strict=dtype != torch.float64)
         self.pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -351,18 +351,10 @@ def _by_size(layer: BilinearLayer, outputs: Tensor, inputs: Tensor, weights: Ten
     return size.argsort(descending=True)
 
 
-def factor_outputs(
+def _factor_outputs(
     layer: BilinearLayer, outputs: Float[Tensor, "n_out d_model"], inputs: Float[Tensor, "n_in d_model"]
 ) -> tuple[Float[Tensor, "d_mlp p"], Float[Tensor, "n_out p"] | None]:
-    """`W', U'` with `c^T = W' U'^T`, in a metric where `|u'| |g|` bounds `u' . g` closely for pairs of inputs.
-
-    Args:
-        layer: its weights.
-        outputs, inputs: directions.
-
-    Returns:
-        `W'` and `U'`; `None` for `U'` where it would be the identity.
-    """
+    """`W', U'` with `c^T = W' U'^T`; `U'` is `None` where it would be the identity."""
     if len(outputs) <= outputs.shape[1]:
         return layer.W_out @ outputs.T, None
     generator = torch.Generator().manual_seed(0)

@@ -86,7 +86,7 @@ def test_cosines_by_token(labelled):
 
 @pytest.mark.parametrize(("n_out", "size"), [(20, 512), (20, 3), (4, 3)])
 def test_all_motifs_of_pairs_are_found(monkeypatch, n_out, size):
-    """Against the truth table of every output and pair, one at a time; in one block or many, which bounds skip."""
+    """Against the truth table of every output and pair, one at a time; in one block or many."""
     monkeypatch.setattr(bilens.decompose.gallery, "OUTPUTS", size)
     monkeypatch.setattr(bilens.decompose.gallery, "PAIRS", size)
     generator = torch.Generator().manual_seed(0)
