@@ -101,8 +101,9 @@ def test_the_trace_of_the_readme_has_its_parts(model):
 
 def test_demo_writes_one_offline_page(tmp_path):
     """Every pick fires where it is shown, and the page fetches nothing."""
-    out = tmp_path / "demo.html"
-    circuits = demo(out)
+    report, out = demo(), tmp_path / "demo.html"
+    report.save(out)
+    circuits = report.circuits
     picks = json.loads((PRETRAINED / DEFAULT_MODEL / DEMO_FILE).read_text())
     assert [c.attribution.feature for c in circuits] == [p["feature"] for p in picks]
     for circuit in circuits:
