@@ -7,6 +7,7 @@ from dataclasses import dataclass
 SECOND_FAMILY = 0.5  # of the largest family's part: a second one with less is not named
 WEAK = 0.3  # of the projection: families that make less are one of many
 ALMOST_ALL = 0.6  # of what the layer writes: circuits with less are not all there is to say
+FEW = 8  # directions: where more are needed, there is no short reason
 TAKES_OFF = 0.1  # of what the layer writes: a circuit that takes off less is not named
 ERROR = 0.3  # of a projection: more than that is said to be the SAE's error
 MEMBERS = 3  # features of a family that are named
@@ -131,6 +132,10 @@ def tell(circuits: Sequence[Circuit], needed: int, active: bool, written: float,
         given = f"two directions give {percent(two)}"
         if not (_words(both[1]) & _words(first) or _is_weak(both[1])):
             reason += f", and {_reason(both[1])}"
+    elif needed > FEW or not _is_known(first, read):
+        made = f"read from “{read}”, made of" if read else "made of"
+        parts = f"the first of them {percent(first.share)}, {made} {_made_of(first)}"
+        return f"{'Fires' if active else 'Does not fire'} for no short reason: {count} directions give 80 %, {parts}."
     else:
         given = f"{count} directions give 80 %, this one {percent(first.share)}"
     sentence = f"{'Fires' if active else 'Does not fire, but would'} {reason}: {given}"
@@ -166,10 +171,14 @@ def _made_of(circuit: Circuit, joined: str = " with ") -> str:
     return joined.join(map(str, named)) + " among many" * _is_weak(circuit) if named else "no feature in particular"
 
 
+def _is_known(circuit: Circuit, read: str) -> bool:
+    """Whether the leading families say why a circuit is large: they make much of it, or have the name of the token."""
+    return not _is_weak(circuit) or bool(_words(circuit) & set(read.lower().split()[-1:]))
+
+
 def _reason(circuit: Circuit, read: str = "") -> str:
     """Why a circuit is large: one family, two that meet, or many features; and the words that it is read from."""
-    known = not _is_weak(circuit) or (_words(circuit) & set(read.lower().split()[-1:]))
-    if read and not known:
+    if read and not _is_known(circuit, read):
         return f"because of “{read}”, read by many features"
     of = "of " * (len(_leading(circuit)) < 2)
     return f"because {of}{_made_of(circuit, ' meets ')}" + f", read from “{read}”" * bool(read)
