@@ -34,8 +34,11 @@ def saes_of(layer):
 
 def test_it_is_listed_and_small_enough():
     assert bilens.list_models()[0] == DEFAULT_MODEL
-    size = sum(path.stat().st_size for path in (PRETRAINED / DEFAULT_MODEL).rglob("*") if path.is_file())
-    assert size < 30e6
+    files = [path for path in (PRETRAINED / DEFAULT_MODEL).rglob("*") if path.is_file()]
+    seen = [path for path in files if path.name in ("names.json", "examples.safetensors.gz")]
+    assert len(seen) == 2 * 2 * N_LAYERS
+    assert sum(path.stat().st_size for path in seen) < 2e6
+    assert sum(path.stat().st_size for path in files if path not in seen) < 30e6
 
 
 def test_every_mlp_has_an_input_and_an_output_sae(model):
