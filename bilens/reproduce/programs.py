@@ -237,7 +237,10 @@ def _skips(model: Any, rules: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _inductions(model: Any, rules: dict[str, Any], distances: Sequence[int]) -> list[tuple[str, str, str]]:
-    """`X Y ... X` gives `Y`; `X` is no subject, filler or special token, `Y` any that is not special."""
+    """`X Y ... X` gives `Y`; `X` is no subject, filler or special token, `Y` any other that is not special.
+
+    Of `X X ... X` the rule, which asks for exactly one earlier `X`, says nothing.
+    """
     ranges = rules["vocabulary"]
     first = torch.cat([torch.arange(*ranges[kind]) for kind in ranges if kind not in ("subj", "filler", "special")])
     second = torch.tensor([t for t in range(model.cfg.d_vocab) if t not in ranges["special"].values()])
@@ -250,8 +253,8 @@ def _inductions(model: Any, rules: dict[str, Any], distances: Sequence[int]) -> 
         together = found.interaction(offsets)
         together = together - together.mean(-1, keepdim=True)
         copied = together.permute(1, 0, 2, 3)[torch.arange(len(second)), :, :, second].mean(0)
-        told = _rules_of(found, RULE, offsets)
-        known = {(x, y, x, y) for x in first.tolist() for y in second.tolist() if x != y}  # one earlier occurrence
+        told = {edge for edge in _rules_of(found, RULE, offsets) if edge[1] != edge[2]}
+        known = {(x, y, x, y) for x in first.tolist() for y in second.tolist() if x != y}
         rows.append(
             (
                 f"induction at distance {distance}",
