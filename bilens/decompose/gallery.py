@@ -122,8 +122,8 @@ class GalleryEntry:
 
     @property
     def meaning(self) -> str:
-        """The motif in a sentence: `“little” fires where “little” and “big” come together, and for neither alone.`"""
-        output, i, j = (f"“{_words(name)}”" for name in (self.output_name, self.i_name, self.j_name))
+        """The motif in a sentence: `“it” (144) fires for “she → wanted” (913), unless “not” (8) is there as well.`"""
+        output, i, j = map(quoted, (self.output_name, self.i_name, self.j_name))
         return {
             "and": f"{output} fires where {i} and {j} come together, and for neither of them alone.",
             "xor": f"{output} fires for {i} or for {j}, and not where they come together.",
@@ -132,9 +132,10 @@ class GalleryEntry:
         }[self.kind]
 
 
-def _words(name: str) -> str:
-    """A name without its index, if it has more."""
-    return name.partition(" ")[2] or name
+def quoted(name: str) -> str:
+    """A feature's name in a sentence, its index behind: `“happy” (1333)`."""
+    index, _, words = name.partition(" ")
+    return f"“{words}” ({index})" if words else index
 
 
 def formula(kind: str, output: str, i: str, j: str) -> str:

@@ -196,13 +196,14 @@ def test_no_dense_feature_is_in_it(labelled, gallery):
 def test_the_meaning_of_an_entry(gallery):
     entry = replace(gallery.entries[0], output_name="3 did not → know", i_name="5 know", j_name="7 not")
     meanings = {kind: replace(entry, kind=kind).meaning for kind in MOTIFS}
+    output, i, j = "“did not → know” (3)", "“know” (5)", "“not” (7)"
     assert meanings == {
-        "and": "“did not → know” fires where “know” and “not” come together, and for neither of them alone.",
-        "xor": "“did not → know” fires for “know” or for “not”, and not where they come together.",
-        "negation": "“did not → know” fires for “know”, unless “not” is there as well.",
-        "inhibition": "“know” and “not” together keep “did not → know” from firing; neither of them does so alone.",
+        "and": f"{output} fires where {i} and {j} come together, and for neither of them alone.",
+        "xor": f"{output} fires for {i} or for {j}, and not where they come together.",
+        "negation": f"{output} fires for {i}, unless {j} is there as well.",
+        "inhibition": f"{i} and {j} together keep {output} from firing; neither of them does so alone.",
     }
-    assert replace(entry, output_name="3", kind="and").meaning.startswith("“3” fires")
+    assert replace(entry, output_name="3", kind="and").meaning.startswith("3 fires")
     page = gallery.to_page().to_html()
     assert all(html.escape(entry.meaning) in page for entry in gallery.entries)
 
