@@ -638,7 +638,7 @@ def _describe_circuit(
     if index < 0:
         name = f"other eigencircuits of {of['name']}"
     else:
-        shares = weights / weights.sum()
+        shares = weights * (1 if value >= 0 else -1)
         shares[nodes.kind[found.sources[owner]] != KINDS.index("feature")] = 0.0
         largest = shares.abs().argsort(descending=True)[:2].tolist()
         largest = [place for place in largest if shares[place].abs() > 0.25 * shares.abs().max()]
@@ -648,6 +648,7 @@ def _describe_circuit(
             for place in sorted(largest, key=lambda place: -shares[place].item())
         ]
         name = "".join(f"{' + ' if share > 0 else ' − '}{part}" for share, part in parts).removeprefix(" + ").strip()
+        name = name or "SAE error and biases"
     at = f"@{of['position']}"
     identity = f"{of['id'].removesuffix(at)}.{index if index >= 0 else 'rest'}{at}"
     return {"id": identity, "kind": "eigencircuit", "point": "", "hook": "", "name": name, "value": value,

@@ -27,7 +27,7 @@ from bilens.layer.bilinear import (
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 
 MOST = 8  # eigencircuits of one read
-SOLVED_BYTES = 2**26  # of the matrices solved at a time
+SOLVED_BYTES = 2**26  # of what the matrices solved at a time are made of
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def find_squares(
     linear = folded @ sources.T
     direct = linear_term(layer, u) @ sources.T + constant_term(layer, u)[:, None] * ones
     found = [Squares(torch.empty(0, dtype=torch.long), linear[:0], linear[t] + direct[t]) for t in range(len(u))]
-    size = max(1, SOLVED_BYTES // (8 * u.shape[1] ** 2))
+    size = max(1, SOLVED_BYTES // (8 * layer.W_gate.numel()))
     for rows in solved.nonzero().flatten().split(size):
         # In float32: what a vector is off by goes to the rest.
         values, vectors = sorted_eigenpairs(interaction_matrix(layer, u[rows]).float())

@@ -134,6 +134,23 @@ def test_rows_are_the_layers_from_the_tokens_up(circuit):
             assert data["rows"][node["row"]] == f"L{row.layer} {'MLP in' if row.point == 'mlp-in' else 'MLP out'}"
 
 
+def test_eigencircuits_stand_between_an_mlps_input_and_output(traced):
+    frozen, target, _ = traced
+    data = GraphView(trace_circuit(frozen, target, max_nodes=40)).data()
+    rows = {node["id"]: node["row"] for node in data["nodes"]}
+    found = [node for node in data["nodes"] if node["kind"] == "eigencircuit"]
+    assert found
+    assert {data["rows"][node["row"]] for node in found} <= {"L0 eigencircuits", "L1 eigencircuits"}
+    for node in found:
+        rank, owner = re.fullmatch(
+            r"(?:eigencircuit (\d+)|other eigencircuits) of (.*)", node["where"].split(",")[0]
+        ).groups()
+        at = node["id"].split("@")[1]
+        assert node["id"] == f"{owner}.{rank or 'rest'}@{at}"
+        assert rows[f"{owner}@{at}"] > node["row"]
+    assert not data["pairs"]
+
+
 def test_merged_circuits_have_one_column(traced):
     data = GraphView(traced[2].merged()).data()
     assert {node["position"] for node in data["nodes"]} == {-1}
