@@ -337,7 +337,7 @@ const BilensGraph = (() => {
       const open = into.filter((link) => !isRest(nodes[link.sources[0]]) && nodes[link.sources[0]].kind !== "error");
       const pushes = (way) => open.filter((link) => link.weight * way > 0)
         .sort((a, b) => (b.weight - a.weight) * way).slice(0, PUSHES)
-        .flatMap((link, place) => [place ? ", " : " ", button(link.sources[0]), ` ${number(link.weight)}`]);
+        .flatMap((link, place) => [place ? ", " : " ", button(link.sources[0], true), ` ${number(link.weight)}`]);
       const total = (fits) => sum(into.filter((link) => fits(nodes[link.sources[0]])), (link) => link.weight);
       const pruned = total((node) => node.kind === "other" && node.id !== "other errors");
       const errors = total((node) => node.kind === "error" || node.id === "other errors");
@@ -591,10 +591,10 @@ const BilensGraph = (() => {
       paint();
     }
 
-    const button = (index) =>
+    const button = (index, placed = elsewhere(index)) =>
       element("button", {
         type: "button", class: "to", "data-to": nodes[index].id, title: nodes[index].where, click: () => open(index),
-      }, nodes[index].name, ...(elsewhere(index) ? [element("small", {}, nodes[index].at)] : []));
+      }, nodes[index].name, ...(placed ? [element("small", {}, nodes[index].at)] : []));
     const elsewhere = (index) => state.opened < 0 || nodes[index].position !== nodes[state.opened].position;
 
     // A table of links; hovering or focusing a row lights it up in the graph.
