@@ -74,7 +74,8 @@ def test_the_loss_with_the_layer_itself_is_the_models(text_model, texts):
 def test_all_eigenvectors_give_the_activation_itself(tokenizer, texts, bias):
     model = make_model(tokenizer=tokenizer, bias=bias)
     sae = make_sae(hook="blocks.1.hook_mlp_out")
-    found = approximations(Decomposer(model, 1, output_sae=sae), texts[:12], torch.arange(5), k=16)
+    d, features = Decomposer(model, 1, output_sae=sae), torch.arange(5)
+    found = approximations(d, d.firing(texts[:12]), features, d.eigen(features, 16))
     assert sum(len(activation) for activation, _ in found) > 20
     for activation, approximate in found:
         torch.testing.assert_close(approximate, activation, rtol=1e-3, atol=1e-3)  # float32 sums of 16 squares
