@@ -28,7 +28,7 @@ from bilens._core.typing import typed
 from bilens.decompose.comparison import FidelityComparison, compare_methods
 from bilens.decompose.explanation import explain
 from bilens.decompose.fidelity import Fidelity, measure_fidelity
-from bilens.decompose.firing import Firing, Fit, circuits_where_it_fires
+from bilens.decompose.firing import Firing, FiringSpectra, Fit, circuits_where_it_fires, spectra_where_they_fire
 from bilens.decompose.interactions import Interactions, PairNames, unequal_rows
 from bilens.decompose.motifs import Motifs, find_motifs
 from bilens.decompose.outputs import Output, check_feature, read_output
@@ -463,6 +463,25 @@ class Decomposer:
         ends = left_names, left_names if right is None else right_names
         return self._interactions(output, row, i, j, coefficients, ends=ends, one_set=right is None)
 
+    @overload
+    def spectra(
+        self,
+        output: Output | None = None,
+        k: int = 2,
+        side: Side = "encoder",
+        *,
+        fit: None = None,
+        full: bool = False,
+        memory: int = MEMORY,
+        method: Method = "auto",
+        progress: bool = True,
+    ) -> Spectra: ...
+
+    @overload
+    def spectra(
+        self, output: Output | None = None, k: int = 2, side: Side = "encoder", *, fit: Fit, memory: int = MEMORY
+    ) -> FiringSpectra: ...
+
     @typed
     def spectra(
         self,
@@ -470,28 +489,40 @@ class Decomposer:
         k: int = 2,
         side: Side = "encoder",
         *,
+        fit: Fit | None = None,
         full: bool = False,
         memory: int = MEMORY,
         method: Method = "auto",
         progress: bool = True,
-    ) -> Spectra:
+    ) -> Spectra | FiringSpectra:
         """Leading eigenpairs, shares, norms and traces of outputs, all features at once by default.
+
+        With `fit`, the leading squares of features in the metric of the tokens on which they fire, as
+        `eigen(metric="firing", order="size")` gives them one by one, faster.
 
         Args:
             output: the same as for `interaction`; `None` is every output feature.
             k: leading eigenpairs of each.
             side: the same as for `interaction`.
+            fit: what `firing` gives, or texts for it; of what follows it takes only `memory`.
             full: also the effective rank, from all eigenvalues: the cost of forming and solving each matrix.
             memory: bytes to work in, and at most as many for the result; 1 GiB by default.
             method: the method that finds the leading pairs; see `bilens.layer.eigen.solve.top_eigenpairs`.
             progress: show a bar.
 
         Raises:
+            ArgumentError: directions, where texts are used; less memory than it takes.
             MissingSAEError: features, or all of them, without an output SAE.
             OutOfRangeError: no such feature, or `k` is not in 1..d_model.
+            SAEMismatchError: `fit` is of another layer or SAE.
         """
         output = self._every(output)
         u = torch.atleast_2d(self.directions(output, side))
+        if fit is not None:
+            check_pairs(self.model.cfg.d_model, k, "size")
+            features, firing = self._features(output), self._firing(fit)
+            of_layer = spectra_where_they_fire(self.weights, u, features, firing, k, memory)
+            return replace(of_layer, names=self.output_names)
         inputs = self.input_directions() if self._reads_layer_input else None
         options = {"full": full, "memory": memory, "method": method, "progress": progress}
         found = find_spectra(self.weights, u, k, inputs=inputs, **options)  # type: ignore[arg-type]

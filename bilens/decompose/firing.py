@@ -1,7 +1,7 @@
 """What a layer reads where its output features fire, kept from one run over texts.
 
-`Decomposer.eigen` takes it as `fit`: it then chooses or finds eigencircuits by what these do on the tokens where a
-feature fires, instead of by the weights alone.
+`Decomposer.eigen`, `spectra` and `fidelity` take it as `fit`: they then choose or find eigencircuits by what these do
+on the tokens where a feature fires, instead of by the weights alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,15 +10,19 @@ from functools import cached_property
 from typing import TypeAlias
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bilens._core.checks import MEMORY
 from bilens._core.display import Tabular
+from bilens.draw import plots
 from bilens.layer.bilinear import BilinearLayer, double, interaction_matrix
 from bilens.layer.eigen.circuits import Metric
 from bilens.layer.eigen.fitted import best_squares
 from bilens.layer.eigen.metric import Ranking, metric_eigenpairs, moment, shares_of, terms
+from bilens.layer.eigen.metric_sweep import MetricPairs, leading_metric_pairs
 from bilens.layer.eigen.pairs import Order, sorted_eigenpairs
 
 
@@ -159,3 +163,84 @@ def places(order: Order | Ranking, of_terms: Float[Tensor, "p k"], mu: Float[Ten
     else:
         size = {"positive": mu, "negative": -mu}.get(order, mu.abs())
     return size.argsort(descending=True, stable=True)
+
+
+@dataclass(frozen=True)
+class FiringSpectra(Tabular):
+    """The leading squares of many features, each in the metric of the tokens on which it fires.
+
+    Attributes:
+        features: the output features.
+        n_active: the number of tokens each fires on.
+        pairs: the squares, and how they were found.
+        names: the names of the output features.
+    """
+
+    features: Int[Tensor, "n"]
+    n_active: Int[Tensor, "n"]
+    pairs: MetricPairs = field(repr=False)
+    names: Sequence[str] | None = field(default=None, repr=False)
+
+    @property
+    def shares(self) -> Float[Tensor, "n"]:
+        """`sum mu^2 / ||M^1/2 Q M^1/2||_F^2`: how much of the matrix in the metric the squares are, which is also their
+        share of the variance over Gaussian inputs."""
+        norms = self.pairs.norms
+        return torch.where(norms > 0, ((self.pairs.mu / norms[:, None]) ** 2).sum(1), 0.0)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per feature: `feature, name, n_active`, `mu_1, mu_2, ...` (eigenvalues of `M^1/2 Q M^1/2`), and
+        `share` of all its squares together."""
+        columns = {f"mu_{r + 1}": column.tolist() for r, column in enumerate(self.pairs.mu.T)}
+        return pd.DataFrame(
+            {
+                "feature": self.features.tolist(),
+                "name": [self.names[i] if self.names else str(i) for i in self.features.tolist()],
+                "n_active": self.n_active.tolist(),
+                **columns,
+                "share": self.shares.tolist(),
+            }
+        )
+
+    def plot(self) -> go.Figure:
+        """How much of each feature's matrix in the metric the squares are, against how often it fires."""
+        frame = self.to_frame()
+        labels = [f"{feature} {name}" for feature, name in zip(frame["feature"], frame["name"], strict=True)]
+        title = f"share of {self.pairs.mu.shape[1]} squares"
+        return plots.scatter(
+            frame["n_active"].tolist(), frame["share"].tolist(), labels, x_title="tokens", y_title=title
+        )
+
+    def __str__(self) -> str:
+        first = self.to_frame().sort_values("share", ascending=False, ignore_index=True).head(10)
+        return f"{len(self.features)} features where they fire\n{first.to_string(index=False)}"
+
+
+@torch.no_grad()
+def spectra_where_they_fire(
+    layer: BilinearLayer,
+    u: Float[Tensor, "n d_model"],
+    features: Int[Tensor, "n"],
+    firing: Firing,
+    k: int,
+    memory: int = MEMORY,
+) -> FiringSpectra:
+    """The `k` leading squares of every feature in the metric of its tokens, without the root of any metric.
+
+    Args:
+        layer: its weights.
+        u: an output direction for each feature.
+        features: whose tokens count.
+        firing: what the layer reads on them.
+        k: how many squares of each.
+        memory: bytes to work in.
+
+    Raises:
+        ArgumentError: less memory than the search needs.
+    """
+
+    def inputs_of(row: int) -> Tensor:
+        return firing.inputs_of(int(features[row])).to(u)
+
+    pairs = leading_metric_pairs(layer, u, inputs_of, firing.second_moment, k, memory=memory)
+    return FiringSpectra(features, firing.n_active[features], pairs)

@@ -21,7 +21,7 @@ from bilens.reproduce.reproduction import NOT_IN_PAPER, PICTURE, Made, Settings
 THRESHOLD = 0.75
 MIN_ACTIVE = 10  # tokens that a feature must be active on, as in the paper's appendix H
 PAIRS = 64
-FEATURES = 400  # of each layer, drawn at random
+FEATURES = 120  # of each layer, drawn at random
 SHOWN = 9
 
 

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 import bilens
 from bilens.decompose import Decomposer
 from bilens.errors import ArgumentError, EmptyTextError, MissingSAEError, OutOfRangeError, SAEMismatchError
+from bilens.layer.eigen.metric import moment
 from tests.random_saes import D_SAE, make_sae
 
 D = 16
@@ -121,6 +122,26 @@ def test_trained_features_are_followed(trained):
             for i, f in enumerate(often.tolist())
         ]
     assert sum(correlations["fitted"]) > sum(correlations["weights"]) + 0.3
+
+
+def test_spectra_where_features_fire_are_those_of_eigen(decomposer, firing):
+    found, each = (
+        decomposer.spectra(fit=firing),
+        decomposer.eigen(range(D_SAE), 2, metric="firing", order="size", fit=firing),
+    )
+    assert_close(found.n_active, firing.n_active)
+    assert_close(found.pairs.values.abs(), each.values.abs(), rtol=2e-2, atol=1e-4)
+    Q, M = decomposer.interaction(3).double(), moment(firing.inputs_of(3), firing.second_moment)
+    assert_close(found.pairs.norms[3].double() ** 2, torch.trace(M @ Q @ M @ Q), rtol=1e-3, atol=1e-6)
+    assert (found.shares <= 1.001).all()
+    frame = found.to_frame()
+    assert frame.columns.tolist() == ["feature", "name", "n_active", "mu_1", "mu_2", "share"]
+    assert len(found.plot().data[0].x) == D_SAE
+    assert "where they fire" in str(found)
+    with pytest.raises(OutOfRangeError, match="k is 17"):
+        decomposer.spectra(k=17, fit=firing)
+    with pytest.raises(ArgumentError, match="directions"):
+        decomposer.spectra(torch.randn(2, D), fit=firing)
 
 
 def test_tables_and_parts(decomposer, firing):

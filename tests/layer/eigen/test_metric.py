@@ -6,9 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from bilens.errors import ArgumentError
+from bilens.layer.bilinear import BilinearLayer, interaction_matrix
 from bilens.layer.eigen import fitted
 from bilens.layer.eigen.fitted import best_squares
 from bilens.layer.eigen.metric import metric_eigenpairs, moment, shares_of, terms
+from bilens.layer.eigen.metric_sweep import leading_metric_pairs
 from bilens.layer.eigen.pairs import sorted_eigenpairs
 
 seeds = st.integers(0, 2**31)
@@ -140,3 +143,38 @@ def test_a_zero_form_has_no_squares():
     values, vectors = best_squares(torch.zeros(4, 4).double(), x, moment(x, x.T @ x / 20), 2)
     assert (values == 0).all()
     assert vectors.isfinite().all()
+
+
+# --- many outputs -----------------------------------------------------------------------------------------------------
+
+
+@given(seeds, st.sampled_from([(6, 9), (48, 60)]), st.integers(1, 3))
+def test_many_outputs_are_what_each_is_alone(seed, shape, k):
+    """Of some with no inputs, with fewer than dimensions, and with many; a zero direction among them. Its error is the
+    square of a residual of 3 % over the distance to the next pair, or float32's rounding."""
+    d, d_mlp = shape
+    left, right, out = random(seed, d, d_mlp), random(seed + 1, d, d_mlp), random(seed + 2, d_mlp, d)
+    zero = torch.zeros(d_mlp).double()
+    layer = BilinearLayer(left, right, out, zero, zero, torch.zeros(d).double()).to(torch.float32)
+    u = random(seed + 3, 5, d).float()
+    u[4] = 0
+    every = inputs(seed + 4, 400, d).float()
+    parts = [every[:0], every[:3], every[:100], every, every[:50]]
+    moments = every.double().T @ every.double() / len(every)
+    found = leading_metric_pairs(layer, u, parts.__getitem__, moments, k)
+    for row, x in enumerate(parts):
+        Q, M = interaction_matrix(layer, u[row]).double(), moment(x, moments)
+        values, vectors = metric_eigenpairs(Q, M, k)
+        mu = values * ((vectors @ M) * vectors).sum(1)
+        assert_close(found.mu[row].double().abs(), mu.abs(), rtol=5e-3, atol=1e-6)
+        made = found.vectors[row].double()
+        # As in the whole solution, each has length one in the metric times |mu|.
+        assert_close(
+            found.values[row].double() * ((made @ M) * made).sum(1), found.mu[row].double(), rtol=1e-3, atol=1e-6
+        )
+
+
+def test_many_outputs_keep_to_their_memory():
+    layer = BilinearLayer(*(torch.randn(*s) for s in ((8, 9), (8, 9), (9, 8), (9,), (9,), (8,))))
+    with pytest.raises(ArgumentError, match="take eigen for a few outputs"):
+        leading_metric_pairs(layer, torch.randn(3, 8), lambda row: torch.randn(4, 8), torch.eye(8), memory=1000)
