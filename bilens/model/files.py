@@ -50,6 +50,8 @@ HUB_TOKENIZER_FILES = (
     "merges.txt",
     CONFIG_FILE,
 )
+# What decides a model's computation and is written only where it says something: what it is where it is absent.
+WRITTEN: dict[str, Any] = {"attention": "softmax", "scale_attn": True, "residual_scale": None, "rotary": True}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")  # of a file in the index's own folder
 
@@ -95,7 +97,8 @@ def refuse_other_model(folder: Path, config: Mapping[str, Any], tensors: Mapping
         raise other_work(folder, f"another model, in {', '.join(there)}")
     if CONFIG_FILE in there:
         found = read_json(folder / CONFIG_FILE)
-        if differ := differing({key: found.get(key, value) for key, value in config.items()}, config):
+        meant = WRITTEN | {"attention": "bilinear" if found.get("attention2") else "softmax"}
+        if differ := differing({key: found.get(key, meant.get(key, value)) for key, value in config.items()}, config):
             raise other_work(folder, f"another model, {differ}")
     with open_tensors(folder / WEIGHTS_FILE) as file:
         names = set(file.keys())

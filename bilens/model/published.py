@@ -24,6 +24,7 @@ from bilens.model.files import (
     FLOATS,
     INDEX_FILE,
     WEIGHTS_FILE,
+    WRITTEN,
     check_layers,
     check_shapes,
     find_model,
@@ -127,7 +128,8 @@ class PublishedMixin:
         config = config_to_published(self.cfg) | {"dtype": str(dtype).removeprefix("torch.")}
         if not overwrite:
             keys = ("n_head", "n_layer", "n_ctx", "d_model", "d_hidden", "bilinear", "gate", "bias", "normalization")
-            refuse_other_model(folder, {key: config[key] for key in keys}, tensors)
+            decides = {key: config[key] for key in keys} | {key: config.get(key, WRITTEN[key]) for key in WRITTEN}
+            refuse_other_model(folder, decides, tensors)
         write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
         if self.tokenizer is not None:

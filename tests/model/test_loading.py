@@ -407,6 +407,22 @@ def test_references_of_the_later_code(name: str) -> None:
             assert (value - wanted).abs().max() < 1e-4 * wanted.abs().max(), name
 
 
+@pytest.mark.parametrize("changes", [{"attention": "quadratic"}, {"rotary": False}, {"scale_attn": False}], ids=str)
+def test_another_computation_of_the_same_weights_is_another_model(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Neither is written over the other unasked; each may be written again over itself, whatever word it came under."""
+    make_model().save_pretrained(tmp_path / "one")
+    with pytest.raises(OverwriteError):
+        make_model(**changes).save_pretrained(tmp_path / "one")
+    make_model(**changes).save_pretrained(tmp_path / "other")
+    with pytest.raises(OverwriteError):
+        make_model().save_pretrained(tmp_path / "other")
+    make_model(**changes).save_pretrained(tmp_path / "other")
+    bilinear = make_model(attention="bilinear")
+    bilinear.save_pretrained(tmp_path / "later")
+    edit_config(tmp_path / "later", attention=..., attention_scale=...)
+    bilinear.save_pretrained(tmp_path / "later")
+
+
 @torch.no_grad()
 def test_biases_of_attention_are_those_of_the_file(tmp_path: Path) -> None:
     """The authors' earlier code has `bias` in the MLP alone, their later code in `attn.qkv` too: the file decides."""
