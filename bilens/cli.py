@@ -309,7 +309,7 @@ def names(
         bool, typer.Option("--overwrite", help="Make names anew that are there already, also those that you edited.")
     ] = False,
 ) -> None:
-    """Name the features of SAEs in a folder, and keep names and examples there.
+    """Name the features of SAEs in a folder, and keep the names there.
 
     Reports and graphs take them from there and need no texts. The names are in names.json, which you may edit.
     """
