@@ -28,6 +28,7 @@ from bilens._core.display import Tabular
 from bilens.draw import plots
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import BilinearLayer, constant_term, linear_term
+from bilens.layer.eigen.pairs import check_pairs
 from bilens.layer.eigen.solve import top_eigenpairs
 
 SPREAD = 1e-6  # of the root mean square: activations that differ by less are equal but for float32 rounding
@@ -179,6 +180,7 @@ def measure_fidelity(
         ArgumentError: less memory than the eigenvectors and one token take.
         OutOfRangeError: more eigenpairs than `d_model`.
     """
+    check_pairs(u.shape[1], k, "size")
     besides = len(u) * k * (layer.W_out.element_size() * u.shape[1] + SUMS)
     call, instead = f"fidelity ({k} pairs of {len(u):,} outputs)", "ask for fewer pairs (`k`) or outputs"
     at_once = how_many_fit(call, len(u) * k * ENTRY, memory, instead, besides=besides)
