@@ -85,7 +85,7 @@ def eigencircuits(circuit: FeatureCircuit, wordpiece: bool) -> list[Content]:
         drawn = _eigencircuit(circuit, rank, wordpiece)
         heading = _heading(circuit.explanation, rank)
         if rank and abs(circuit.explanation.shares[rank].item()) < SMALL:
-            contents.append(details(heading, drawn))
+            contents.append(Html(f'<div class="folds">{details(heading, drawn).html()}</div>'))
         else:
             contents.append(Html(f'<section class="eigencircuit"><h3>{escape(heading)}</h3>{drawn.html()}</section>'))
     return contents
