@@ -105,7 +105,7 @@ class Attribution(Complete, Tabular):
     def pairs_needed(self, share: float = 0.8) -> int:
         """How many pairs of sources, largest first, give this share of what the layer writes, as
         `Explanation.needed` counts circuits."""
-        s, t = torch.tril_indices(*self.contributions.shape)
+        s, t = torch.tril_indices(*self.contributions.shape, device=self.contributions.device)
         return parts_needed(self.contributions[s, t] * torch.where(s == t, 1, 2), share)
 
     def pair_frame(self) -> pd.DataFrame:
