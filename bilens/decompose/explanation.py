@@ -114,8 +114,8 @@ class Explanation(Complete, Tabular):
         """The input features that make a circuit's projection, those of one name together, largest part first."""
         rank = check_index(rank, len(self.values), "there is no circuit {} among the {}")
         members = zip(self.inputs.tolist(), self.parts[rank, : len(self.inputs)].tolist(), strict=True)
-        token = self.tokens[self.position]
-        return families([(i, name_of(self.input_names, i), part) for i, part in members], token)
+        token, before = self.tokens[self.position], self.tokens[: self.position]
+        return families([(i, name_of(self.input_names, i), part) for i, part in members], token, before)
 
     @property
     def sentence(self) -> str:

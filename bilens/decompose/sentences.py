@@ -15,18 +15,20 @@ READ = 0.1  # of a projection: positions that make less are not quoted
 QUOTED = 4  # positions quoted at most
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DENSE = "dense"  # the family of features that fire nearly everywhere, and so mean little
+NEAR = 4  # tokens before the one on which it fires: words that a feature needs are looked for there
 
 
 @dataclass(frozen=True)
 class Member:
-    """An input feature in a sentence: its number, and the words that its name says it needs before it."""
+    """An input feature in a sentence: its number, the words that it needs before it, and of a dense one its words."""
 
     feature: int
     part: float
     after: str = ""
+    words: str = ""
 
     def __str__(self) -> str:
-        return f"{self.feature} after “{self.after}”" if self.after else str(self.feature)
+        return f"{self.feature}{f' {self.words}' * bool(self.words)}{f' after “{self.after}”' * bool(self.after)}"
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,15 @@ class Family:
         return sum(member.part for member in self.members)
 
     def __str__(self) -> str:
+        return self.told()
+
+    def told(self, whole: float | None = None) -> str:
+        """The word and the numbers of the features, and their share of a whole projection if that is given."""
         numbers = ", ".join(map(str, self.members[:MEMBERS])) + ", …" * (len(self.members) > MEMBERS)
+        share = "" if whole is None else f"; {percent(self.part / whole)}"
         if self.word == DENSE:
-            return f"dense features ({numbers})"
-        return f"*{self.word}* ({numbers})" if self.word else f"feature {numbers}"
+            return f"dense features ({numbers}{share})"
+        return f"*{self.word}* ({numbers}{share})" if self.word else f"feature {numbers}{share.replace(';', ',')}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class Circuit:
 def word(feature: int, name: str, token: str = "") -> tuple[str, str]:
     """The word of a feature's name, and the words that it needs before it.
 
-    `1316 went/go/walk` is `went`, but `walk` on that token; `209 didn't → know` is `know` after `didn't`.
+    `1316 went/go/walk` is `went`, but `walk` on that token; `209 didn't → know` is `know` after `didn't`. The second is
+    all the words of a dense one.
 
     Args:
         feature: its number, with which the name may begin.
@@ -70,7 +78,7 @@ def word(feature: int, name: str, token: str = "") -> tuple[str, str]:
     """
     bare = re.sub(rf"^{feature}\b\s*", "", name)
     if bare.endswith("(dense)"):
-        return DENSE, ""
+        return DENSE, bare.removesuffix("(dense)").strip()
     after, _, own = bare.rpartition(" → ")
     words = [one.strip() for one in own.split("/") if one.strip()]
     if token.strip().lower() in map(str.lower, words):
@@ -78,14 +86,32 @@ def word(feature: int, name: str, token: str = "") -> tuple[str, str]:
     return (words[0].lower() if words else ""), after
 
 
-def families(members: Sequence[tuple[int, str, float]], token: str = "") -> list[Family]:
-    """Features `(i, name, part)` of one word together, by falling part; the nameless each for itself."""
+def families(
+    members: Sequence[tuple[int, str, float]], token: str = "", before: Sequence[str] | None = None
+) -> list[Family]:
+    """Features `(i, name, part)` of one word together, by falling part; the nameless each for itself.
+
+    Args:
+        members: the features.
+        token: the token on which they fire here.
+        before: the tokens before it: words that a feature needs are said if they are among the last few of these.
+            `None` says them anyway.
+    """
+    near = None if before is None else {one.strip().lower() for one in before[-NEAR:]}
     groups: dict[str, list[Member]] = {}
     for i, name, part in sorted(members, key=lambda member: -member[2]):
-        key, after = word(i, name, token)
-        groups.setdefault(key or str(i), []).append(Member(i, part, after))
+        key, rest = word(i, name, token)
+        dense = key == DENSE
+        after = "" if dense else rest if near is None else _said(rest, near)
+        groups.setdefault(key or str(i), []).append(Member(i, part, after, rest if dense else ""))
     found = [Family("" if key == str(group[0].feature) else key, tuple(group)) for key, group in groups.items()]
     return sorted(found, key=lambda family: -family.part)
+
+
+def _said(after: str, near: set[str]) -> str:
+    """The one of several alternatives, `said/mom`, whose words are all near; the whole of a name needs them all."""
+    alternatives = after.replace("…", " ").split("/")
+    return next((one.strip() for one in alternatives if one.strip() and set(one.lower().split()) <= near), "")
 
 
 def quote(tokens: Sequence[str], shares: Sequence[float]) -> str:
@@ -167,8 +193,16 @@ def _is_weak(circuit: Circuit) -> bool:
 
 
 def _made_of(circuit: Circuit, joined: str = " with ") -> str:
+    """The leading families; with their shares where they are not most of it, and with dense features that are as much."""
     named = _leading(circuit)
-    return joined.join(map(str, named)) + " among many" * _is_weak(circuit) if named else "no feature in particular"
+    if not named:
+        return "no feature in particular"
+    dense = [family for family in circuit.families if family.word == DENSE and family not in named]
+    dense = [family for family in dense if family.part > named[0].part]
+    weak = sum(family.part for family in named + dense) < WEAK * circuit.projection
+    whole = circuit.projection if weak or dense else None
+    told = joined.join(family.told(whole) for family in named)
+    return told + "".join(f" and {family.told(whole)}" for family in dense) + " among many" * weak
 
 
 def _is_known(circuit: Circuit, read: str) -> bool:

@@ -99,7 +99,7 @@ def test_parts_needed_of_known_parts() -> None:
         ("17 went/go/Walk", " Walk", ("walk", "")),
         ("17 went/go/walk", "dog", ("went", "")),
         ("17 didn't → know/see", "see", ("see", "didn't")),
-        ("17 the/a (dense)", "a", (DENSE, "")),
+        ("17 the/a (dense)", "a", (DENSE, "the/a")),
     ],
 )
 def test_a_features_word_is_that_of_its_name(name: str, token: str, expected: tuple[str, str]) -> None:
@@ -118,10 +118,23 @@ def test_features_of_one_word_are_a_family() -> None:
     assert list(map(str, found)) == [
         "*walk* (2 after “for a”, 3)",
         "*then* (1)",
-        "dense features (5)",
+        "dense features (5 a)",
         "feature 4",
     ]
     assert sum(family.part for family in found) == pytest.approx(3.3)
+
+
+def test_words_that_a_feature_needs_are_said_where_the_text_has_them() -> None:
+    members = [(1, "1 said/went for a → walk", 2.0), (2, "2 not … → walk", 1.0)]
+    for before, expected in [
+        (["Tom", " went", " for", " a"], "*walk* (1 after “went for a”, 2)"),
+        (["mom", "said", "the"], "*walk* (1 after “said”, 2)"),
+        (["not", "the"], "*walk* (1, 2 after “not”)"),
+        (["not", "a", "day", "that", "you"], "*walk* (1, 2)"),  # too far away
+        ([], "*walk* (1, 2)"),
+        (None, "*walk* (1 after “said/went for a”, 2 after “not …”)"),
+    ]:
+        assert str(families(members, "walk", before)[0]) == expected
 
 
 def test_what_a_direction_reads_is_quoted_in_the_order_of_the_text() -> None:
@@ -148,9 +161,14 @@ KNOW, DOG = ("know", 3.0), ("dog", 3.0)
             "because *something* (0) meets *then* (1): one direction gives 81 %.",
         ),
         ([circuit(0.9, KNOW, ("see", 0.5))], 1, "because of *know* (0): one direction gives 90 %."),
-        ([circuit(0.9, (DENSE, 3.0), KNOW)], 1, "because of *know* (1): one direction gives 90 %."),
+        ([circuit(0.9, KNOW, (DENSE, 3.0))], 1, "because of *know* (0): one direction gives 90 %."),
+        (
+            [circuit(0.9, (DENSE, 2.0), ("know", 1.0))],
+            1,
+            "because of *know* (1; 25 %) and dense features (0; 50 %): one direction gives 90 %.",
+        ),
         ([circuit(0.9, (DENSE, 3.0))], 1, "because of dense features (0): one direction gives 90 %."),
-        ([circuit(0.9, ("know", 0.5))], 1, "because of *know* (0) among many: one direction gives 90 %."),
+        ([circuit(0.9, ("know", 0.5))], 1, "because of *know* (0; 12 %) among many: one direction gives 90 %."),
         ([circuit(0.9, ("know", -0.5))], 1, "because of no feature in particular: one direction gives 90 %."),
         (
             [circuit(0.5, KNOW), circuit(0.3, DOG)],
@@ -160,7 +178,7 @@ KNOW, DOG = ("know", 3.0), ("dog", 3.0)
         (
             [circuit(0.3, ("know", 0.5)), circuit(0.2, DOG)],
             7,
-            "for no short reason: seven directions give 80 %, the first of them 30 %, made of *know* (0) among many.",
+            "for no short reason: seven directions give 80 %, the first of them 30 %, made of *know* (0; 12 %) among many.",
         ),
         (
             [circuit(0.3, KNOW), circuit(0.2, DOG)],
@@ -209,4 +227,4 @@ def test_reads_are_quoted() -> None:
     told = tell(weak, 1, active=True, written=10.0, read="not see")
     assert told == "Fires because of “not see”, read by many features: one direction gives 90 %."
     told = tell(weak, 1, active=True, written=10.0, read="not know")  # the name is that of the token
-    assert told == "Fires because of *know* (0) among many, read from “not know”: one direction gives 90 %."
+    assert told == "Fires because of *know* (0; 12 %) among many, read from “not know”: one direction gives 90 %."
