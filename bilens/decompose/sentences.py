@@ -193,7 +193,7 @@ def _is_weak(circuit: Circuit) -> bool:
 
 
 def _made_of(circuit: Circuit, joined: str = " with ") -> str:
-    """The leading families; with their shares where they are not most of it, and with dense features that are as much."""
+    """The leading families; with shares where they make little, and with dense features where those make more."""
     named = _leading(circuit)
     if not named:
         return "no feature in particular"

@@ -178,7 +178,8 @@ KNOW, DOG = ("know", 3.0), ("dog", 3.0)
         (
             [circuit(0.3, ("know", 0.5)), circuit(0.2, DOG)],
             7,
-            "for no short reason: seven directions give 80 %, the first of them 30 %, made of *know* (0; 12 %) among many.",
+            "for no short reason: seven directions give 80 %, the first of them 30 %, "
+            "made of *know* (0; 12 %) among many.",
         ),
         (
             [circuit(0.3, KNOW), circuit(0.2, DOG)],
