@@ -6,7 +6,7 @@ from bilens.decompose.directions import head_basis, through_ov, token_basis
 from bilens.decompose.explanation import Explanation
 from bilens.decompose.feature import FeatureCircuit, RankedFeatures, feature_circuit, rank_features
 from bilens.decompose.fidelity import Fidelity
-from bilens.decompose.firing import Firing
+from bilens.decompose.firing import Firing, FiringSpectra
 from bilens.decompose.gallery import GalleryEntry, MotifGallery, motif_gallery
 from bilens.decompose.interactions import Interactions
 from bilens.decompose.layers import strongest_interactions
@@ -31,6 +31,7 @@ __all__ = [
     "Fidelity",
     "FidelityComparison",
     "Firing",
+    "FiringSpectra",
     "GalleryEntry",
     "Interactions",
     "LayerSimilarity",
