@@ -30,8 +30,7 @@ def main(texts_path: str, n: int = 500) -> None:
             for position, feature in choose.sample(activations.gt(0).nonzero().tolist(), FIRINGS_PER_TEXT):
                 text = tokens[0, : position + 1]
                 plain = d.attribute(text, feature, position)
-                circuits = d.eigen(feature, metric="firing", fit=fit)
-                fitted = d.attribute(text, feature, position, circuits=circuits).explanation
+                fitted = d.attribute(text, feature, position, fit=fit).explanation
                 told = plain.explanation
                 needed = (told.needed(), fitted.needed(), plain.pairs_needed())
                 rows.append((*needed, told.shares[0].item(), fitted.shares[0].item()))

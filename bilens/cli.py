@@ -155,9 +155,6 @@ def report(
     expansion: Expansion = None,
     k: K = None,
     examples: Examples = None,
-    sweep: Annotated[
-        Path | None, typer.Option(help="A folder that `bilens sweep` wrote: interesting features are found in it.")
-    ] = None,
     out: Page = Path("bilens_report.html"),
 ) -> None:
     """Explain features of one layer, on your text, on one page."""
@@ -175,7 +172,6 @@ def report(
         expansion=expansion,
         k=k,
         examples=texts,
-        sweep=sweep,
         say=typer.echo,
     )
     found.save(out)

@@ -138,7 +138,6 @@ WRONG = {
     "report tiny --layer 9 --out page.html": "layer",
     "report tiny --feature 100000 --out page.html": "feature",
     "report tiny --feature -1 --out page.html": "feature",
-    "report tiny --sweep tiny --out page.html": "no sweep",
     "report tiny --examples empty.jsonl --out page.html": "empty",
     "report tiny --out tiny/config.json": "of another kind",
     "report tiny --out tiny": "is a folder",

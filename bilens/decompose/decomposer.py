@@ -1010,6 +1010,7 @@ class Decomposer:
         position: SupportsIndex,
         *,
         circuits: Eigencircuits | None = None,
+        fit: Fit | None = None,
     ) -> Attribution:
         """The exact expansion of one output feature's pre-activation at one token: by eigencircuits, and by pairs.
 
@@ -1017,20 +1018,27 @@ class Decomposer:
             text_or_tokens: one text (`[BOS]` is prepended), or its tokens as they are.
             feature: a feature of the output SAE, active there or not.
             position: `[BOS]` counted; negative counts from the end.
-            circuits: the sum of squares to tell it by; all of it, for the parts have to add up. Fewest are needed of
-                `eigen(feature, metric="firing")`, found where the feature fires on texts (`fit=firing()` runs these
-                once for all features). `None` takes the eigenpairs of the interaction matrix, from the weights alone.
+            circuits: the sum of squares to tell it by; all of it, for the parts have to add up. `None` takes those of
+                `fit`, or the eigenpairs of the interaction matrix, from the weights alone.
+            fit: what `firing` gives, or texts for it: the squares of `eigen(feature, metric="firing")` are taken, of
+                which fewest are needed.
 
         Raises:
             AlteredModelError: SAEs are attached to the model, or there are hooks on it or on an SAE.
-            ArgumentError: several texts, a feature or position that is no integer, or circuits that do not add up.
+            ArgumentError: several texts, a feature or position that is no integer, circuits that do not add up, or
+                both circuits and `fit`.
             EmptyTextError, ContextLengthError: the text does not fit.
             MissingSAEError: it needs both SAEs.
             OutOfRangeError: no such feature or position.
+            SAEMismatchError: `fit` is of another layer or SAE.
         """
         view_in, view_out = self.input_view, self.output_view
         require_bare(self.model, view_in.sae, view_out.sae)
         feature = check_feature(feature, view_out.d_sae)
+        if fit is not None:
+            if circuits is not None:
+                raise ArgumentError("there are both circuits and fit, which finds others: expected one of them.")
+            circuits = self.eigen(feature, metric="firing", fit=fit)
         if not isinstance(text_or_tokens, str | Tensor):
             text_or_tokens = torch.tensor(text_or_tokens)
         tokens = self.model.input_to_tokens(text_or_tokens)

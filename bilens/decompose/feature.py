@@ -18,12 +18,12 @@ from bilens._core.bare import require_bare
 from bilens._core.display import Paged, Tabular
 from bilens.decompose.decomposer import Decomposer
 from bilens.decompose.explanation import Explanation
+from bilens.decompose.firing import Firing, Fit
 from bilens.decompose.outputs import check_feature
 from bilens.decompose.results import Attribution
 from bilens.draw import plots
 from bilens.layer.bilinear import interaction_matrix
-from bilens.layer.eigen.circuits import Eigencircuits
-from bilens.layer.eigen.solve import LeadingEigenpairs, top_eigenpairs
+from bilens.layer.eigen.metric import terms
 from bilens.model.tokenization import token_strings
 from bilens.sae.features.examples import DescribedFeatures, FeatureActivations, FeatureSummary
 
@@ -95,7 +95,7 @@ def feature_circuit(
     *,
     inputs: DescribedFeatures | None = None,
     outputs: DescribedFeatures | None = None,
-    circuits: Eigencircuits | None = None,
+    fit: Fit | None = None,
     n_inputs: int = 8,
     note: str = "",
 ) -> FeatureCircuit:
@@ -107,7 +107,7 @@ def feature_circuit(
         feature: a feature of the output SAE.
         position: `None` takes where the feature fires most, or else its pre-activation is largest, `[BOS]` left out.
         inputs, outputs: the activations of the two SAEs' features on example texts.
-        circuits: the same as for `Decomposer.attribute`.
+        fit: the same as for `Decomposer.attribute`.
         n_inputs: the number of input features to show of each eigencircuit.
         note: what a person says of the feature.
 
@@ -125,7 +125,7 @@ def feature_circuit(
         first, feature = min(model.n_bos, len(y) - 1), check_feature(feature, view_out.d_sae)
         active, pre = (values[first:, feature] for values in (view_out.activations(y), view_out.pre_activations(y)))
         position = int((active if active.any() else pre).argmax()) + first
-    attribution = decomposer.attribute(tokens, feature, position, circuits=circuits)
+    attribution = decomposer.attribute(tokens, feature, position, fit=fit)
 
     direction = decomposer.directions(feature)
     shown = _largest_parts(attribution.explanation, n_inputs)
@@ -166,7 +166,7 @@ class RankedFeatures(Tabular):
 
     Attributes:
         features: best first.
-        correlation: the correlation of the two leading eigencircuits alone with the feature, over its active tokens.
+        correlation: that of the leading eigencircuits alone with the feature, over the tokens where it fires.
         cross_share: the share of two different features in the absolute contributions of pairs of input features.
         density: share of all tokens on which the feature fires.
     """
@@ -213,22 +213,20 @@ def rank_features(
     k: int = 2,
     density: tuple[float, float] = (5e-4, 0.05),
     min_active: int = 20,
-    swept: LeadingEigenpairs | None = None,
 ) -> RankedFeatures:
     """Rank output features by how well `k` eigencircuits reproduce them and how much they combine different inputs.
 
-    A feature scores high if its two leading eigenvectors predict, token by token, how strongly it fires (Pearce et al.
-    2025, section 5.2), and if what makes it fire are pairs of two different input features rather than one feature
-    squared.
+    A feature scores high if `k` eigencircuits, found where it fires (`eigen(metric="firing")`), predict token by token
+    how strongly it fires (Pearce et al. 2025, section 5.2, takes those of largest `|lambda|`, which are often silent
+    there), and if what makes it fire are pairs of two different input features rather than one feature squared.
 
     Args:
         decomposer: a decomposer with both SAEs.
-        outputs: activations of the output SAE's features on example texts.
+        outputs: activations of the output SAE's features on example texts, on which eigencircuits are found.
         among: consider these only.
         k: eigencircuits used.
         density: the range of densities of the features considered: the rare and the dense tell little.
         min_active: tokens a feature must fire on.
-        swept: leading eigenpairs of all output features, such as a stored sweep's; `None` computes what is needed.
     """
     view_in = decomposer.input_view
     counts, densities = outputs.offsets.diff(), outputs.density()
@@ -239,20 +237,16 @@ def rank_features(
     if not len(candidates):
         empty = torch.zeros(0)
         return RankedFeatures(candidates, empty, empty, empty, decomposer.output_names)
-    x = torch.cat([decomposer.run(tokens)[0].cpu() for tokens in outputs.tokens.split(TEXTS)])
+    firing = _firing(decomposer, outputs)
+    pairs = decomposer.spectra(candidates, k, fit=firing).pairs
+    weights, directions = decomposer.weights, decomposer.directions(candidates)
+    decoder = view_in.decoder.to(directions)
     correlations, shares = [], []
-    if swept is None:
-        eigen = top_eigenpairs(decomposer.weights, decomposer.directions(candidates), k, progress=False)
-        all_values, all_vectors = eigen.values, eigen.vectors
-    else:
-        all_values, all_vectors = swept.values[candidates, :k], swept.vectors[candidates, :k]
-    for row, feature in enumerate(candidates.tolist()):
-        at = outputs.entries(feature)
-        active = x[outputs.rows[at], outputs.positions[at]].to(all_vectors)
-        reproduced = (all_values[row] * (active @ all_vectors[row].T) ** 2).sum(-1).cpu()
-        correlations.append(_correlation(reproduced, outputs.values[at]))
-        strongest = active[outputs.values[at].argsort(descending=True)[:16]]
-        shares.append(_cross_share(decomposer, view_in.activations(strongest), feature))
+    for feature, u, values, vectors in zip(candidates.tolist(), directions, pairs.values, pairs.vectors, strict=True):
+        x, activations = firing.inputs_of(feature).to(vectors), firing.activations_of(feature)
+        correlations.append(_correlation(terms(values, vectors, x).sum(1).cpu(), activations))
+        strongest = x[activations.argsort(descending=True)[:16]]
+        shares.append(_cross_share(interaction_matrix(weights, u), decoder, view_in.activations(strongest)))
     result = RankedFeatures(
         candidates, torch.tensor(correlations), torch.tensor(shares), densities[candidates], decomposer.output_names
     )
@@ -262,6 +256,15 @@ def rank_features(
     )
 
 
+def _firing(decomposer: Decomposer, outputs: FeatureActivations) -> Firing:
+    """What `Decomposer.firing` gives of the same texts."""
+    x = torch.cat([decomposer.run(tokens)[0].cpu() for tokens in outputs.tokens.split(TEXTS)])
+    counts = outputs.mask.bool()
+    numbers = counts.flatten().cumsum(0).view(counts.shape) - 1
+    tokens = numbers[outputs.rows, outputs.positions]
+    return Firing(decomposer.layer, x[counts], tokens, outputs.values, outputs.offsets, decomposer.output_names)
+
+
 def _correlation(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> float:
     """Pearson's, 0 where either side is constant."""
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
@@ -269,11 +272,10 @@ def _correlation(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> float:
     return 0.0 if norm == 0.0 else (a @ b).item() / norm
 
 
-def _cross_share(decomposer: Decomposer, acts: Float[Tensor, "n d_sae"], feature: int) -> float:
+def _cross_share(
+    matrix: Float[Tensor, "d_model d_model"], decoder: Float[Tensor, "d_sae d_model"], acts: Float[Tensor, "n d_sae"]
+) -> float:
     """Share of `|f_i f_j Q_ij|` that lies off the diagonal, over tokens."""
-    direction = decomposer.directions(feature)
-    decoder = decomposer.input_view.decoder.to(direction)
-    matrix = interaction_matrix(decomposer.weights, direction)
     cross = total = 0.0
     for f in acts:
         active = f.nonzero().flatten()

@@ -40,12 +40,9 @@ from bilens.decompose import Decomposer
 from bilens.decompose.feature import N_CIRCUITS, FeatureCircuit, feature_circuit, rank_features
 from bilens.decompose.firing import Firing
 from bilens.decompose.gallery import MotifGallery, motif_gallery
-from bilens.decompose.sweep import Sweep
 from bilens.draw.page import Page
 from bilens.errors import ArgumentError, OutOfRangeError
 from bilens.layer.bilinear import check_bilinear
-from bilens.layer.eigen.circuits import Eigencircuits
-from bilens.layer.eigen.solve import LeadingEigenpairs
 from bilens.model.files import DEFAULT_MODEL, PRETRAINED
 from bilens.model.loading import load_model
 from bilens.model.transformer import HookedBilinearTransformer
@@ -73,8 +70,8 @@ HOW_CHOSEN = (
     "along them. Rare features come first; those that fire on more than a tenth of all tokens are left out."
 )
 HOW_RANKED = (
-    "These are the features whose activation two eigencircuits reproduce best over the example texts, by pairs of "
-    "different input features. Each is shown where it fires most strongly."
+    "These are the features whose activation two eigencircuits, found where they fire, reproduce best over the example "
+    "texts, by pairs of different input features. Each is shown where it fires most strongly."
 )
 
 
@@ -100,13 +97,9 @@ class LabelledLayer:
         return self.inputs, self.outputs
 
     @cached_property
-    def _firing(self) -> Firing:
-        return self.decomposer.firing(self.texts[:N_FITTED])
-
-    def circuits(self, feature: int) -> Eigencircuits | None:
-        """An output feature's squares, found where it fires in the first of the texts: fewer of them are needed there
-        than eigenpairs of the weights alone. `None` without texts."""
-        return self.decomposer.eigen(feature, metric="firing", fit=self._firing) if self.texts else None
+    def firing(self) -> Firing | None:
+        """Where output features fire in the first of the texts: what squares are found by; `None` without texts."""
+        return self.decomposer.firing(self.texts[:N_FITTED]) if self.texts else None
 
 
 def label_layers(decomposers: Sequence[Decomposer], texts: Sequence[str] | None = None) -> dict[int, LabelledLayer]:
@@ -138,7 +131,6 @@ def interesting_circuits(
     text: str | None = None,
     features: Sequence[int] | None = None,
     n: int = 3,
-    swept: LeadingEigenpairs | None = None,
 ) -> list[FeatureCircuit]:
     """Circuits of the features asked for, or of the `n` most interesting ones.
 
@@ -147,12 +139,11 @@ def interesting_circuits(
         text: `None` shows each feature on its strongest example.
         features: `None` takes the best of `well_explained` where there is a text, of `rank_features` otherwise.
         n: the number of features to take if none are given.
-        swept: the leading eigenpairs of all output features, if they are known.
     """
     decomposer = labelled.decomposer
     if features is None:
         if text is None:
-            features = rank_features(decomposer, labelled.activations()[1], swept=swept).features[:n].tolist()
+            features = rank_features(decomposer, labelled.activations()[1]).features[:n].tolist()
         else:
             features = well_explained(labelled, text, n)
         if not features:
@@ -182,7 +173,7 @@ def explained(
         position,
         inputs=labelled.inputs,
         outputs=labelled.outputs,
-        circuits=labelled.circuits(feature),
+        fit=labelled.firing,
         note=note,
     )
     tokens = d.model.input_to_tokens(text_or_tokens)[0, : found.attribution.position + 1]
@@ -207,7 +198,7 @@ def well_explained(labelled: LabelledLayer, text: str, n: int) -> list[int]:
     scores = {}
     for feature in candidates:
         at = int(places[feature]) + d.model.n_bos
-        told = d.attribute(tokens, feature, at, circuits=labelled.circuits(feature)).explanation
+        told = d.attribute(tokens, feature, at, fit=labelled.firing).explanation
         leading = told.shares[:N_CIRCUITS].sum().item()
         read = told.parts[0, :-2].sum().item() / told.projections[0].item()
         rarity = density[feature].clamp_min(RARE).log() / math.log(RARE)
@@ -279,7 +270,6 @@ def report(
     expansion: int | None = None,
     k: int | None = None,
     examples: Sequence[str] | None = None,
-    sweep: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Explain features of one MLP, on a text or each on its strongest example.
@@ -297,7 +287,6 @@ def report(
         expansion, k: features per dimension and active features per token of the SAEs, if the source holds several.
         examples: texts to see what features fire on; `None` takes what is kept beside the SAEs (`bilens names`) where
             that is enough, or else runs the model's own (see `example_texts`).
-        sweep: the folder that `bilens sweep` wrote for this model, to find interesting features from.
         say: a function that is told what is going on.
 
     Raises:
@@ -317,8 +306,7 @@ def report(
     say("looking up what features fire on" if texts is None else f"running {len(texts)} example texts")
     labelled = label_layers([decomposer], texts)[decomposer.layer]
     say("looking for circuits" if features is None else f"features {list(features)}")
-    swept = None if sweep is None else Sweep.load(sweep).of(labelled.decomposer).eigen
-    circuits = interesting_circuits(labelled, text, features, n, swept)
+    circuits = interesting_circuits(labelled, text, features, n)
     subtitle = f"Layer {decomposer.layer} of {model.cfg.model_name}" + (f", on “{text}”" if text else "")
     how = "" if features is not None else HOW_RANKED if text is None else HOW_CHOSEN
     if how:

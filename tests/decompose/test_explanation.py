@@ -43,6 +43,18 @@ def test_any_exact_sum_of_squares_adds_up(seed: int, n_features: int) -> None:
     found.sentence  # noqa: B018 (whatever the numbers, there is one)
 
 
+def test_circuits_found_where_the_feature_fires_add_up() -> None:
+    """`fit` takes the squares in the firing metric; they are as complete as eigenpairs, and not both can be given."""
+    d = Decomposer.from_pretrained(DEFAULT_MODEL, 1)
+    text, fit = "She was sad and did not know", d.firing(["She did not know what to do. He was sad."])
+    found = d.attribute(text, 101, -1, fit=fit)
+    assert found.explanation.relative_error < 1e-5
+    circuits = d.eigen(101, metric="firing", fit=fit)
+    assert found.sentence == d.attribute(text, 101, -1, circuits=circuits).sentence
+    with pytest.raises(ArgumentError, match="both circuits and fit"):
+        d.attribute(text, 101, -1, fit=fit, circuits=circuits)
+
+
 def test_circuits_that_are_not_all_are_refused() -> None:
     d = Decomposer.from_pretrained(DEFAULT_MODEL, 3)
     text = "She was sad and did not know"
