@@ -1,5 +1,6 @@
 """The `bilens` command: arguments in, library calls, a few lines out. Heavy imports happen inside the commands."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -32,6 +33,15 @@ class _Panels(TyperGroup):
 
 app = typer.Typer(cls=_Panels, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 LOOK, TRAIN, MEASURE = "Look", "Train", "Measure"
+
+
+def _wait_asleep() -> None:
+    """Before torch is imported: its threads wait for one another asleep, unless the environment says otherwise.
+
+    What a page takes is many small operations. Where other processes use the cores, too, threads that wait awake take
+    them from those waited for, and the work takes ten times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _checked(check: Callable[..., object]) -> Callable[..., Any]:
@@ -132,6 +142,7 @@ def bilens(
 @app.command(rich_help_panel=LOOK)
 def demo(out: Page = Path("bilens_demo.html")) -> None:
     """Show circuits of the bundled language model on one page."""
+    _wait_asleep()
     from bilens.pages.report import demo as write
 
     found = write(say=typer.echo)
@@ -158,6 +169,7 @@ def report(
     out: Page = Path("bilens_report.html"),
 ) -> None:
     """Explain features of one layer, on your text, on one page."""
+    _wait_asleep()
     from bilens.pages.report import report as write
     from bilens.train.data import load_texts
 
@@ -206,6 +218,7 @@ def trace(
     out: Page = Path("bilens_trace.html"),
 ) -> None:
     """Explain a next token or a feature as an interactive graph."""
+    _wait_asleep()
     from bilens.pages.report import trace as write
     from bilens.train.data import load_texts
 
@@ -242,6 +255,7 @@ def gallery(
     out: Page = Path("bilens_gallery.html"),
 ) -> None:
     """Find pairs of features that act like AND, XOR or inhibition."""
+    _wait_asleep()
     from bilens.pages.report import gallery as write
     from bilens.train.data import load_texts
 

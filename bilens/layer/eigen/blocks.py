@@ -32,7 +32,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens.layer.bilinear import BilinearLayer
-from bilens.layer.eigen.refine import InteractionOperator, Leading, Ritz, Wanted, crowded, eigh, refine
+from bilens.layer.eigen.pairs import eigh
+from bilens.layer.eigen.refine import InteractionOperator, Leading, Ritz, Wanted, crowded, refine
 
 BLOCK, SPARE = 16, 4  # vectors at least; and at least so many times the pairs wanted
 BEYOND = 2  # of them to refine: they may turn out to be the larger ones

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bilens.layer.bilinear import double
 from bilens.layer.eigen.metric import as_unit, roots
-from bilens.layer.eigen.pairs import sorted_eigenpairs
+from bilens.layer.eigen.pairs import eigh, sorted_eigenpairs
 
 PRIOR = 300  # inputs
 SPAN = 64  # pairs
@@ -91,7 +91,7 @@ class _Problem:
     def next(self, signs: Float[Tensor, "j"], rows: Float[Tensor, "j d"]) -> tuple[Tensor, Tensor]:
         """The pair in the metric, of what is left, whose square lowers the objective most."""
         left = self.form - (rows.T * signs) @ rows
-        values, columns = torch.linalg.eigh(left)
+        values, columns = eigh(left)
         first = values.abs().topk(min(CANDIDATES, len(values))).indices
         values, pairs = values[first], columns[:, first].T * values[first].abs().sqrt()[:, None]
         gain = 2 * self.rho * values**2

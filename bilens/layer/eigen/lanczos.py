@@ -31,7 +31,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bilens.layer.eigen.refine import InteractionOperator, Leading, Ritz, Wanted, crowded, eigh, errors_of, refine
+from bilens.layer.eigen.pairs import eigh
+from bilens.layer.eigen.refine import InteractionOperator, Leading, Ritz, Wanted, crowded, errors_of, refine
 
 FIRST_CHECK, CHECK_EVERY, MAX_STEPS = 12, 4, 192
 SPARE = 1  # pairs that have to converge beside those wanted

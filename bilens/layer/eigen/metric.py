@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilens.layer.bilinear import double
-from bilens.layer.eigen.pairs import signed, sorted_eigenpairs
+from bilens.layer.eigen.pairs import eigh, signed, sorted_eigenpairs
 
 Ranking = Literal["variance", "mean"]
 OWN = 0.7  # of the second moment is that of the output's own inputs; the rest is that of all
@@ -51,7 +51,7 @@ def roots(
     M: Float[Tensor, "*n d_model d_model"],
 ) -> tuple[Float[Tensor, "*n d_model d_model"], Float[Tensor, "*n d_model d_model"]]:
     """`M^1/2` and `M^-1/2` of a positive definite matrix."""
-    values, columns = torch.linalg.eigh(M)
+    values, columns = eigh(M)
     root = values.clamp_min(torch.finfo(M.dtype).tiny).sqrt()[..., None, :]
     return (columns * root) @ columns.mT, (columns / root) @ columns.mT
 

@@ -21,6 +21,7 @@ from bilens._core.checks import MEMORY, check_budget
 from bilens.layer.bilinear import BilinearLayer, double, interaction_matrix
 from bilens.layer.eigen.blocks import OutputTensor
 from bilens.layer.eigen.metric import FLOOR, OWN, as_unit, metric_eigenpairs, moment
+from bilens.layer.eigen.pairs import eigh
 
 CHUNK = 64  # outputs in lockstep
 SPARE = 6  # vectors in a block beyond the pairs wanted
@@ -134,7 +135,7 @@ def _lanczos(
         block = products[-1]
     whole, image, product = (torch.cat(parts, 2) for parts in (basis, images, products))
     small = torch.bmm(image.mT, product)
-    theta, turn = torch.linalg.eigh(0.5 * (small + small.mT))
+    theta, turn = eigh(0.5 * (small + small.mT))
     first = theta.abs().argsort(1, descending=True)[:, :k]
     theta, turn = theta.gather(1, first), turn.gather(2, first[:, None].expand(-1, turn.shape[1], -1))
     w = torch.bmm(whole, turn)

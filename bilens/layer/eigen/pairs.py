@@ -1,5 +1,6 @@
 """Eigenpairs of symmetric matrices in the order and sign that a reader expects."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args
 
 import torch
@@ -10,6 +11,7 @@ from bilens._core.checks import whole_number
 from bilens.errors import ArgumentError, OutOfRangeError, nearest
 
 Order = Literal["size", "positive", "negative"]
+SMALL = 1024  # rows and columns; larger matrices are worth several threads each
 ROUNDINGS = 16  # units of rounding up to which two numbers count as equal
 
 
@@ -22,6 +24,25 @@ def check_pairs(d: int, k: int | None, order: str) -> None:
         )
     if k is not None and not 1 <= whole_number(k, "a number of eigenpairs is expected") <= d:
         raise OutOfRangeError(f"k is {k}, expected 1 to {d} (or None for all).")
+
+
+def eigh(matrices: Float[Tensor, "*n d d"]) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "*n d d"]]:
+    """`torch.linalg.eigh`; on a CPU, each small matrix on one thread, and several of them at a time.
+
+    By itself it takes one matrix after the other, each on all threads, which then wait for one another thousands of
+    times: where other processes use the cores, too, that takes a hundred times as long.
+    """
+    d, threads = matrices.shape[-1], torch.get_num_threads()
+    if matrices.device.type != "cpu" or threads == 1 or d > SMALL or matrices.numel() == 0:
+        return torch.linalg.eigh(matrices)
+    parts = matrices.reshape(-1, d, d).chunk(threads)
+    try:
+        with ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = list(pool.map(torch.linalg.eigh, parts))
+    finally:
+        torch.set_num_threads(threads)  # or else threads that start later would have one, too
+    values, columns = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return values.reshape(matrices.shape[:-1]), columns.reshape(matrices.shape)
 
 
 def sorted_eigenpairs(
@@ -44,7 +65,7 @@ def sorted_eigenpairs(
         OutOfRangeError: `k` is not in 1..d.
     """
     check_pairs(matrix.shape[-1], k, order)
-    values, columns = torch.linalg.eigh(matrix)
+    values, columns = eigh(matrix)
     off = None if ties is None else ties * values.abs()
     places = by_magnitude(values, off) if order == "size" else values.argsort(-1, descending=order == "positive")
     places = places[..., :k]

@@ -15,7 +15,6 @@ which are two matrix products, shared by every output of a batch:
 Sources: Parlett, The Symmetric Eigenvalue Problem, chapters 11 to 13; Davidson 1975.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bilens.layer.eigen.pairs import by_magnitude
+from bilens.layer.eigen.pairs import by_magnitude, eigh
 
 REFINEMENTS = 6
 ROUNDING_SHARE = 0.25  # of the error allowed, for the rounding of the operator
@@ -257,13 +256,3 @@ def _correction(basis: Tensor, ritz: Ritz, tied: int, values: Tensor, residual: 
     scale = torch.where(values == 0, floor[..., 0], values)[..., None]
     outer = (residual - torch.bmm(inner, basis)) / scale
     return outer - torch.bmm(small, basis)
-
-
-def eigh(matrices: Float[Tensor, "n j j"]) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.eigh` of many small matrices: on a CPU it takes them one after the other, so a slice per thread."""
-    threads = min(torch.get_num_threads(), len(matrices) // 16)
-    if matrices.device.type != "cpu" or threads < 2:
-        return torch.linalg.eigh(matrices)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(torch.linalg.eigh, matrices.chunk(threads)))
-    return torch.cat([values for values, _ in parts]), torch.cat([vectors for _, vectors in parts])

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from bilens.decompose import Decomposer
 from bilens.errors import ArgumentError, MissingSAEError, OutOfRangeError
-from bilens.layer.eigen.pairs import sorted_eigenpairs
+from bilens.layer.eigen.pairs import eigh, sorted_eigenpairs
 from tests.conftest import make_model
 from tests.random_saes import make_sae
 
@@ -261,3 +261,18 @@ def test_parity_of_spectra(tracer, side, prefix):
     effective_rank = every.abs().sum(-1) ** 2 / (every**2).sum(-1)
     # A number of order 30 from a ratio of float32 sums: 1e-4 relative is as far as the definition is stable.
     assert_close(effective_rank, tracer.expected[f"{prefix}.effective_rank"], atol=1e-4, rtol=1e-5)
+
+
+def test_many_matrices_in_threads_are_what_each_is_alone(monkeypatch):
+    """Whatever the shape of the batch."""
+    threads = torch.get_num_threads()
+    raw = torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    matrices = raw + raw.mT
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    values, columns = eigh(matrices)
+    alone, _ = eigh(matrices[1, 0])
+    monkeypatch.undo()
+    torch.set_num_threads(threads)
+    assert_close((columns * values[..., None, :]) @ columns.mT, matrices, rtol=0, atol=1e-12)
+    assert_close(values[1, 0], alone, rtol=0, atol=1e-12)  # rounding of numbers of order ten
+    assert eigh(matrices[:0])[0].shape == (0, 2, 6)
