@@ -12,16 +12,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from bilens.attribute.circuit import Circuit
 from bilens.attribute.faithfulness import EdgeCheck, Faithfulness
 from bilens.attribute.paths import Paths
 from bilens.attribute.tokens import TokenAttribution
 from bilens.decompose.feature import FeatureCircuit
+from bilens.draw.charts import Chart
 from bilens.draw.markup import ViewError, island, spaced, to_json, visible
 from bilens.draw.page import Content, Html, Page, View, anchor, captioned, columns, details, table
-from bilens.draw.plots import line, scatter
+from bilens.draw.signed_bars import SignedBars
 from bilens.model.hook_points import hook_of
 from bilens.pages.circuit import eigencircuits, emphasised
 from bilens.sae.features.examples import DescribedFeatures
@@ -345,6 +345,7 @@ def _dashboard(features: Any, feature: int, wordpiece: bool) -> dict[str, Any]:
 def _token_views(tokens: TokenAttribution) -> list[Content]:
     heads = tokens.head_frame(top=12)
     named = heads.assign(head=[f"L{row.layer}H{row.head}" for row in heads.itertuples()])
+    labels = [*(f"{place} {visible(token)}" for place, token in enumerate(tokens.tokens)), "biases"]
     return [
         captioned(
             tokens.to_view(),
@@ -352,7 +353,7 @@ def _token_views(tokens: TokenAttribution) -> list[Content]:
             f"tokens gets half of their product. Biases contributed {tokens.bias:+.4f}. The completeness error is "
             f"{tokens.completeness_error:+.1e}, which is {tokens.relative_error:.1e} of the absolute parts.",
         ),
-        details("As bars", tokens.plot()),
+        details("As bars", SignedBars(labels, [*tokens.values.tolist(), tokens.bias], muted=1)),
         details(
             "What heads moved to the target's position",
             table(named[["head", "position", "token", "value"]], ["head", "from position", "token", "moved"]),
@@ -411,28 +412,27 @@ def _checks(circuit: Circuit, faithfulness: Faithfulness | None, edges: Sequence
     return [*contents, columns(*plots)] if plots else contents
 
 
-def _curve(faithfulness: Faithfulness) -> go.Figure:
+def _curve(faithfulness: Faithfulness) -> Chart:
     frame = faithfulness.frame
     curve = frame[frame.kept.str.startswith("top") | (frame.kept == "nothing")].sort_values("nodes")
-    series: dict[str, Any] = {
-        f"{mode} attention": rows.value.tolist() for mode, rows in curve.groupby("attention", sort=False)
+    curves: dict[str, Any] = {
+        f"{mode} attention": (rows.nodes.tolist(), rows.value.tolist())
+        for mode, rows in curve.groupby("attention", sort=False)
     }
-    nodes = sorted(curve.nodes.unique())
-    series["the whole model"] = [float(frame[frame.kept == "everything"].value.iloc[0])] * len(nodes)
-    return line(nodes, series, x_title="nodes kept", y_title=faithfulness.target)
+    ends = [curve.nodes.min(), curve.nodes.max()]
+    curves["the whole model"] = (ends, [float(frame[frame.kept == "everything"].value.iloc[0])] * 2)
+    return Chart("nodes kept", faithfulness.target, curves)
 
 
-def _edge_scatter(attention: str, frame: pd.DataFrame, names: Mapping[str, str]) -> go.Figure:
+def _edge_scatter(attention: str, frame: pd.DataFrame, names: Mapping[str, str]) -> Chart:
     labels = [
         f"{names.get(row.source, row.source)} → {names.get(row.target, row.target)} ({row.kind})"
         for row in frame.itertuples()
     ]
-    return scatter(
-        frame.predicted.to_numpy(float),
-        frame.measured.to_numpy(float),
-        labels,
-        f"{attention} attention",
-        x_title="predicted change",
-        y_title="measured change",
+    return Chart(
+        "predicted change",
+        f"measured change, {attention} attention",
+        points=(frame.predicted.to_numpy(float), frame.measured.to_numpy(float)),
+        labels=labels,
         diagonal=True,
     )

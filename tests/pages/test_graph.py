@@ -117,7 +117,7 @@ def test_the_page_stays_small_and_is_the_same_each_time(traced, features):
         ).to_html()
 
     text = whole()
-    assert len(text.encode()) < 10e6
+    assert len(text.encode()) < 4e6
     assert text == whole()
     for heading in ("Tokens behind the target", "Does it add up?", "Checked by intervention"):
         assert f">{heading}</a>" in text
