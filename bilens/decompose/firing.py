@@ -239,8 +239,8 @@ def spectra_where_they_fire(
         ArgumentError: less memory than the search needs.
     """
 
-    def inputs_of(row: int) -> Tensor:
-        return firing.inputs_of(int(features[row])).to(u)
+    def tokens_of(row: int) -> Tensor:
+        return firing.tokens_of(int(features[row]))
 
-    pairs = leading_metric_pairs(layer, u, inputs_of, firing.second_moment, k, memory=memory)
+    pairs = leading_metric_pairs(layer, u, firing.inputs, tokens_of, firing.second_moment, k, memory=memory)
     return FiringSpectra(features, firing.n_active[features], pairs)
