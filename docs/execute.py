@@ -121,6 +121,6 @@ def execute(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for notebook_path in map(Path, sys.argv[1:] or NOTEBOOKS):
-        execute(notebook_path.resolve())
+    for notebook_path in [Path(given).resolve() for given in sys.argv[1:] or NOTEBOOKS]:
+        execute(notebook_path)
         print(f"{notebook_path.name}: {notebook_path.stat().st_size / 1e3:.0f} kB")
