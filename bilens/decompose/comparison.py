@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilens._core.display import Tabular
+from bilens.decompose.fidelity import SPREAD
 from bilens.decompose.firing import Firing, places
 from bilens.draw import plots
 from bilens.errors import ArgumentError
@@ -26,7 +27,6 @@ SIZE, VARIANCE, MEAN = "largest |eigenvalue|", "chosen by variance", "chosen by 
 FIRING, LINEAR, FITTED = "found in the firing metric", "linear term and squares", "fitted"
 METHODS = (SIZE, VARIANCE, MEAN, FIRING, LINEAR, FITTED)
 MOST_FITTED = 4  # each number of squares is fitted anew
-SPREAD = 1e-6  # of the root mean square: numbers that differ by less are equal but for rounding
 
 
 @dataclass(frozen=True)
